@@ -1,0 +1,64 @@
+"""One exception per exit code: what a user can cause ends in one line and a number, never in a traceback."""
+
+
+class BcftError(Exception):
+    """A failure that was foreseen. `str(error)` is what the user reads: what, where, what to do.
+
+    Several findings at once (a recipe with five mistakes) are several lines.
+    """
+
+    exit_code = 1
+
+
+class UsageError(BcftError):
+    """The command line, the recipe, or a run directory that another recipe made."""
+
+    exit_code = 2
+
+
+class DataError(BcftError):
+    """A dataset, a row, a tokenizer's template: input that cannot be trained on."""
+
+    exit_code = 3
+
+
+class FaultError(BcftError):
+    """Rewards or environments failed more often than the run may tolerate."""
+
+    exit_code = 4
+
+
+class DivergedError(BcftError):
+    """A loss or a weight is no longer finite."""
+
+    exit_code = 5
+
+
+class LockedError(BcftError):
+    """Another process works in the same run directory."""
+
+    exit_code = 6
+
+
+class StorageError(BcftError):
+    """The disk is full, read-only or not ours to write to."""
+
+    exit_code = 7
+
+
+class PeerError(BcftError):
+    """Another process of the same run died or stopped answering."""
+
+    exit_code = 8
+
+
+class CheckpointError(BcftError):
+    """What is on disk does not match its manifest, and nothing older does."""
+
+    exit_code = 9
+
+
+class Preempted(BcftError):
+    """The run was asked to stop; the same command resumes it."""
+
+    exit_code = 75
