@@ -30,6 +30,11 @@ def problem_id(prompt: Prompt) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
+def bucket(identity: str) -> float:
+    """Return the place of a problem id in [0, 1): what decides its split."""
+    return int(identity[:8], 16) / 2**32
+
+
 @dataclass(frozen=True, slots=True)
 class Problem:
     """Something to be solved: a prompt, and whatever columns a reward needs to judge an attempt."""
@@ -50,6 +55,7 @@ class Demonstration:
 
     problem: Problem
     completion: str
+    """What the demonstrator answered; empty where a problem comes without one."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,68 @@
+"""Held-out evaluation: `python -m bcft.evaluate RECIPE [--model_name_or_path DIR] [--against DIR]`.
+
+Success of a model, an adapter or a finished run on the recipe's dev or test problems, paired against another.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from os import PathLike
+from typing import Any
+
+from rich.console import Console
+
+from bcft.cli import execute
+from bcft.config import Recipe, load
+
+
+def run(recipe: str | PathLike[str] | None = None, **overrides: Any) -> dict[str, Any]:
+    """Evaluate the recipe's model; return its summary, and `vs_base` with `against`.
+
+    Raises a `bcft.errors.BcftError` for everything a user can cause.
+    """
+    return measure_recipe(load("evaluate", recipe, overrides))
+
+
+def measure_recipe(recipe: Recipe) -> dict[str, Any]:
+    """Evaluate by a parsed recipe; write rows and summary into `output_dir`; return `{model, against, vs_base}`."""
+    import dataclasses
+
+    from bcft.data import load_splits
+    from bcft.evaluation import measure
+    from bcft.journal import write_json
+    from bcft.model import load_policy, rank
+    from bcft.run import open_run
+    from bcft.summary import conclusion, print_table
+
+    console = Console(quiet=rank() > 0 or bool({"quiet", "json"} & recipe.flags), soft_wrap=True, highlight=False)
+    names = {"model": recipe["model_name_or_path"], "against": recipe["against"]}
+    with open_run(recipe, writes=rank() == 0) as directory:
+        splits = load_splits(recipe)
+        found = {}
+        for part, name in names.items():
+            if name:
+                policy = load_policy(dataclasses.replace(recipe, values={**recipe.values, "model_name_or_path": name}))
+                console.print(f"{part}: {name} on {policy.precision.why}")
+                place = directory.path / part
+                found[part] = measure(
+                    recipe, splits, policy, split=recipe["eval_split"], rows=[], directory=place, label=part
+                )
+        print_table({names[part]: measured.summary for part, measured in found.items()}, console)
+        result: dict[str, Any] = {part: measured.summary for part, measured in found.items()}
+        if "against" in found:
+            result |= conclusion(found["against"], found["model"], before=f"with {recipe['against']}")
+            console.print(result["conclusion"])
+        if rank() == 0:
+            write_json(directory.path / "metrics.json", result)
+            if "json" in recipe.flags:
+                print(json.dumps(result))
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    return execute("evaluate", measure_recipe, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,321 @@
+"""The `hf` engine: a decode loop of our own on transformers' models, caches and warpers.
+
+Beyond `generate` it prefills a prompt once for all its samples, drops finished rows and refills their places,
+and draws every token from the attempt's identity. It does not search beams, assist, compile or stop on strings.
+
+Rows are right-aligned: a cache of width W holds a row's n tokens in its last n columns, so rows of any length
+can join, leave and be trimmed together.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import (
+    DynamicCache,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers.cache_utils import DynamicLayer
+
+from bcft.generation import Action, Request, Sampling, Stop
+from bcft.generation.noise import gumbel, identity_seed
+
+_COMPACT_EVERY = 8
+"""Steps between two looks at which rows are finished: each look waits for the device."""
+_PREFILL_TOKENS = 16_384
+"""Padded prompt tokens in one forward pass of prompts."""
+_MOST_ROWS = 512
+
+
+@contextmanager
+def sampling_mode(model: Any, *, autocast: str = "no") -> Iterator[None]:
+    """Put a model into eval mode, gradient checkpointing off, under the training's autocast; restore all afterwards.
+
+    autocast: `no`, `bf16` or `fp16`. Before its first `train()` a Trainer's model is not under autocast, so
+    without this the first evaluation would compute in another precision than the later ones.
+    """
+    training, checkpointing = model.training, getattr(model, "is_gradient_checkpointing", False)
+    dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[autocast]
+    model.eval()
+    if checkpointing:
+        model.gradient_checkpointing_disable()
+    try:
+        with torch.autocast(model.device.type, dtype=dtype, enabled=dtype is not None):
+            yield
+    finally:
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model.train(training)
+
+
+@dataclass
+class _Rows:
+    """The attempts being decoded; every tensor has the row first. Owned by one call of `_decode`."""
+
+    requests: list[Request]
+    cache: DynamicCache
+    mask: torch.Tensor  # (B, W) which cache columns hold a token of the row
+    last: torch.Tensor  # (B,) the token sampled last, not yet in the cache
+    made: torch.Tensor  # (B,) tokens sampled so far
+    limit: torch.Tensor  # (B,) tokens that may be sampled
+    done: torch.Tensor  # (B,)
+    seeds: torch.Tensor  # (B, 2)
+    ids: torch.Tensor  # (B, most) the tokens sampled
+    seen: torch.Tensor  # (B, S) context and action, filled up with a context token; S = 0 unless a penalty reads it
+
+    def select(self, keep: torch.Tensor) -> None:
+        """Keep the rows of these indices (K,), in this order."""
+        self.cache.batch_select_indices(keep)
+        self.requests = [self.requests[i] for i in keep.tolist()]
+        for name in ("mask", "last", "made", "limit", "done", "seeds", "ids", "seen"):
+            setattr(self, name, getattr(self, name)[keep])
+
+    def trim(self) -> None:
+        """Drop the cache columns that no row uses any more."""
+        unused = self.mask.shape[1] - int(self.mask.sum(1).max())
+        if unused:
+            self.mask = self.mask[:, unused:]
+            for layer in self.cache.layers:
+                layer.keys, layer.values = layer.keys[:, :, unused:], layer.values[:, :, unused:]
+
+    def join(self, other: "_Rows") -> None:
+        """Append other rows, padding the narrower of two fields."""
+        self.requests += other.requests
+        for mine, theirs in zip(self.cache.layers, other.cache.layers, strict=True):
+            mine.keys = _stack(mine.keys, theirs.keys, dim=2, left=True)
+            mine.values = _stack(mine.values, theirs.values, dim=2, left=True)
+        self.mask = _stack(self.mask, other.mask, dim=1, left=True)
+        self.ids = _stack(self.ids, other.ids, dim=1, left=False)
+        if self.seen.shape[1]:
+            width = max(self.seen.shape[1], other.seen.shape[1])
+            self.seen = torch.cat([_widen(self.seen, width), _widen(other.seen, width)])
+        for name in ("last", "made", "limit", "done", "seeds"):
+            setattr(self, name, torch.cat([getattr(self, name), getattr(other, name)]))
+
+
+class HFEngine:
+    """Sample with a transformers model. Call it inside `sampling_mode`.
+
+    rows: most attempts decoded together; None takes what the free memory holds, at most 512. On out-of-memory
+    the number is halved and only the unfinished attempts are repeated, to the same tokens.
+    """
+
+    def __init__(self, model: Any, *, pad_id: int, rows: int | None = None) -> None:
+        self.model = model
+        self.pad_id = pad_id
+        self.rows = rows
+        self.context = int(model.config.get_text_config().max_position_embeddings)
+
+    def generate(self, requests: Sequence[Request]) -> Iterator[Action]:
+        """Yield one action for each request, in the order they finish.
+
+        Raises torch.OutOfMemoryError when not even one row fits, ValueError when two requests share a key.
+        """
+        if len({request.key for request in requests}) != len(requests):
+            raise ValueError("two requests have the same key, so they would draw the same noise")
+        for sampling, stop_ids in dict.fromkeys((r.sampling, r.stop_ids) for r in requests):
+            alike = [r for r in requests if (r.sampling, r.stop_ids) == (sampling, stop_ids)]
+            yield from self._retry(alike, sampling)
+
+    def _retry(self, requests: list[Request], sampling: Sampling) -> Iterator[Action]:
+        full = [r for r in requests if len(r.context_ids) >= self.context or r.max_new_tokens < 1]
+        yield from (Action(r.key, (), "context_full") for r in full)
+        skip = {r.key for r in full}
+        # Longest first: rows of like length are decoded together, and a lack of memory shows at once.
+        ordered = sorted((r for r in requests if r.key not in skip), key=lambda r: (-len(r.context_ids), r.context_ids))
+        remaining = {r.key: r for r in ordered}
+        rows = self.rows or self._rows_that_fit(ordered)
+        while remaining:
+            try:
+                for action in self._decode(list(remaining.values()), sampling, rows):
+                    del remaining[action.key]
+                    yield action
+            except torch.OutOfMemoryError:
+                if rows == 1:
+                    raise
+                rows = self.rows = rows // 2
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+
+    def _decode(self, requests: list[Request], sampling: Sampling, rows: int) -> Iterator[Action]:
+        """Decode requests, equal contexts adjacent, with at most `rows` rows at a time."""
+        warpers = _warpers(sampling)
+        waiting, active = requests, None
+        while waiting or active:
+            free = rows - (len(active.requests) if active else 0)
+            if waiting and (active is None or (free >= rows // 4 and _plain(active.cache))):
+                waiting, joined = self._admit(waiting, free, sampling, warpers)
+                if active is None:
+                    active = joined
+                else:
+                    active.join(joined)
+            assert active is not None
+            for _ in range(_COMPACT_EVERY):
+                self._step(active, sampling, warpers)
+                if active.limit.device.type == "cpu" and bool(active.done.all()):
+                    break
+            yield from _finished(active)
+            active = _unfinished(active)
+
+    def _admit(
+        self, waiting: list[Request], free: int, sampling: Sampling, warpers: LogitsProcessorList
+    ) -> tuple[list[Request], _Rows]:
+        """Prefill as many waiting requests as there is room for; return the others and the new rows."""
+        chosen, contexts = 0, set()
+        for request in waiting[: max(free, 1)]:
+            contexts.add(request.context_ids)
+            if len(contexts) > 1 and len(contexts) * len(waiting[0].context_ids) > _PREFILL_TOKENS:
+                break
+            chosen += 1
+        return waiting[chosen:], self._prefill(waiting[:chosen], sampling, warpers)
+
+    @torch.no_grad()
+    def _prefill(self, requests: list[Request], sampling: Sampling, warpers: LogitsProcessorList) -> _Rows:
+        device = self.model.device
+        contexts = list(dict.fromkeys(request.context_ids for request in requests))
+        width = max(map(len, contexts))
+        padded = [(self.pad_id,) * (width - len(c)) + c for c in contexts]
+        mask = torch.tensor([[0] * (width - len(c)) + [1] * len(c) for c in contexts], device=device)
+        cache = DynamicCache(config=self.model.config)
+        logits = self.model(
+            input_ids=torch.tensor(padded, device=device),
+            attention_mask=mask,
+            position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
+        place = {context: index for index, context in enumerate(contexts)}
+        expand = torch.tensor([place[request.context_ids] for request in requests], device=device)
+        cache.batch_select_indices(expand)
+        limits = [min(r.max_new_tokens, self.context - len(r.context_ids)) for r in requests]
+        most, n = max(limits), len(requests)
+        seen = torch.empty(n, 0, dtype=torch.long, device=device)
+        if sampling.repetition_penalty != 1.0:
+            filled = [(*r.context_ids, *[r.context_ids[0]] * (width + most - len(r.context_ids))) for r in requests]
+            seen = torch.tensor(filled, device=device)
+        rows = _Rows(
+            requests=list(requests),
+            cache=cache,
+            mask=mask[expand],
+            last=torch.zeros(n, dtype=torch.long, device=device),
+            made=torch.zeros(n, dtype=torch.long, device=device),
+            limit=torch.tensor(limits, device=device),
+            done=torch.zeros(n, dtype=torch.bool, device=device),
+            seeds=torch.tensor([identity_seed(*r.key) for r in requests], dtype=torch.int32, device=device),
+            ids=torch.full((n, most), self.pad_id, device=device),
+            seen=seen,
+        )
+        _draw(rows, logits[expand], sampling, warpers)
+        return rows
+
+    @torch.no_grad()
+    def _step(self, rows: _Rows, sampling: Sampling, warpers: LogitsProcessorList) -> None:
+        """Sample one more token for each row; finished rows ride along until they are dropped."""
+        positions = rows.mask.sum(1, keepdim=True)
+        rows.mask = torch.nn.functional.pad(rows.mask, (0, 1), value=1)
+        logits = self.model(
+            input_ids=rows.last[:, None],
+            attention_mask=rows.mask,
+            position_ids=positions.clamp(max=self.context - 1),
+            past_key_values=rows.cache,
+            use_cache=True,
+        ).logits[:, -1]
+        _draw(rows, logits, sampling, warpers)
+
+    def _rows_that_fit(self, requests: Sequence[Request]) -> int:
+        """Estimate how many rows' keys, values and logits half of the free memory holds."""
+        if not requests:
+            return 1
+        config = self.model.config.get_text_config()
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        tokens = max(min(len(r.context_ids) + r.max_new_tokens, self.context) for r in requests)
+        # Twice the cache, since growing it copies; six fp32 rows of the vocabulary for warpers and noise.
+        each = 2 * 2 * config.num_hidden_layers * heads * size * tokens * 4 + 6 * 4 * config.vocab_size
+        free = torch.cuda.mem_get_info()[0] // 2 if self.model.device.type == "cuda" else 2**30
+        return max(1, min(_MOST_ROWS, free // each))
+
+
+def _warpers(sampling: Sampling) -> LogitsProcessorList:
+    """Return transformers' own processors, in the order `generate` applies them."""
+    warpers = LogitsProcessorList()
+    if sampling.repetition_penalty != 1.0:
+        warpers.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
+    if sampling.temperature not in (0.0, 1.0):
+        warpers.append(TemperatureLogitsWarper(sampling.temperature))
+    if sampling.top_k > 0:
+        warpers.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1.0:
+        warpers.append(TopPLogitsWarper(sampling.top_p))
+    if sampling.min_p > 0.0:
+        warpers.append(MinPLogitsWarper(sampling.min_p))
+    return warpers
+
+
+def _draw(rows: _Rows, logits: torch.Tensor, sampling: Sampling, warpers: LogitsProcessorList) -> None:
+    """Draw a token from logits (B, V) into each row that is not done."""
+    scores = warpers(rows.seen, logits.float())
+    if sampling.temperature > 0.0:
+        scores = scores + gumbel(rows.seeds, rows.made.int(), scores.shape[1])
+    token = scores.argmax(-1)
+    live = ~rows.done
+    index = torch.arange(len(token), device=token.device)
+    column = rows.made.clamp(max=rows.ids.shape[1] - 1)
+    rows.ids[index, column] = torch.where(live, token, rows.ids[index, column])
+    if rows.seen.shape[1]:
+        place = torch.tensor([len(r.context_ids) for r in rows.requests], device=token.device) + column
+        rows.seen[index, place] = torch.where(live, token, rows.seen[index, place])
+    rows.last = token
+    rows.made = rows.made + live
+    stop = torch.tensor(rows.requests[0].stop_ids, device=token.device)
+    rows.done = rows.done | torch.isin(token, stop) | (rows.made >= rows.limit)
+
+
+def _finished(rows: _Rows) -> Iterator[Action]:
+    done, made = rows.done.tolist(), rows.made.tolist()
+    for index, request in enumerate(rows.requests):
+        if done[index]:
+            ids = tuple(rows.ids[index, : made[index]].tolist())
+            cut: Stop = "max_tokens" if made[index] == request.max_new_tokens else "context_full"
+            yield Action(request.key, ids, "stop_token" if ids[-1] in request.stop_ids else cut)
+
+
+def _unfinished(rows: _Rows) -> _Rows | None:
+    keep = (~rows.done).nonzero()[:, 0]
+    if len(keep) == 0:
+        return None
+    if len(keep) < len(rows.requests):
+        rows.select(keep)
+        if _plain(rows.cache):
+            rows.trim()
+    return rows
+
+
+def _plain(cache: DynamicCache) -> bool:
+    """Tell whether columns of the cache may be cut and padded: not with sliding windows or recurrent states."""
+    return all(type(layer) is DynamicLayer for layer in cache.layers)
+
+
+def _widen(seen: torch.Tensor, width: int) -> torch.Tensor:
+    """Repeat the last column up to `width`: a token seen twice is penalised once."""
+    return torch.cat([seen, seen[:, -1:].expand(-1, width - seen.shape[1])], dim=1)
+
+
+def _stack(first: torch.Tensor, second: torch.Tensor, *, dim: int, left: bool) -> torch.Tensor:
+    """Concatenate along the rows, the narrower one padded with zeros along `dim`, on the left or on the right."""
+    width = max(first.shape[dim], second.shape[dim])
+    padded = []
+    for tensor in (first, second):
+        blank = torch.zeros(
+            [width - n if d == dim else n for d, n in enumerate(tensor.shape)], dtype=tensor.dtype, device=tensor.device
+        )
+        padded.append(torch.cat([blank, tensor] if left else [tensor, blank], dim=dim))
+    return torch.cat(padded)

@@ -1,0 +1,46 @@
+"""Sampling noise as a function of the rollout's identity.
+
+The token drawn is the argmax of the processed logits plus Gumbel noise (the Gumbel-max trick, Gumbel 1954;
+Maddison et al. 2014, arXiv 1411.0030, section 2), and the noise of (attempt, position, token) is a hash.
+So batch size, batch order, process count and resumption change no token. An inverse-CDF draw would be
+cheaper but moves every one of V boundaries by rounding; Gumbel noise flips on near ties only.
+"""
+
+import hashlib
+
+import torch
+
+_GOLDEN = -1640531527  # 0x9E3779B9 as int32: odd, so that multiples of it are all different
+
+
+def identity_seed(*parts: str | int) -> tuple[int, int]:
+    """Return two int32 that depend on every part, such as (run seed, phase, round, problem id, sample, turn)."""
+    digest = hashlib.sha256("\x1f".join(str(part) for part in parts).encode()).digest()
+    return int.from_bytes(digest[:4], "big", signed=True), int.from_bytes(digest[4:8], "big", signed=True)
+
+
+def gumbel(seeds: torch.Tensor, positions: torch.Tensor, vocabulary: int) -> torch.Tensor:
+    """Return standard Gumbel noise (B, V) in fp32.
+
+    seeds: (B, 2) int32 from `identity_seed`; positions: (B,) int32, the index of the token in its action.
+    """
+    row = _mix(seeds[:, 0] + _mix(positions * _GOLDEN + 1))
+    token = torch.arange(1, vocabulary + 1, dtype=torch.int32, device=seeds.device) * _GOLDEN
+    hashed = _mix(_mix(row[:, None] + token) + seeds[:, 1:2])
+    # 23 bits and a half: every value is exact in fp32 and neither 0 nor 1, so the noise is finite.
+    uniform = (_shift(hashed, 9).float() + 0.5) * 2.0**-23
+    return -torch.log(-torch.log(uniform))
+
+
+def _shift(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """Shift int32 right, filling with zeros."""
+    return (x >> bits) & ((1 << (32 - bits)) - 1)
+
+
+def _mix(x: torch.Tensor) -> torch.Tensor:
+    """Scramble int32 (the finalizer of MurmurHash3, Appleby 2011)."""
+    x = x ^ _shift(x, 16)
+    x = x * -2048144789
+    x = x ^ _shift(x, 13)
+    x = x * -1028477387
+    return x ^ _shift(x, 16)

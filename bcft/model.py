@@ -1,0 +1,239 @@
+"""Models and tokenizers: precision from the hardware, adapters, 4-bit bases, the embedded policy.
+
+`bcft:tiny-math` is the embedded policy, `bcft:tiny-init` the same model before training. Everything else is
+a local directory or a Hub id. Weights come as safetensors only: a pickle is code.
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bcft.config import Recipe
+from bcft.errors import DataError, UsageError
+from bcft.rendering import Renderer
+
+ASSETS = Path(__file__).parent / "assets"
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Where and in what numbers a run computes; `why` is the one line a user reads."""
+
+    device: str
+    autocast: str
+    """`no`, `bf16` or `fp16`: the mixed precision of training and of sampling alike."""
+    weights: torch.dtype
+    """Of a full model that trains: fp32, since a bf16 weight loses most small updates; else of the frozen base."""
+    why: str
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A model that can be asked: its weights, the one renderer for it, and the precision it computes in."""
+
+    model: Any
+    renderer: Renderer
+    precision: Precision
+
+    @property
+    def max_length(self) -> int:
+        """Positions the model has: no row and no attempt can be longer."""
+        return int(self.model.config.get_text_config().max_position_embeddings)
+
+
+def load_policy(recipe: Recipe, *, trainable: bool = True) -> Policy:
+    """Load tokenizer and model of a recipe; the model will stop where its tokenizer's template stops."""
+    precision = choose_precision(recipe)
+    renderer = load_renderer(recipe)
+    model = load_model(recipe, precision, trainable=trainable)
+    model.generation_config.eos_token_id = list(renderer.stop_ids)
+    model.generation_config.pad_token_id = renderer.tokenizer.pad_token_id
+    model.config.get_text_config().pad_token_id = renderer.tokenizer.pad_token_id
+    return Policy(model, renderer, precision)
+
+
+def load_renderer(recipe: Recipe) -> Renderer:
+    """Load the tokenizer of a recipe, and the ids at which its model's generation config stops."""
+    from transformers import GenerationConfig
+
+    name = locate(recipe["model_name_or_path"])
+    try:
+        eos = GenerationConfig.from_pretrained(adapter_base(name) or name, revision=recipe["model_revision"]).eos_token_id
+    except OSError:  # a model without generation_config.json stops at its tokenizer's EOS
+        eos = None
+    return Renderer(load_tokenizer(recipe), [] if eos is None else [eos] if isinstance(eos, int) else eos)
+
+
+def choose_precision(recipe: Recipe) -> Precision:
+    """Choose device and precision from the hardware, or take the recipe's `bf16`, `fp16`, `dtype`, `use_cpu`."""
+    frozen = bool(recipe["use_peft"])
+    if recipe["bf16"] and recipe["fp16"]:
+        raise UsageError("bf16 and fp16 are both true: set one of them")
+    if torch.cuda.is_available() and not recipe["use_cpu"]:
+        device, name = "cuda", torch.cuda.get_device_name()
+        # `is_bf16_supported()` counts emulation, which a T4 does slowly; compute capability 8.0 is Ampere.
+        native = torch.cuda.get_device_capability() >= (8, 0)
+        autocast, reason = ("bf16", f"{name} has bf16") if native else ("fp16", f"{name} has no native bf16")
+    elif torch.backends.mps.is_available() and not recipe["use_cpu"]:
+        device, autocast, reason = "mps", "no", "Apple GPU: fp32 is the safe choice"
+    else:
+        device, autocast, reason = "cpu", "no", f"CPU with {torch.get_num_threads()} threads"
+    for asked in ("bf16", "fp16"):
+        if recipe[asked]:
+            autocast, reason = asked, f"{asked}: true in the recipe"
+        elif recipe[asked] is False and autocast == asked:
+            autocast, reason = "no", f"{asked}: false in the recipe"
+    low = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[autocast]
+    weights = low if frozen else torch.float32
+    if recipe["dtype"] not in (None, "auto"):
+        weights = getattr(torch, recipe["dtype"])
+    words = str(weights).removeprefix("torch.")
+    mixed = "" if autocast == "no" else f", {autocast} autocast"
+    kind = "frozen base" if frozen else "weights"
+    return Precision(device, autocast, weights, f"{device}, {words} {kind}{mixed} ({reason})")
+
+
+def rank() -> int:
+    """Return this process's number among those the launcher started."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """Return how many processes the launcher started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def locate(name: str) -> str:
+    """Return what `from_pretrained` takes: the package's directory for a `bcft:` name, else the name itself."""
+    if not name.startswith("bcft:"):
+        return name
+    if name not in ("bcft:tiny-math", "bcft:tiny-init"):
+        raise UsageError(f"model_name_or_path: {name!r} is not embedded; there are bcft:tiny-math, bcft:tiny-init")
+    return str(ASSETS / "tiny-math")
+
+
+def adapter_base(name: str) -> str:
+    """Return the base model an adapter directory names, '' when `name` is no adapter directory."""
+    path = Path(name) / "adapter_config.json"
+    return str(json.loads(path.read_text())["base_model_name_or_path"]) if path.is_file() else ""
+
+
+def load_tokenizer(recipe: Recipe) -> Any:
+    """Load the tokenizer, its template replaced by `chat_template_path` where given, and a pad token.
+
+    The pad token is one the vocabulary has already: embeddings are never resized.
+    """
+    from transformers import AutoTokenizer
+
+    name = locate(recipe["model_name_or_path"])
+    if not (Path(name) / "tokenizer_config.json").is_file():
+        name = adapter_base(name) or name
+    tokenizer = _from_pretrained(AutoTokenizer, name, recipe)
+    if recipe["chat_template_path"]:
+        try:
+            tokenizer.chat_template = Path(recipe["chat_template_path"]).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"chat_template_path: cannot read {recipe['chat_template_path']!r}: {error}") from error
+    if recipe["eos_token"]:
+        if recipe["eos_token"] not in tokenizer.get_vocab():
+            raise UsageError(f"eos_token: {recipe['eos_token']!r} is not in the tokenizer's vocabulary")
+        tokenizer.eos_token = recipe["eos_token"]
+    if tokenizer.pad_token is None:
+        vocabulary = tokenizer.get_vocab()
+        spare = ("<|finetune_right_pad_id|>", "<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<unk>")
+        # Padding carries no label and no attention, so sharing the stop token's id harms nothing.
+        tokenizer.pad_token = next((token for token in spare if token in vocabulary), tokenizer.eos_token)
+    return tokenizer
+
+
+def load_model(recipe: Recipe, precision: Precision, *, trainable: bool = True) -> Any:
+    """Load the model in fp32 or as a frozen base in low precision, on its device; an adapter directory with its base.
+
+    Raises DataError when the weights are a pickle, UsageError when the name leads nowhere.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    name = locate(recipe["model_name_or_path"])
+    if recipe["model_name_or_path"] == "bcft:tiny-init":
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name), dtype=torch.float32)
+    base = adapter_base(name)
+    refuse_pickles(base or name)
+    extra: dict[str, Any] = {"dtype": precision.weights, "use_safetensors": True}
+    if recipe["attn_implementation"]:
+        extra["attn_implementation"] = recipe["attn_implementation"]
+    if recipe["load_in_4bit"]:
+        extra["quantization_config"] = _nf4(recipe, precision)
+    if precision.device == "cuda":
+        extra["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}
+    model = _from_pretrained(AutoModelForCausalLM, base or name, recipe, **extra)
+    if base:
+        from peft import PeftModel
+
+        refuse_pickles(name, stem="adapter_model")
+        model = PeftModel.from_pretrained(model, name, is_trainable=trainable)
+    return model if recipe["load_in_4bit"] or precision.device == "cuda" else model.to(precision.device)
+
+
+def lora_config(recipe: Recipe) -> Any:
+    """Return the LoRA settings of the recipe, None without `use_peft`."""
+    if not recipe["use_peft"]:
+        return None
+    from peft import LoraConfig
+
+    targets = recipe["lora_target_modules"]
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=recipe["lora_r"],
+        lora_alpha=recipe["lora_alpha"],
+        lora_dropout=recipe["lora_dropout"],
+        target_modules=targets[0] if targets and len(targets) == 1 else targets,
+        modules_to_save=recipe["lora_modules_to_save"],
+        use_rslora=recipe["use_rslora"],
+        use_dora=recipe["use_dora"],
+    )
+
+
+def save_policy(policy: Policy, directory: Path) -> None:
+    """Write model or adapter, tokenizer and template so that `from_pretrained` loads them and stops where this does."""
+    policy.model.save_pretrained(directory)
+    policy.renderer.tokenizer.save_pretrained(directory)
+    if policy.model.generation_config is not None:
+        policy.model.generation_config.save_pretrained(directory)
+
+
+def refuse_pickles(name: str, *, stem: str = "") -> None:
+    """Raise DataError for a local directory whose weights are pickles only: loading one runs its code."""
+    path = Path(name)
+    if not path.is_dir() or any(path.glob(f"{stem}*.safetensors")):
+        return
+    pickles = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt"))
+    if pickles:
+        raise DataError(f"{path / pickles[0]}: pickled weights can run code: convert them to safetensors")
+
+
+def _nf4(recipe: Recipe, precision: Precision) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if not recipe["use_peft"] and not adapter_base(recipe["model_name_or_path"]):
+        raise UsageError("load_in_4bit: 4-bit weights cannot train by themselves: set use_peft: true")
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=recipe["bnb_4bit_quant_type"],
+        bnb_4bit_use_double_quant=recipe["use_bnb_nested_quant"],
+        bnb_4bit_compute_dtype=precision.weights,
+    )
+
+
+def _from_pretrained(auto: Any, name: str, recipe: Recipe, **extra: Any) -> Any:
+    """Call `from_pretrained`, turning what a user can cause into one line."""
+    trust = bool(recipe["trust_remote_code"])
+    try:
+        return auto.from_pretrained(name, revision=recipe["model_revision"], trust_remote_code=trust, **extra)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UsageError(f"model_name_or_path: cannot load {name!r}: {reason}") from error

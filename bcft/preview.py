@@ -1,0 +1,104 @@
+"""What will be trained: `python -m bcft.preview RECIPE [--json | --html]`.
+
+Every token of the first rows with its label, exactly as the trainer gets it; no model is loaded.
+"""
+
+import html
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from bcft.cli import execute
+from bcft.config import Recipe, load
+
+
+def run(recipe: str | PathLike[str] | None = None, **overrides: Any) -> list[dict[str, Any]]:
+    """Return the first rows: `{where, problem_id, tokens: [{id, text, label}]}`, label -100 where there is no loss.
+
+    Raises a `bcft.errors.BcftError` for everything a user can cause.
+    """
+    return first_rows(load("preview", recipe, overrides))[0]
+
+
+def first_rows(recipe: Recipe) -> tuple[list[dict[str, Any]], str]:
+    """Return the first rows by a parsed recipe, and the census of all rows in words."""
+    from bcft.data import load_splits
+    from bcft.model import load_renderer
+    from bcft.rows import make_rows
+
+    renderer = load_renderer(recipe)
+    longest = recipe["max_length"] or sys.maxsize
+    rows, census = make_rows(
+        load_splits(recipe).train, renderer, max_length=longest, overlength=recipe["overlength"]
+    )
+    shown = []
+    for row in rows[: recipe["preview_rows"]]:
+        texts = [renderer.tokenizer.decode([token]) for token in row.input_ids]
+        tokens = [
+            {"id": token, "text": text, "label": label}
+            for token, text, label in zip(row.input_ids, texts, row.labels, strict=True)
+        ]
+        shown.append({"where": row.where, "problem_id": row.problem_id, "tokens": tokens})
+    return shown, str(census)
+
+
+def show(recipe: Recipe) -> None:
+    """Print the rows in colour, as JSON or as a page."""
+    rows, census = first_rows(recipe)
+    if "json" in recipe.flags:
+        print(json.dumps(rows, ensure_ascii=False))
+        return
+    if "html" in recipe.flags:
+        print(page(rows, census))
+        return
+    console = Console(soft_wrap=True, highlight=False)
+    for row in rows:
+        supervised = sum(token["label"] != -100 for token in row["tokens"])
+        console.print(f"[bold]{row['where']}[/]: {len(row['tokens'])} tokens, {supervised} with loss", style="cyan")
+        text = Text()
+        for token in row["tokens"]:
+            # Alternating shades keep neighbouring tokens apart; without colour, brackets do.
+            style = "dim" if token["label"] == -100 else ("black on green", "black on bright_green")[len(text) % 2]
+            shown = visible(token["text"])
+            text.append(shown if console.is_terminal or token["label"] == -100 else f"[{shown}]", style=style)
+        console.print(text)
+    console.print("\n[black on green]green[/] (or in brackets): carries loss; dim: prompt, no loss")
+    console.print(f"all rows: {census}")
+
+
+def visible(text: str) -> str:
+    """Return a token's text with its line breaks and tabs to be seen."""
+    return text.replace("\n", "⏎\n").replace("\t", "⇥") or "∅"
+
+
+def page(rows: Sequence[Mapping[str, Any]], census: str) -> str:
+    """Return the rows as one self-contained HTML page."""
+    body = []
+    for row in rows:
+        spans = "".join(
+            f'<span class="{"off" if token["label"] == -100 else "on"}" title="{token["id"]}">'
+            f"{html.escape(visible(token['text']))}</span>"
+            for token in row["tokens"]
+        )
+        body.append(f"<h2>{html.escape(row['where'])}</h2><pre>{spans}</pre>")
+    return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>bcft preview</title>
+<style>body{{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}}
+h2{{font-size:1rem}}pre{{white-space:pre-wrap;font:15px/1.8 ui-monospace,monospace}}
+.on{{background:#b7f0c1;color:#000;outline:1px solid #7ccf8c}}.off{{color:#888}}</style>
+<h1>What carries loss</h1><p><span class="on">Green tokens</span> carry loss, <span class="off">grey ones</span>
+do not; a token's id shows when pointed at. {html.escape(census)}.</p>
+{"".join(body)}</html>"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    return execute("preview", show, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,116 @@
+"""Text to token ids, once, for training, rollouts and evaluation alike.
+
+A prompt goes through the tokenizer's chat template where there is one (a plain string is a user message),
+else it is plain text behind the tokenizer's BOS. A completion is tokenised apart from its prompt, because a
+rollout never sees the two merged, and ends with what the template emits after an assistant message, up to
+and including the first stop id.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from bcft.errors import DataError
+from bcft.types import Message, Prompt
+
+DATE = "26 Jul 2024"
+"""Llama-3 templates print today's date; this is the one they fall back to, so prompts never change overnight."""
+
+# Unicode noncharacters, which no interchanged text may hold: they mark places in rendered text.
+_BREAK = "\ufdd0"
+_CONTENT = "\ufdd1"
+
+
+class Renderer:
+    """One tokenizer with its template: prompts and completions as token ids.
+
+    Raises DataError when the template emits no stop token after an assistant message, or cannot be rendered.
+    """
+
+    def __init__(self, tokenizer: Any, stop_ids: Sequence[int] = ()) -> None:
+        self.tokenizer = tokenizer
+        self.chat = bool(tokenizer.chat_template)
+        special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        self._special = re.compile("|".join(re.escape(s) for s in sorted(special, key=len, reverse=True)) or r"(?!)")
+        known = {*stop_ids, tokenizer.eos_token_id} - {None}
+        self.tail_ids = self._tail(known)
+        self.stop_ids: tuple[int, ...] = tuple(sorted(known | {self.tail_ids[-1]}))
+        probe = self.prompts(["?"])[0]
+        self.bos_count = probe.count(tokenizer.bos_token_id) if tokenizer.bos_token_id is not None else 0
+
+    def prompts(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """Return the ids of each prompt, ready to be continued by the policy."""
+        if self.chat:
+            return self._tokenise([self._render(_messages(p, escape=self._escape), generate=True) for p in prompts])
+        head = self._plain_head()
+        return [head + ids for ids in self._tokenise([self._escape(_plain_text(p)) for p in prompts])]
+
+    def completions(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of each completion, its stop token last."""
+        return [ids + self.tail_ids for ids in self._tokenise([self._escape(text) for text in texts])]
+
+    def text(self, prompt: Prompt) -> str:
+        """Return the prompt as the policy reads it, for people."""
+        return self._render(_messages(prompt), generate=True) if self.chat else _plain_text(prompt)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of an action, without its stop token and other special tokens."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def _escape(self, text: str) -> str:
+        """Break control tokens that stand in data, so that `<|eot_id|>` in a problem is only text."""
+        return self._special.sub(lambda match: match[0][0] + _BREAK + match[0][1:], text)
+
+    def _tokenise(self, texts: Sequence[str]) -> list[list[int]]:
+        pieces = [text.split(_BREAK) for text in texts]
+        flat = [piece for parts in pieces for piece in parts]
+        if not flat:
+            return []
+        ids = iter(self.tokenizer(flat, add_special_tokens=False)["input_ids"])
+        return [[token for _ in parts for token in next(ids)] for parts in pieces]
+
+    def _render(self, messages: Sequence[Message], *, generate: bool) -> str:
+        from jinja2 import TemplateError
+
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    list(messages), tokenize=False, add_generation_prompt=generate, date_string=DATE
+                )
+            )
+        except (TemplateError, TypeError) as error:
+            roles = " ".join(message["role"] for message in messages)
+            raise DataError(f"the chat template refuses the messages ({roles}): {error}") from error
+
+    def _plain_head(self) -> list[int]:
+        ids = list(self.tokenizer("", add_special_tokens=True)["input_ids"])
+        return ids[:1] if ids[:1] == [self.tokenizer.bos_token_id] else []
+
+    def _tail(self, known: set[int]) -> list[int]:
+        if not self.chat:
+            if self.tokenizer.eos_token_id is None:
+                raise DataError("the tokenizer has no EOS token: set eos_token in its tokenizer_config.json")
+            return [self.tokenizer.eos_token_id]
+        messages: list[Message] = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _CONTENT}]
+        rendered = self._render(messages, generate=False)
+        ids = self._tokenise([rendered.rpartition(_CONTENT)[2]])[0]
+        special = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        for position, token in enumerate(ids):
+            if token in known | special:
+                return ids[: position + 1]
+        raise DataError(
+            "the chat template emits no stop token after an assistant message, so a policy trained with it would "
+            f"never stop: it ends in {rendered.rpartition(_CONTENT)[2]!r}; set chat_template_path to one that does"
+        )
+
+
+def _messages(prompt: Prompt, *, escape: Any = str) -> list[Message]:
+    if isinstance(prompt, str):
+        return [{"role": "user", "content": escape(prompt)}]
+    return [{"role": message["role"], "content": escape(message["content"])} for message in prompt]
+
+
+def _plain_text(prompt: Prompt) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    raise DataError("the prompt is a list of messages but the tokenizer has no chat template: set chat_template_path")

@@ -1,0 +1,153 @@
+"""The run directory: one process at a time, one recipe, and what was run on what, beside the results."""
+
+import fcntl
+import importlib
+import os
+import platform
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from bcft.config import Recipe
+from bcft.errors import BcftError, LockedError, UsageError
+from bcft.journal import storage, write_json, write_text
+
+PACKAGES = ("bcft", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "math-verify")
+
+MAY_DIFFER = frozenset(
+    """output_dir report_to run_name logging_steps logging_strategy logging_first_step disable_tqdm save_steps
+    save_strategy save_total_limit save_only_model per_device_eval_batch_size dataloader_num_workers""".split()
+)
+"""Keys a resumed run may change: they alter no figure and no weight."""
+
+
+class RunDirectory:
+    """`output_dir` of a run, held by this process. Only rank 0 writes."""
+
+    def __init__(self, recipe: Recipe, *, writes: bool) -> None:
+        self.path = Path(recipe["output_dir"])
+        self.recipe = recipe
+        self.writes = writes
+        self.started = time.time()
+
+    def settle(self) -> None:
+        """Write recipe, versions and hardware, or check that a run begun here had the same recipe.
+
+        Raises UsageError that lists the keys that differ.
+        """
+        file = self.path / "config.yaml"
+        resolved = self.recipe.resolved()
+        if file.is_file() and "allow-drift" not in self.recipe.flags:
+            before = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+            keys = sorted((before.keys() | resolved.keys()) - MAY_DIFFER)
+            drift = [f"{k} was {before.get(k)!r}, now {resolved.get(k)!r}" for k in keys if before.get(k) != resolved.get(k)]
+            if drift:
+                raise UsageError(
+                    f"{self.path} was begun with another recipe ({'; '.join(drift)}): "
+                    f"give another output_dir, or remove it, or pass --allow-drift"
+                )
+        if self.writes:
+            write_text(file, yaml.safe_dump(resolved, sort_keys=True, allow_unicode=True))
+            write_json(self.path / "versions.json", versions())
+
+    def status(self, state: str, *, exit_code: int = 0, message: str = "") -> None:
+        """Write `status.json`: what a launcher that loses exit codes can still read."""
+        if self.writes and self.path.is_dir():
+            status = {"state": state, "exit_code": exit_code, "message": message, "command": self.recipe.command}
+            write_json(
+                self.path / "status.json",
+                {**status, "pid": os.getpid(), "host": socket.gethostname(), "seconds": round(time.time() - self.started, 1)},
+            )
+
+
+@contextmanager
+def open_run(recipe: Recipe, *, writes: bool = True) -> Iterator[RunDirectory]:
+    """Hold the recipe's `output_dir` while the run works in it, and leave its outcome in `status.json`.
+
+    Raises LockedError when another process holds it, StorageError when it cannot be written.
+    """
+    run = RunDirectory(recipe, writes=writes)
+    if not writes:
+        yield run
+        return
+    with storage(run.path):
+        run.path.mkdir(parents=True, exist_ok=True)
+        lock = (run.path / ".lock").open("a+", encoding="utf-8")
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            lock.seek(0)
+            holder = lock.read().strip() or "another process"
+            raise LockedError(f"{run.path} is in use by {holder}: wait for it, or give another output_dir") from error
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+        lock.flush()
+        try:
+            run.status("running")
+            yield run
+        except BcftError as error:
+            run.status("preempted" if error.exit_code == 75 else "failed", exit_code=error.exit_code, message=str(error))
+            raise
+        run.status("done")
+
+
+def versions() -> dict[str, Any]:
+    """Return what a result depends on besides the recipe: packages, Python, hardware."""
+    import torch
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "cpu": _cpu(),
+        "cpus": os.cpu_count() or 0,
+        "torch_threads": torch.get_num_threads(),
+        "gpus": gpus,
+        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+    }
+
+
+def import_function(path: str, *, key: str) -> Callable[..., Any]:
+    """Return the function a dotted path such as `my_rewards.length` names, the working directory included.
+
+    Raises UsageError that names the recipe's key.
+    """
+    module, _, name = path.rpartition(".")
+    if not module:
+        raise UsageError(f"{key}: {path!r} is not a dotted path such as my_rewards.length")
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except ImportError as error:
+        raise UsageError(f"{key}: cannot import {module!r}: {error}") from error
+    except AttributeError as error:
+        raise UsageError(f"{key}: module {module!r} has no function {name!r}") from error
+    if not callable(found):
+        raise UsageError(f"{key}: {path} is a {type(found).__name__}, not a function")
+    return found  # type: ignore[no-any-return]
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()

@@ -1,0 +1,144 @@
+"""Plain behaviour cloning: `python -m bcft.sft RECIPE`.
+
+Demonstrations to rows, one SFT run with loss on the completion only, and the held-out success before and after.
+Run again, the same command goes on where it was stopped; on a finished run it prints the conclusion.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from functools import partial
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from bcft.cli import execute
+from bcft.config import Recipe, load
+
+if TYPE_CHECKING:
+    from bcft.model import Policy
+    from bcft.rows import Census
+    from bcft.training import Fit
+    from bcft.types import Demonstration, Row
+
+
+def run(recipe: str | PathLike[str] | None = None, **overrides: Any) -> dict[str, Any]:
+    """Clone the recipe's demonstrations; return what `metrics.json` holds.
+
+    Raises a `bcft.errors.BcftError` for everything a user can cause.
+    """
+    return clone(load("sft", recipe, overrides))
+
+
+def clone(recipe: Recipe) -> dict[str, Any]:
+    """Run a parsed recipe; return what `metrics.json` holds."""
+    from bcft.data import load_splits
+    from bcft.evaluation import measure, stored
+    from bcft.journal import committed, read_json
+    from bcft.model import load_policy, rank
+    from bcft.run import open_run
+    from bcft.summary import before_and_after, conclusion, print_table
+
+    console = Console(quiet=rank() > 0 or "quiet" in recipe.flags, soft_wrap=True, highlight=False)
+    with open_run(recipe, writes=rank() == 0) as directory:
+        # 1. Demonstrations to rows, every label counted before anything is trained.
+        splits = load_splits(recipe)
+        policy = load_policy(recipe)
+        console.print(f"model: {recipe['model_name_or_path']} on {policy.precision.why}")
+        rows, census = _rows(recipe, policy, splits.train)
+        console.print(f"data:  {census}")
+        directory.settle()
+        if committed(directory.path):
+            metrics = read_json(directory.path / "metrics.json")
+            console.print(f"{directory.path} is finished: {metrics['conclusion']}")
+            return metrics
+
+        # 2. The policy as it is, on problems that are not in training.
+        answered = [d for d in splits.test if d.completion.strip()]
+        held_out = _rows(recipe, policy, answered)[0] if answered else []
+        measured = partial(measure, recipe, splits, split="test", rows=held_out)
+        base = stored(directory.path / "base") or measured(policy, directory=directory.path / "base", label="base")
+
+        # 3. One SFT run, from the newest whole checkpoint if there is one.
+        dev = [d for d in splits.dev if d.completion.strip()]
+        dev_rows = _rows(recipe, policy, dev)[0] if dev and recipe["eval_strategy"] != "no" else []
+        policy, fitted = _train(recipe, policy, rows, dev_rows)
+        console.print(
+            f"train: {fitted.steps} steps in {fitted.seconds:.0f} s, {fitted.tokens_per_second:,.0f} supervised "
+            f"tokens/s, loss {fitted.loss_first:.3f} to {fitted.loss_last:.3f}"
+        )
+
+        # 4. The policy as it has become, and what that means.
+        final = measured(policy, directory=directory.path / "final", label="final")
+        metrics = {"base": base.summary, "final": final.summary, "train": dataclasses.asdict(fitted)}
+        metrics |= conclusion(base, final)
+        _save(recipe, policy, metrics, census)
+        if base.summary:
+            print_table({"base": base.summary, "final": final.summary}, console)
+            console.print(before_and_after(base.evaluation, final.evaluation))
+        console.print(f"The model is in {directory.path}; next: {_next(recipe)}")
+        console.print(metrics["conclusion"])
+    return metrics
+
+
+def _rows(recipe: Recipe, policy: "Policy", demonstrations: "Sequence[Demonstration]") -> "tuple[list[Row], Census]":
+    from bcft.rows import make_rows
+
+    longest = min(recipe["max_length"] or policy.max_length, policy.max_length)
+    return make_rows(demonstrations, policy.renderer, max_length=longest, overlength=recipe["overlength"])
+
+
+def _train(
+    recipe: Recipe, policy: "Policy", rows: "Sequence[Row]", held_out: "Sequence[Row]"
+) -> "tuple[Policy, Fit]":
+    """Fit the rows; return the policy with the trained weights, and what training did."""
+    # trl takes longer to import than everything before: the first evaluation is not kept waiting for it.
+    from bcft.model import lora_config
+    from bcft.training import BCTrainer, fit, newest_checkpoint, training_arguments
+
+    output = Path(recipe["output_dir"])
+    arguments = training_arguments(
+        recipe.values, output_dir=output, autocast=policy.precision.autocast, use_cpu=policy.precision.device == "cpu"
+    )
+    trainer = BCTrainer(
+        policy.model,
+        arguments,
+        rows=rows,
+        held_out=held_out,
+        tokenizer=policy.renderer.tokenizer,
+        peft_config=lora_config(recipe),
+    )
+    fitted = fit(trainer, rows, resume=newest_checkpoint(output))
+    return dataclasses.replace(policy, model=trainer.accelerator.unwrap_model(trainer.model)), fitted
+
+
+def _save(recipe: Recipe, policy: "Policy", metrics: dict[str, Any], census: "Census") -> None:
+    """Write model, tokenizer, card and metrics; the manifest that commits them comes last."""
+    from bcft.journal import MANIFEST, storage, write_json, write_manifest, write_text
+    from bcft.model import rank, save_policy
+    from bcft.summary import model_card
+
+    if rank() > 0:
+        return
+    output = Path(recipe["output_dir"])
+    with storage(output):
+        save_policy(policy, output)
+    write_text(output / "README.md", model_card(recipe, metrics, str(census)))
+    write_json(output / "metrics.json", metrics)
+    mutable = {MANIFEST, "status.json", ".lock"}
+    write_manifest(output, [f for f in output.iterdir() if f.is_file() and f.name not in mutable])
+
+
+def _next(recipe: Recipe) -> str:
+    return f"bcft evaluate {recipe.path or 'RECIPE'} --model_name_or_path {recipe['output_dir']}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    return execute("sft", clone, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,135 @@
+"""What a person reads of a run: the table, the conclusion in words, one problem before and after, the model card."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from bcft.config import Recipe
+from bcft.evaluation import Evaluation, Measured, compare
+
+
+def print_table(columns: Mapping[str, Mapping[str, Any]], console: Console) -> None:
+    """Print summaries side by side, one column each, percentages with their 95 % interval."""
+    table = Table(title="held-out problems", title_justify="left")
+    table.add_column("")
+    for name in columns:
+        table.add_column(name, justify="right")
+    for name, *cells in table_rows(columns):
+        table.add_row(name, *cells)
+    console.print(table)
+
+
+def table_rows(columns: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+    """Return the table's lines, the name of the figure first; a figure nobody has is left out."""
+    some = next(iter(columns.values()))
+    samples, k = (some["sampled"]["n"], some["sampled"]["k"]) if "sampled" in some else (0, 0)
+    lines = {
+        "problems": [f"{c['n']}" for c in columns.values()],
+        "solved, greedy": [_cell(c, "greedy", "success") for c in columns.values()],
+        f"solved, sampled x {samples}": [_cell(c, "sampled", "pass@1") for c in columns.values()],
+        f"pass@{k}": [_cell(c, "sampled", "pass@k", interval=False) for c in columns.values()],
+        f"maj@{k}": [_cell(c, "sampled", "maj@k", interval=False) for c in columns.values()],
+        "stopped by itself": [percent(c["stop_rate"]) for c in columns.values()],
+        "harder problems, sampled": [_cell(c.get("harder", {}), "sampled", "pass@1") for c in columns.values()],
+        "held-out loss, nats a token": [f"{c['loss']:.3f}" if "loss" in c else "" for c in columns.values()],
+    }
+    return [[name, *cells] for name, cells in lines.items() if any(cells)]
+
+
+def conclusion(base: Measured, final: Measured, *, before: str = "before") -> dict[str, Any]:
+    """Return `vs_base` where success is known, and `conclusion`: better, worse, not distinguishable, or cannot tell."""
+    old, new = base.summary, final.summary
+    if not new:
+        return {"conclusion": "nothing was measured: eval_test_problems is 0, or there are no held-out problems"}
+    if "greedy" not in new:
+        loss = f"held-out loss {old['loss']:.3f} {before}, {new['loss']:.3f} now; " if "loss" in new else ""
+        stops = f"{percent(old['stop_rate'])} of attempts stopped by themselves {before}, {percent(new['stop_rate'])} now"
+        return {"conclusion": f"success cannot be told, the problems have no reference answers: {loss}{stops}"}
+    versus = compare(base.evaluation, final.evaluation)
+    kind, figure = ("sampled", "pass@1") if "sampled" in new else ("greedy", "success")
+    low, high = versus["ci95"]
+    words = (
+        f"{versus['conclusion'].replace('_', ' ')}: {percent(new[kind][figure])} of attempts at {new['n']} held-out "
+        f"problems solved ({kind}), {percent(old[kind][figure])} {before}: paired difference "
+        f"{100 * versus['delta']:+.1f} points, 95 % interval {100 * low:+.1f} to {100 * high:+.1f}, "
+        f"p {_p_value(versus['p_value'])}"
+    )
+    return {"vs_base": versus, "conclusion": words}
+
+
+def before_and_after(base: Evaluation, final: Evaluation) -> str:
+    """Return one problem that greedy decoding solves only afterwards, both answers in full; '' if there is none."""
+    for key, solved in final.greedy.items():
+        if solved and not base.greedy[key]:
+            old, new = base.problems[key][0], final.problems[key][0]
+            return (
+                f"{old['prompt'].strip()}\n"
+                f"  before: {_indented(old['completion'])}\n  after:  {_indented(new['completion'])}\n"
+            )
+    return ""
+
+
+def model_card(recipe: Recipe, metrics: Mapping[str, Any], census: str) -> str:
+    """Return the README of a saved model: data, recipe, numbers, and how to load it."""
+    columns = {name: metrics[name] for name in ("base", "final") if metrics[name]}
+    head, *lines = [["", *columns], *table_rows(columns)] if columns else [[""]]
+    table = "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *lines))
+    adapter = bool(recipe["use_peft"])
+    loader = "AutoPeftModelForCausalLM" if adapter else "AutoModelForCausalLM"
+    source = "peft" if adapter else "transformers"
+    keys = "\n".join(f"{key}: {recipe[key]}" for key in sorted(recipe.given))
+    return f"""---
+library_name: {source}
+tags: [bcft, behaviour-cloning, sft]
+---
+# {Path(recipe["output_dir"]).name}
+
+`{recipe["model_name_or_path"]}` after behaviour cloning with bcft on `{recipe["dataset_name"]}`
+(split `{recipe["dataset_train_split"]}`), loss on the completion only.
+
+{metrics['conclusion']}
+
+{table if columns else ""}
+
+Training data: {census}.
+
+```python
+from {source} import {loader}
+from transformers import AutoTokenizer
+
+model = {loader}.from_pretrained("{recipe["output_dir"]}")
+tokenizer = AutoTokenizer.from_pretrained("{recipe["output_dir"]}")
+```
+
+Recipe:
+
+```yaml
+{keys}
+```
+"""
+
+
+def percent(share: float) -> str:
+    """Return a share as a percentage with one digit."""
+    return f"{100 * share:.1f} %"
+
+
+def _cell(column: Mapping[str, Any], kind: str, figure: str, *, interval: bool = True) -> str:
+    if kind not in column:
+        return ""
+    shown = percent(column[kind][figure])
+    if not interval:
+        return shown
+    low, high = column[kind]["ci95"]
+    return f"{shown} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def _p_value(p: float) -> str:
+    return "< 0.0001" if p < 1e-4 else f"= {p:.4f}"
+
+
+def _indented(text: str) -> str:
+    return text.strip().replace("\n", "\n          ")

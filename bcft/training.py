@@ -1,0 +1,191 @@
+"""The trainer: TRL's `SFTTrainer`, fed ids and labels that are proved already.
+
+The loss is TRL's: the mean over all supervised tokens of an optimizer step, whatever the micro-batches. Left out:
+truncation, packing, tokenisation and label making, which happen before (or not at all).
+"""
+
+import dataclasses
+import math
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from tqdm.auto import tqdm
+from transformers import PrinterCallback, TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from bcft.errors import DivergedError
+from bcft.journal import MANIFEST, committed, read_json, write_manifest
+from bcft.types import Row
+
+
+class BCTrainer(SFTTrainer):  # type: ignore[misc]
+    """SFTTrainer on rows of ids and labels; stops at the first loss that is not finite, commits its checkpoints.
+
+    LoRA adapters are kept in fp32: TRL casts them to bf16 on a quantised base, where most small updates vanish.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        args: SFTConfig,
+        *,
+        rows: Sequence[Row],
+        tokenizer: Any,
+        held_out: Sequence[Row] = (),
+        peft_config: Any = None,
+    ) -> None:
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=to_dataset(rows),
+            eval_dataset=to_dataset(held_out) if held_out else None,
+            processing_class=tokenizer,
+            peft_config=peft_config,
+            callbacks=[Progress()] if not args.disable_tqdm else None,
+        )
+        self.pop_callback(PrinterCallback)
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        """Run one micro-batch; raise DivergedError, on every process, before a bad gradient reaches the weights."""
+        loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+        if not bool(torch.isfinite(self.accelerator.reduce(loss.detach()))):
+            raise DivergedError(
+                f"step {self.state.global_step + 1}: the loss is not finite; no weights were saved from it: "
+                f"lower learning_rate (now {self._get_learning_rate():.2g}) or max_grad_norm, or set bf16 over fp16"
+            )
+        return loss
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Save, then commit with a manifest: a checkpoint without one is a torn one and never resumed from."""
+        super()._save_checkpoint(model, trial)
+        directory = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save and directory.is_dir():
+            write_manifest(directory, [f for f in directory.iterdir() if f.is_file() and f.name != MANIFEST])
+
+
+class Progress(TrainerCallback):  # type: ignore[misc]
+    """One bar with rate and time left; where nobody watches a terminal, a line about every tenth of the way."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        """Open the bar at the step a resumed run starts from."""
+        self.bar = tqdm(
+            total=state.max_steps,
+            initial=state.global_step,
+            desc="train",
+            unit="step",
+            dynamic_ncols=True,
+            disable=not (state.is_world_process_zero and sys.stderr.isatty()),
+        )
+        self.told = state.global_step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        """Advance."""
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:  # noqa: ARG002
+        """Show the latest losses."""
+        shown = {k: f"{logs[k]:.4f}" for k in ("loss", "eval_loss") if k in (logs or {})}
+        if not shown or not state.is_world_process_zero:
+            return
+        if not self.bar.disable:
+            self.bar.set_postfix(shown)
+        elif state.global_step >= self.told + state.max_steps / 10:
+            self.told = state.global_step
+            losses = ", ".join(f"{key} {value}" for key, value in shown.items())
+            print(f"train: step {state.global_step} of {state.max_steps}, {losses}", file=sys.stderr)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        """Close the bar."""
+        self.bar.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """What a training run did; goes into `metrics.json` as `train`."""
+
+    rows: int
+    tokens_supervised: int
+    steps: int
+    loss_first: float
+    loss_last: float
+    seconds: float
+    tokens_per_second: float
+    weights_changed: bool
+
+
+def to_dataset(rows: Sequence[Row]) -> Dataset:
+    """Return rows as the columns the trainer reads."""
+    return Dataset.from_dict(
+        {"input_ids": [list(row.input_ids) for row in rows], "labels": [list(row.labels) for row in rows]}
+    )
+
+
+def training_arguments(values: Mapping[str, Any], *, output_dir: Path, autocast: str, use_cpu: bool) -> SFTConfig:
+    """Return the recipe's values as TRL's configuration, precision and what the package decides itself filled in."""
+    names = {field.name for field in dataclasses.fields(SFTConfig) if field.init}
+    ours = {
+        "output_dir": str(output_dir),
+        "bf16": autocast == "bf16",
+        "fp16": autocast == "fp16",
+        "use_cpu": use_cpu,
+        "logging_nan_inf_filter": False,
+        "max_length": None,
+        "chat_template_path": None,
+        "eos_token": None,
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+    }
+    return SFTConfig(**{key: value for key, value in values.items() if key in names} | ours)
+
+
+def fit(trainer: BCTrainer, rows: Sequence[Row], *, resume: str = "") -> Fit:
+    """Train, from a checkpoint directory if `resume` names one.
+
+    Raises DivergedError when a loss or a weight is not finite, or when no weight changed.
+    """
+    before = _fingerprint(trainer.model)
+    start = time.perf_counter()
+    trainer.train(resume_from_checkpoint=resume or None)
+    seconds = time.perf_counter() - start
+    after = _fingerprint(trainer.model)
+    if not all(map(math.isfinite, after)):
+        raise DivergedError(f"step {trainer.state.global_step}: a weight is not finite: lower learning_rate")
+    if before == after:
+        raise DivergedError(
+            f"{trainer.state.global_step} optimizer steps changed no weight: raise learning_rate, "
+            f"now {trainer.args.learning_rate}"
+        )
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    supervised = sum(row.supervised for row in rows)
+    resumed = read_json(Path(resume) / "trainer_state.json")["epoch"] if resume else 0.0
+    return Fit(
+        rows=len(rows),
+        tokens_supervised=supervised,
+        steps=trainer.state.global_step,
+        loss_first=losses[0] if losses else 0.0,
+        loss_last=losses[-1] if losses else 0.0,
+        seconds=round(seconds, 3),
+        tokens_per_second=round(supervised * (trainer.state.epoch - resumed) / seconds, 1),
+        weights_changed=True,
+    )
+
+
+def newest_checkpoint(directory: Path) -> str:
+    """Return the newest checkpoint whose manifest verifies, '' when there is none."""
+    found = [path for path in directory.glob("checkpoint-*") if path.name.split("-")[-1].isdigit()]
+    for path in sorted(found, key=lambda p: -int(p.name.split("-")[-1])):
+        if committed(path):
+            return str(path)
+    return ""
+
+
+def _fingerprint(model: Any) -> list[float]:
+    """Return a sum for every trainable tensor: any real update changes one of them."""
+    return [float(p.detach().sum(dtype=torch.float64)) for p in model.parameters() if p.requires_grad]
