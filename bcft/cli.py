@@ -8,13 +8,8 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from bcft.config import Recipe, help_text, parse
+from bcft.config_tables import COMMANDS
 from bcft.errors import BcftError, Preempted
-
-COMMANDS = {
-    "sft": "plain behaviour cloning: one SFT run, loss on the completion only, evaluated before and after",
-    "evaluate": "success of a model or adapter on held-out problems, paired against another with --against",
-    "preview": "show which tokens of the first rows carry loss",
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,8 +17,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: bcft COMMAND RECIPE [--key value | key=value ...]\n")
-        print("\n".join(f"  {name:<9} {meaning}" for name, meaning in COMMANDS.items()))
-        print("\nbcft COMMAND --help lists the keys; bcft sft recipes/bc_math.yaml runs without network or accelerator.")
+        for name, command in COMMANDS.items():
+            print(f"  {name:<9} {' '.join(command.summary.split())}")
+        print(
+            "\nbcft COMMAND --help lists the keys; bcft sft recipes/bc_math.yaml runs without network or accelerator."
+        )
         return 0 if arguments else 2
     if arguments[0] == "--version":
         from bcft import __version__

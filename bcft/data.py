@@ -23,6 +23,7 @@ REFERENCES = ("answer", "solution", "ground_truth")
 """Columns that hold a reference answer, in the order a reward looks for them."""
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 TEST_SHARE, DEV_SHARE = 0.05, 0.05
+HARDER_PROBLEMS = 200
 EMBEDDED_ROWS = 10_000
 """Length of the `train` split of an embedded dataset; a slice such as `train[:2000]` takes fewer."""
 
@@ -55,12 +56,12 @@ def load_splits(recipe: Recipe) -> Splits:
     train_split, train_slice = _parse_split(recipe["dataset_train_split"])
     if name.startswith("bcft:"):
         return _embedded(name, train_slice, *sizes)
-    found = [_demonstration(row, where, name) for row, where in _read(recipe, train_split)[train_slice]]
+    found = [_demonstration(row, where) for row, where in _read(recipe, train_split)[train_slice]]
     test_split, test_slice = _parse_split(recipe["dataset_test_split"])
     own_test = sizes[1] > 0 and _has_split(recipe, test_split)
     train, dev, test = _by_hash(found, dev=sizes[0] > 0, test=sizes[1] > 0 and not own_test)
     if own_test:
-        test = [_demonstration(row, where, name, problem_only=True) for row, where in _read(recipe, test_split)[test_slice]]
+        test = [_demonstration(row, where, problem_only=True) for row, where in _read(recipe, test_split)[test_slice]]
     held_out = {d.problem.id: d for d in (*dev, *test)}
     shared = [d for d in train if d.problem.id in held_out]
     if shared and not recipe["allow_overlap"]:
@@ -73,20 +74,20 @@ def load_splits(recipe: Recipe) -> Splits:
 
 
 def _embedded(name: str, train: slice, dev: int, test: int) -> Splits:
-    demonstrators = {"bcft:arithmetic": "expert", "bcft:arithmetic-apprentice": "apprentice"}
+    demonstrators: dict[str, arithmetic.Demonstrator] = {
+        "bcft:arithmetic": "expert",
+        "bcft:arithmetic-apprentice": "apprentice",
+    }
     if name not in demonstrators:
         raise DataError(f"dataset_name: {name!r} is not embedded; there are {', '.join(sorted(demonstrators))}")
 
-    def take(split: str, part: slice, level: str = "standard") -> tuple[Demonstration, ...]:
-        start, stop, _ = part.indices(EMBEDDED_ROWS)
-        rows = arithmetic.items(split, stop, level=level, demonstrator=demonstrators[name])
-        return tuple(_demonstration(row, f"{name} {split} row {i}", name) for i, row in enumerate(rows))[start:]
+    def take(split: arithmetic.Split, n: int, level: arithmetic.Level = "standard") -> tuple[Demonstration, ...]:
+        rows = arithmetic.items(split, n, level=level, demonstrator=demonstrators[name])
+        return tuple(_demonstration(dict(row), f"{name} {split} row {i}") for i, row in enumerate(rows))
 
-    harder = take("test", slice(min(test, HARDER_PROBLEMS)), level="harder")
-    return Splits(take("train", train), take("dev", slice(dev)), take("test", slice(test)), harder)
-
-
-HARDER_PROBLEMS = 200
+    start, stop, _ = train.indices(EMBEDDED_ROWS)
+    harder = take("test", min(test, HARDER_PROBLEMS), level="harder")
+    return Splits(take("train", stop)[start:], take("dev", dev), take("test", test), harder)
 
 
 def _by_hash(
@@ -131,7 +132,9 @@ def _has_split(recipe: Recipe, split: str) -> bool:
     if path.suffix in SUFFIXES and not path.is_dir():
         # A single file is its own training split, unless the test split is named as another file.
         if "dataset_test_split" in recipe.given:
-            raise DataError(f"dataset_test_split: {path} is one file without splits: give its directory, or remove the key")
+            raise DataError(
+                f"dataset_test_split: {path} is one file without splits: give its directory, or remove the key"
+            )
         return False
     if _file(recipe["dataset_name"], split):
         return True
@@ -171,7 +174,9 @@ def _hub(recipe: Recipe) -> Any:
         return datasets.load_dataset(name, recipe["dataset_config"])
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(f"dataset_name: cannot load {name!r} as a file, a directory or a Hub dataset: {reason}") from error
+        raise DataError(
+            f"dataset_name: cannot load {name!r} as a file, a directory or a Hub dataset: {reason}"
+        ) from error
 
 
 def _read_json(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
@@ -241,7 +246,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
 # Rows to demonstrations
 
 
-def _demonstration(row: dict[str, Any], where: str, name: str, *, problem_only: bool = False) -> Demonstration:
+def _demonstration(row: dict[str, Any], where: str, *, problem_only: bool = False) -> Demonstration:
     """Return a row as a demonstration; with `problem_only` the completion may be missing."""
     if "prompt" in row:
         prompt_key, completion_key = "prompt", "completion"

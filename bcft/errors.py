@@ -58,7 +58,7 @@ class CheckpointError(BcftError):
     exit_code = 9
 
 
-class Preempted(BcftError):
+class Preempted(BcftError):  # noqa: N818 - not a fault
     """The run was asked to stop; the same command resumes it."""
 
     exit_code = 75

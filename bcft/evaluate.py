@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Sequence
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -24,7 +25,8 @@ def run(recipe: str | PathLike[str] | None = None, **overrides: Any) -> dict[str
 
 
 def measure_recipe(recipe: Recipe) -> dict[str, Any]:
-    """Evaluate by a parsed recipe; write rows and summary into `output_dir`; return `{model, against, vs_base}`."""
+    """Evaluate by a parsed recipe; return `{model, against, vs_base, conclusion}` and write it, with all rows, below
+    `<output_dir>/evaluate`."""
     import dataclasses
 
     from bcft.data import load_splits
@@ -36,7 +38,7 @@ def measure_recipe(recipe: Recipe) -> dict[str, Any]:
 
     console = Console(quiet=rank() > 0 or bool({"quiet", "json"} & recipe.flags), soft_wrap=True, highlight=False)
     names = {"model": recipe["model_name_or_path"], "against": recipe["against"]}
-    with open_run(recipe, writes=rank() == 0) as directory:
+    with open_run(recipe, Path(recipe["output_dir"]) / "evaluate", writes=rank() == 0) as directory:
         splits = load_splits(recipe)
         found = {}
         for part, name in names.items():

@@ -173,7 +173,7 @@ def evaluate(
 
 @dataclass(frozen=True)
 class Measured:
-    """An evaluation and its summary, the harder problems and the held-out loss included; both empty without problems."""
+    """An evaluation and its summary, with harder problems and held-out loss; both empty without problems."""
 
     evaluation: Evaluation
     summary: Mapping[str, Any]

@@ -20,7 +20,9 @@ def storage(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         place = path if path.is_absolute() else Path(os.path.relpath(path))
-        raise StorageError(f"cannot write {place}: {error.strerror or error}: make room or give another output_dir") from error
+        raise StorageError(
+            f"cannot write {place}: {error.strerror or error}: make room or give another output_dir"
+        ) from error
 
 
 def write_text(path: Path, text: str) -> None:

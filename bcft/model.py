@@ -62,7 +62,9 @@ def load_renderer(recipe: Recipe) -> Renderer:
 
     name = locate(recipe["model_name_or_path"])
     try:
-        eos = GenerationConfig.from_pretrained(adapter_base(name) or name, revision=recipe["model_revision"]).eos_token_id
+        eos = GenerationConfig.from_pretrained(
+            adapter_base(name) or name, revision=recipe["model_revision"]
+        ).eos_token_id
     except OSError:  # a model without generation_config.json stops at its tokenizer's EOS
         eos = None
     return Renderer(load_tokenizer(recipe), [] if eos is None else [eos] if isinstance(eos, int) else eos)

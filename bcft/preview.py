@@ -33,9 +33,7 @@ def first_rows(recipe: Recipe) -> tuple[list[dict[str, Any]], str]:
 
     renderer = load_renderer(recipe)
     longest = recipe["max_length"] or sys.maxsize
-    rows, census = make_rows(
-        load_splits(recipe).train, renderer, max_length=longest, overlength=recipe["overlength"]
-    )
+    rows, census = make_rows(load_splits(recipe).train, renderer, max_length=longest, overlength=recipe["overlength"])
     shown = []
     for row in rows[: recipe["preview_rows"]]:
         texts = [renderer.tokenizer.decode([token]) for token in row.input_ids]

@@ -22,17 +22,26 @@ from bcft.journal import storage, write_json, write_text
 PACKAGES = ("bcft", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "math-verify")
 
 MAY_DIFFER = frozenset(
-    """output_dir report_to run_name logging_steps logging_strategy logging_first_step disable_tqdm save_steps
-    save_strategy save_total_limit save_only_model per_device_eval_batch_size dataloader_num_workers""".split()
+    {
+        *(
+            "output_dir",
+            "report_to",
+            "run_name",
+            "disable_tqdm",
+            "dataloader_num_workers",
+            "per_device_eval_batch_size",
+        ),
+        *("logging_steps", "logging_strategy", "logging_first_step", "save_steps", "save_strategy", "save_total_limit"),
+    }
 )
 """Keys a resumed run may change: they alter no figure and no weight."""
 
 
 class RunDirectory:
-    """`output_dir` of a run, held by this process. Only rank 0 writes."""
+    """The directory of a run, held by this process. Only rank 0 writes."""
 
-    def __init__(self, recipe: Recipe, *, writes: bool) -> None:
-        self.path = Path(recipe["output_dir"])
+    def __init__(self, recipe: Recipe, path: Path, *, writes: bool) -> None:
+        self.path = path
         self.recipe = recipe
         self.writes = writes
         self.started = time.time()
@@ -47,7 +56,9 @@ class RunDirectory:
         if file.is_file() and "allow-drift" not in self.recipe.flags:
             before = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
             keys = sorted((before.keys() | resolved.keys()) - MAY_DIFFER)
-            drift = [f"{k} was {before.get(k)!r}, now {resolved.get(k)!r}" for k in keys if before.get(k) != resolved.get(k)]
+            drift = [
+                f"{k} was {before.get(k)!r}, now {resolved.get(k)!r}" for k in keys if before.get(k) != resolved.get(k)
+            ]
             if drift:
                 raise UsageError(
                     f"{self.path} was begun with another recipe ({'; '.join(drift)}): "
@@ -63,17 +74,22 @@ class RunDirectory:
             status = {"state": state, "exit_code": exit_code, "message": message, "command": self.recipe.command}
             write_json(
                 self.path / "status.json",
-                {**status, "pid": os.getpid(), "host": socket.gethostname(), "seconds": round(time.time() - self.started, 1)},
+                {
+                    **status,
+                    "pid": os.getpid(),
+                    "host": socket.gethostname(),
+                    "seconds": round(time.time() - self.started, 1),
+                },
             )
 
 
 @contextmanager
-def open_run(recipe: Recipe, *, writes: bool = True) -> Iterator[RunDirectory]:
-    """Hold the recipe's `output_dir` while the run works in it, and leave its outcome in `status.json`.
+def open_run(recipe: Recipe, path: Path, *, writes: bool = True) -> Iterator[RunDirectory]:
+    """Hold a directory while the run works in it, and leave its outcome in `status.json`.
 
     Raises LockedError when another process holds it, StorageError when it cannot be written.
     """
-    run = RunDirectory(recipe, writes=writes)
+    run = RunDirectory(recipe, path, writes=writes)
     if not writes:
         yield run
         return
@@ -94,7 +110,9 @@ def open_run(recipe: Recipe, *, writes: bool = True) -> Iterator[RunDirectory]:
             run.status("running")
             yield run
         except BcftError as error:
-            run.status("preempted" if error.exit_code == 75 else "failed", exit_code=error.exit_code, message=str(error))
+            run.status(
+                "preempted" if error.exit_code == 75 else "failed", exit_code=error.exit_code, message=str(error)
+            )
             raise
         run.status("done")
 

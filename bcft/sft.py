@@ -16,6 +16,7 @@ from rich.console import Console
 
 from bcft.cli import execute
 from bcft.config import Recipe, load
+from bcft.errors import UsageError
 
 if TYPE_CHECKING:
     from bcft.model import Policy
@@ -42,7 +43,7 @@ def clone(recipe: Recipe) -> dict[str, Any]:
     from bcft.summary import before_and_after, conclusion, print_table
 
     console = Console(quiet=rank() > 0 or "quiet" in recipe.flags, soft_wrap=True, highlight=False)
-    with open_run(recipe, writes=rank() == 0) as directory:
+    with open_run(recipe, Path(recipe["output_dir"]), writes=rank() == 0) as directory:
         # 1. Demonstrations to rows, every label counted before anything is trained.
         splits = load_splits(recipe)
         policy = load_policy(recipe)
@@ -63,7 +64,11 @@ def clone(recipe: Recipe) -> dict[str, Any]:
 
         # 3. One SFT run, from the newest whole checkpoint if there is one.
         dev = [d for d in splits.dev if d.completion.strip()]
-        dev_rows = _rows(recipe, policy, dev)[0] if dev and recipe["eval_strategy"] != "no" else []
+        if recipe["eval_strategy"] != "no" and not dev:
+            raise UsageError(
+                "eval_strategy: there are no dev rows to take a loss on: raise eval_dev_problems, or set no"
+            )
+        dev_rows = _rows(recipe, policy, dev)[0] if recipe["eval_strategy"] != "no" else []
         policy, fitted = _train(recipe, policy, rows, dev_rows)
         console.print(
             f"train: {fitted.steps} steps in {fitted.seconds:.0f} s, {fitted.tokens_per_second:,.0f} supervised "
@@ -90,9 +95,7 @@ def _rows(recipe: Recipe, policy: "Policy", demonstrations: "Sequence[Demonstrat
     return make_rows(demonstrations, policy.renderer, max_length=longest, overlength=recipe["overlength"])
 
 
-def _train(
-    recipe: Recipe, policy: "Policy", rows: "Sequence[Row]", held_out: "Sequence[Row]"
-) -> "tuple[Policy, Fit]":
+def _train(recipe: Recipe, policy: "Policy", rows: "Sequence[Row]", held_out: "Sequence[Row]") -> "tuple[Policy, Fit]":
     """Fit the rows; return the policy with the trained weights, and what training did."""
     # trl takes longer to import than everything before: the first evaluation is not kept waiting for it.
     from bcft.model import lora_config

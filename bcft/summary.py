@@ -46,7 +46,9 @@ def conclusion(base: Measured, final: Measured, *, before: str = "before") -> di
         return {"conclusion": "nothing was measured: eval_test_problems is 0, or there are no held-out problems"}
     if "greedy" not in new:
         loss = f"held-out loss {old['loss']:.3f} {before}, {new['loss']:.3f} now; " if "loss" in new else ""
-        stops = f"{percent(old['stop_rate'])} of attempts stopped by themselves {before}, {percent(new['stop_rate'])} now"
+        stops = (
+            f"{percent(old['stop_rate'])} of attempts stopped by themselves {before}, {percent(new['stop_rate'])} now"
+        )
         return {"conclusion": f"success cannot be told, the problems have no reference answers: {loss}{stops}"}
     versus = compare(base.evaluation, final.evaluation)
     kind, figure = ("sampled", "pass@1") if "sampled" in new else ("greedy", "success")
@@ -90,7 +92,7 @@ tags: [bcft, behaviour-cloning, sft]
 `{recipe["model_name_or_path"]}` after behaviour cloning with bcft on `{recipe["dataset_name"]}`
 (split `{recipe["dataset_train_split"]}`), loss on the completion only.
 
-{metrics['conclusion']}
+{metrics["conclusion"]}
 
 {table if columns else ""}
 

@@ -6,6 +6,7 @@ truncation, packing, tokenisation and label making, which happen before (or not 
 
 import dataclasses
 import math
+import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -15,10 +16,10 @@ from typing import Any
 import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from bcft.errors import DivergedError
+from bcft.errors import DivergedError, Preempted
 from bcft.journal import MANIFEST, committed, read_json, write_manifest
 from bcft.types import Row
 
@@ -46,9 +47,13 @@ class BCTrainer(SFTTrainer):  # type: ignore[misc]
             eval_dataset=to_dataset(held_out) if held_out else None,
             processing_class=tokenizer,
             peft_config=peft_config,
-            callbacks=[Progress()] if not args.disable_tqdm else None,
         )
+        # The Trainer's own callback prints every log as a dictionary.
         self.pop_callback(PrinterCallback)
+        self.pop_callback(ProgressCallback)
+        self.add_callback(Progress())
+        self.stop_gently = StopGently()
+        self.add_callback(self.stop_gently)
         for parameter in self.model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
@@ -107,6 +112,31 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         self.bar.close()
 
 
+class StopGently(TrainerCallback):  # type: ignore[misc]
+    """On SIGTERM or Ctrl-C end the step, save a checkpoint and stop; a second signal stops at once."""
+
+    asked = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        """Take the signals over for the time of the training."""
+        self.before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        """Save and stop if anybody asked: between steps, where a resumed run meets the same random numbers."""
+        if self.asked and state.global_step < state.max_steps:
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        """Give the signals back."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, *_: object) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+
 @dataclasses.dataclass(frozen=True)
 class Fit:
     """What a training run did; goes into `metrics.json` as `train`."""
@@ -148,12 +178,15 @@ def training_arguments(values: Mapping[str, Any], *, output_dir: Path, autocast:
 def fit(trainer: BCTrainer, rows: Sequence[Row], *, resume: str = "") -> Fit:
     """Train, from a checkpoint directory if `resume` names one.
 
-    Raises DivergedError when a loss or a weight is not finite, or when no weight changed.
+    Raises DivergedError when a loss or a weight is not finite, or when no weight changed, Preempted when asked to
+    stop before the end.
     """
     before = _fingerprint(trainer.model)
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=resume or None)
     seconds = time.perf_counter() - start
+    if trainer.stop_gently.asked and trainer.state.global_step < trainer.state.max_steps:
+        raise Preempted(f"stopped and saved at step {trainer.state.global_step}; the same command goes on from here")
     after = _fingerprint(trainer.model)
     if not all(map(math.isfinite, after)):
         raise DivergedError(f"step {trainer.state.global_step}: a weight is not finite: lower learning_rate")

@@ -27,9 +27,7 @@ def requests(n=24, *, samples=3, new=20, sampling=Sampling(), stop=(1,)):  # noq
     for problem in range(n):
         length = int(torch.randint(2, 15, (1,), generator=generator))
         context = tuple(torch.randint(2, VOCABULARY, (length,), generator=generator).tolist())
-        found += [
-            Request((0, "test", 0, f"p{problem}", k, 0), context, sampling, stop, new) for k in range(samples)
-        ]
+        found += [Request((0, "test", 0, f"p{problem}", k, 0), context, sampling, stop, new) for k in range(samples)]
     return found
 
 

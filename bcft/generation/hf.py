@@ -241,7 +241,7 @@ class HFEngine:
         # Twice the cache, since growing it copies; six fp32 rows of the vocabulary for warpers and noise.
         each = 2 * 2 * config.num_hidden_layers * heads * size * tokens * 4 + 6 * 4 * config.vocab_size
         free = torch.cuda.mem_get_info()[0] // 2 if self.model.device.type == "cuda" else 2**30
-        return max(1, min(_MOST_ROWS, free // each))
+        return max(1, min(_MOST_ROWS, int(free // each)))
 
 
 def _warpers(sampling: Sampling) -> LogitsProcessorList:

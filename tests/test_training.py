@@ -1,0 +1,178 @@
+"""The trainer: its loss is the token mean, its steps do not depend on micro-batches, and it stops when it should."""
+
+import signal
+
+import pytest
+import torch
+from tiny import llama_tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from bcft.errors import DivergedError, Preempted
+from bcft.training import BCTrainer, fit, newest_checkpoint, to_dataset, training_arguments
+from bcft.types import IGNORED, Row
+
+VOCABULARY = 40
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return llama_tokenizer(["a b c"])
+
+
+def model(*, dropout=0.0, seed=0):
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=4, max_position_embeddings=64, initializer_range=0.2, attention_dropout=dropout,
+            pad_token_id=0,
+        )
+    )  # fmt: skip
+
+
+def rows(n=8, seed=3):
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for index in range(n):
+        prompt, completion = (int(torch.randint(1, 12, (1,), generator=generator)) for _ in range(2))
+        ids = torch.randint(6, VOCABULARY, (prompt + completion,), generator=generator).tolist()
+        made.append(Row(f"p{index}", tuple(ids), (*[IGNORED] * prompt, *ids[prompt:])))
+    return made
+
+
+def trainer(network, directory, tokenizer, *, given=None, **values):
+    settings = {
+        "learning_rate": 0.1, "optim": "sgd", "max_steps": 1, "per_device_train_batch_size": 4, "seed": 0,
+        "report_to": "none", "save_strategy": "no", "gradient_checkpointing": False, "logging_steps": 1,
+        "max_grad_norm": 0.0, "train_sampling_strategy": "sequential", "lr_scheduler_type": "constant",
+    } | values  # fmt: skip
+    arguments = training_arguments(settings, output_dir=directory, autocast="no", use_cpu=True)
+    return BCTrainer(network, arguments, rows=given or rows(), tokenizer=tokenizer)
+
+
+def row_loss(network, row):
+    """Return the summed negative log-likelihood of one row's supervised tokens, by the definition, and their number."""
+    with torch.no_grad():
+        scores = network(torch.tensor([row.input_ids])).logits[0].log_softmax(-1)
+    picked = [scores[i - 1, label] for i, label in enumerate(row.labels) if label != IGNORED and i > 0]
+    return -float(sum(picked)), len(picked)
+
+
+@pytest.mark.parametrize("multiple", [None, 8, 64])
+def test_a_batch_loss_is_the_token_weighted_mean_of_its_rows_under_any_padding(tmp_path, tokenizer, multiple):
+    network = model().eval()
+    given = rows()
+    made = trainer(network, tmp_path, tokenizer, given=given, pad_to_multiple_of=multiple)
+    batch = made.data_collator([dict(example) for example in to_dataset(given)])
+    assert multiple is None or batch["input_ids"].shape[1] % multiple == 0
+    network.eval()
+    losses, counts = zip(*(row_loss(network, row) for row in given), strict=True)
+    assert float(made.compute_loss(network, batch)) == pytest.approx(sum(losses) / sum(counts), rel=1e-5)
+
+
+def test_four_rows_at_once_and_four_times_one_row_make_the_same_step(tmp_path, tokenizer):
+    """Gradient accumulation was normalised per micro-batch in transformers before 4.46 (issue 34191)."""
+    given = rows(4)
+    assert len({row.supervised for row in given}) > 1
+    weights = []
+    for size, accumulation in ((4, 1), (1, 4), (2, 2)):
+        network = model()
+        made = trainer(
+            network, tmp_path, tokenizer, given=given, per_device_train_batch_size=size,
+            gradient_accumulation_steps=accumulation,
+        )  # fmt: skip
+        made.train()
+        weights.append([p.detach().clone() for p in network.parameters()])
+    for other in weights[1:]:
+        for a, b in zip(weights[0], other, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_training_follows_the_definition_of_gradient_descent(tmp_path, tokenizer):
+    """One SGD step by hand, on the token mean over the batch, gives the trainer's weights."""
+    given = rows(4)
+    by_hand, network = model(), model()
+    trainer(network, tmp_path, tokenizer, given=given).train()
+    losses = []
+    for row in given:
+        scores = by_hand(torch.tensor([row.input_ids])).logits[0].log_softmax(-1)
+        losses += [-scores[i - 1, label] for i, label in enumerate(row.labels) if label != IGNORED and i > 0]
+    torch.stack(losses).mean().backward()
+    for ours, theirs in zip(by_hand.parameters(), network.parameters(), strict=True):
+        torch.testing.assert_close(ours - 0.1 * ours.grad, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_it_reaches_the_weights(tmp_path, tokenizer):
+    network = model()
+    with torch.no_grad():
+        network.model.layers[0].mlp.up_proj.weight[0, 0] = float("nan")
+    others = {name: p.detach().clone() for name, p in network.named_parameters()}
+    made = trainer(network, tmp_path, tokenizer, max_steps=5, save_strategy="steps", save_steps=1)
+    with pytest.raises(DivergedError, match="step 1: the loss is not finite"):
+        fit(made, rows())
+    assert all(torch.equal(p, others[n]) for n, p in network.named_parameters() if "layers.0.mlp.up" not in n)
+    assert not list(tmp_path.glob("checkpoint-*"))
+    assert DivergedError.exit_code == 5
+
+
+def test_a_run_that_changes_no_weight_is_an_error(tmp_path, tokenizer):
+    with pytest.raises(DivergedError, match="changed no weight"):
+        fit(trainer(model(), tmp_path, tokenizer, learning_rate=1e-30), rows())
+
+
+def test_a_resumed_run_ends_in_the_same_weights_bit_for_bit(tmp_path, tokenizer):
+    settings = {
+        "max_steps": 9, "save_strategy": "steps", "save_steps": 4, "optim": "adamw_torch", "learning_rate": 1e-3,
+        "lr_scheduler_type": "cosine", "train_sampling_strategy": "random", "gradient_accumulation_steps": 2,
+        "per_device_train_batch_size": 1,
+    }  # fmt: skip
+    given = rows(7)
+    whole = model(dropout=0.1)
+    fit(trainer(whole, tmp_path / "whole", tokenizer, given=given, **settings), given)
+
+    class Power(Exception):  # noqa: N818
+        pass
+
+    def fail_at_six(*_):
+        if made.state.global_step == 6:
+            raise Power
+
+    made = trainer(model(dropout=0.1), tmp_path / "cut", tokenizer, given=given, **settings)
+    made.callback_handler.callbacks[-1].on_step_begin = lambda *_, **__: fail_at_six()
+    with pytest.raises(Power):
+        fit(made, given)
+    checkpoint = newest_checkpoint(tmp_path / "cut")
+    assert checkpoint.endswith("checkpoint-4")
+    resumed = model(dropout=0.1)
+    fit(trainer(resumed, tmp_path / "cut", tokenizer, given=given, **settings), given, resume=checkpoint)
+    for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("damage", ["torn", "missing", "no manifest"])
+def test_a_damaged_checkpoint_is_passed_over_for_an_older_whole_one(tmp_path, tokenizer, damage):
+    made = trainer(model(), tmp_path, tokenizer, max_steps=4, save_strategy="steps", save_steps=2)
+    fit(made, rows())
+    newest = tmp_path / "checkpoint-4"
+    if damage == "torn":
+        file = newest / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:-8])
+    else:
+        (newest / {"missing": "optimizer.pt", "no manifest": "manifest.json"}[damage]).unlink()
+    assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+
+
+def test_a_signal_ends_the_step_saves_and_asks_for_the_same_command(tmp_path, tokenizer):
+    made = trainer(model(), tmp_path, tokenizer, max_steps=50, save_strategy="steps", save_steps=40)
+
+    def interrupt(*_, **__):
+        if made.state.global_step == 3:
+            signal.raise_signal(signal.SIGTERM)
+
+    made.callback_handler.callbacks[0].on_step_begin = interrupt
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Preempted, match="saved at step 4"):
+        fit(made, rows())
+    assert newest_checkpoint(tmp_path).endswith("checkpoint-4")
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert Preempted.exit_code == 75
