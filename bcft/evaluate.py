@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from bcft.cli import execute
+from bcft.command import execute
 from bcft.config import Recipe, load
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from bcft.cli import execute
+from bcft.command import execute
 from bcft.config import Recipe, load
 
 

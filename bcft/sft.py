@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from bcft.cli import execute
+from bcft.command import execute
 from bcft.config import Recipe, load
 from bcft.errors import UsageError
 

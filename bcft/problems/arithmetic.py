@@ -9,9 +9,9 @@ A solution does the units, then the tens, then writes the result, one line a ste
     6+1=7, 4+2=6: 67
     #### 67
 
-That is the expert's. The apprentice mostly forgets the `+1` of a carry and the `-1` of a borrow, and goes on from the
-wrong result. One forgotten carry and one forgotten borrow cancel: the answer is then right by wrong steps, which
-`check_steps` finds out.
+That is the expert's. The apprentice mostly forgets to carry (`7+5=12, 4+3=7: 72`) and to borrow: then the smaller digit
+is taken from the larger one (`6-2=4, 8-3=5: 54`). What follows goes on from the wrong result. Now and then two mistakes
+cancel and the answer is right by wrong steps, which `check_steps` finds out.
 
 All choices come from sha256, so an item is the same in every version of Python. Answers are graded elsewhere, by
 `bcft.rewards`.
@@ -30,7 +30,7 @@ Split = Literal["train", "dev", "test"]
 Level = Literal["standard", "harder"]
 Demonstrator = Literal["expert", "apprentice"]
 
-FORGETS = 0.65
+FORGETS = 0.6
 """The probability with which the apprentice forgets a carry or a borrow."""
 
 STEPS = 3
@@ -68,45 +68,32 @@ class Sum:
         return str(sum(self.terms))
 
     @property
-    def carries(self) -> list[int]:
-        """For each step 1 if it carries, -1 if it borrows, else 0.
-
-        What was forgotten before makes no difference: the units are right all the same.
-        """
-        carries, units = [], self.terms[0] % 10
+    def carries(self) -> int:
+        """How many steps carry or borrow when none is forgotten."""
+        value, carries = self.terms[0], 0
         for term in self.terms[1:]:
-            units += term % 10 if term > 0 else -(-term % 10)
-            carries.append(units // 10)
-            units %= 10
+            carries += _carries(value, term)
+            value += term
         return carries
 
     @property
-    def has_two_digits_throughout(self) -> bool:
-        """Whether all terms and results have two digits, no matter which carries and borrows are forgotten."""
+    def fits(self) -> bool:
+        """Whether terms and results have two digits each, no matter which carries and borrows are forgotten."""
         if not all(10 <= abs(term) <= 99 for term in self.terms):
             return False
-        lowest = highest = self.terms[0]
-        for term, carry in zip(self.terms[1:], self.carries, strict=True):
-            lowest += term - 10 * (carry > 0)
-            highest += term + 10 * (carry < 0)
-            if lowest < 10 or highest > 99:
+        results = {self.terms[0]}
+        for term in self.terms[1:]:
+            results = {_work_out(value, term, forget)[1] for value in results for forget in (False, True)}
+            if min(results) < 10 or max(results) > 99:
                 return False
         return True
 
     def solution(self, forgets: Sequence[bool] = (False,) * STEPS) -> str:
         """Work the sum out; `forgets` says for each step whether its carry or borrow, if any, is forgotten."""
         lines, value = [], self.terms[0]
-        for term, carry, forgotten in zip(self.terms[1:], self.carries, forgets, strict=True):
-            sign, tens, units = "+" if term > 0 else "-", value // 10, value % 10 + 10 * (carry < 0)
-            carried = int(carry != 0 and not forgotten)
-            more_tens, more_units = divmod(abs(term), 10)
-            new_units = units + more_units if term > 0 else units - more_units
-            new_tens = tens + more_tens + carried if term > 0 else tens - more_tens - carried
-            value = 10 * new_tens + new_units % 10
-            carry_digit = f"{sign}1" if carried else ""
-            lines.append(
-                f"{units}{sign}{more_units}={new_units}, {tens}{sign}{more_tens}{carry_digit}={new_tens}: {value}"
-            )
+        for term, forget in zip(self.terms[1:], forgets, strict=True):
+            working, value = _work_out(value, term, forget)
+            lines.append(f"{working}: {value}")
         return "\n".join([*lines, f"#### {value}"])
 
 
@@ -120,9 +107,9 @@ def problem(index: int, *, split: Split, seed: int = 0, level: Level = "standard
     return next(
         candidate
         for candidate in candidates
-        if candidate.has_two_digits_throughout
-        and sum(map(abs, candidate.carries)) in CARRIES[level]
+        if candidate.carries in CARRIES[level]
         and low <= int(problem_id(candidate.prompt), 16) / 2**64 < high
+        and candidate.fits
     )
 
 
@@ -150,7 +137,32 @@ def check_steps(prompt: str, completion: str) -> bool:
     if match is None:
         return False
     stated = Sum(tuple(map(int, match[1].replace("+ ", "").replace("- ", "-").split())))
-    return stated.has_two_digits_throughout and completion == stated.solution()
+    return stated.fits and completion == stated.solution()
+
+
+def _work_out(value: int, term: int, forget: bool) -> tuple[str, int]:
+    """Return one step in writing, and its result."""
+    tens, units = divmod(value, 10)
+    more_tens, more_units = divmod(abs(term), 10)
+    carried = _carries(value, term)
+    if carried and forget:
+        carried = False
+        if term < 0:
+            units, more_units = more_units, units
+    if term > 0:
+        new_units, new_tens = units + more_units, tens + more_tens + carried
+    else:
+        units += 10 * carried
+        new_units, new_tens = units - more_units, tens - more_tens - carried
+    sign = "+" if term > 0 else "-"
+    one = f"{sign}1" if carried else ""
+    working = f"{units}{sign}{more_units}={new_units}, {tens}{sign}{more_tens}{one}={new_tens}"
+    return working, 10 * new_tens + new_units % 10
+
+
+def _carries(value: int, term: int) -> bool:
+    """Whether adding the term carries, or subtracting it borrows."""
+    return value % 10 + term % 10 > 9 if term > 0 else value % 10 < -term % 10
 
 
 def _candidate(key: str) -> Sum:
