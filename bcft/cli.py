@@ -18,7 +18,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("usage: bcft COMMAND RECIPE [--key value | key=value ...]\n")
         for name, command in COMMANDS.items():
             print(f"  {name:<9} {' '.join(command.summary.split())}")
-        print("\nbcft COMMAND --help lists the keys; bcft sft recipes/bc_math.yaml runs without network or accelerator.")
+        print(
+            "\nbcft COMMAND --help lists the keys; bcft sft recipes/bc_math.yaml runs without network or accelerator."
+        )
         return 0 if arguments else 2
     if arguments[0] not in COMMANDS:
         print(f"bcft: error: {arguments[0]!r} is no command; there are {', '.join(COMMANDS)}", file=sys.stderr)

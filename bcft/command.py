@@ -1,8 +1,10 @@
 """One place where a foreseen failure becomes its lines on stderr and its exit code."""
 
+import logging
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
@@ -20,6 +22,8 @@ def execute(command: str, action: Callable[[Recipe], object], argv: Sequence[str
         print(help_text(command))
         return 0
     signal.signal(signal.SIGTERM, _preempt)
+    if "--debug" not in arguments:
+        _quiet_libraries()
     try:
         action(parse(command, arguments))
     except BcftError as error:
@@ -31,6 +35,14 @@ def execute(command: str, action: Callable[[Recipe], object], argv: Sequence[str
         _tell("", "bcft: stopped; the same command goes on from here")
         return Preempted.exit_code
     return 0
+
+
+def _quiet_libraries() -> None:
+    """Keep the libraries' notes to their own developers off the user's terminal; `--debug` shows them."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore", FutureWarning)
+    warnings.simplefilter("ignore", UserWarning)
 
 
 def _tell(*lines: str) -> None:

@@ -42,6 +42,11 @@ class Splits:
     """Training prompts that are also in dev or test: more than 0 only with `allow_overlap`."""
 
     @property
+    def held_out(self) -> tuple[Demonstration, ...]:
+        """Everything that is not trained on."""
+        return (*self.dev, *self.test, *self.harder)
+
+    @property
     def reference(self) -> bool:
         """Whether every test problem has a reference answer, so that success can be told."""
         return bool(self.test) and all(any(name in d.problem.columns for name in REFERENCES) for d in self.test)

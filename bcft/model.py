@@ -202,6 +202,7 @@ def lora_config(recipe: Recipe) -> Any:
 
 def save_policy(policy: Policy, directory: Path) -> None:
     """Write model or adapter, tokenizer and template so that `from_pretrained` loads them and stops where this does."""
+    _hide_bars(str(directory))
     policy.model.save_pretrained(directory)
     policy.renderer.tokenizer.save_pretrained(directory)
     if policy.model.generation_config is not None:
@@ -234,8 +235,19 @@ def _nf4(recipe: Recipe, precision: Precision) -> Any:
 def _from_pretrained(auto: Any, name: str, recipe: Recipe, **extra: Any) -> Any:
     """Call `from_pretrained`, turning what a user can cause into one line."""
     trust = bool(recipe["trust_remote_code"])
+    _hide_bars(name)
     try:
         return auto.from_pretrained(name, revision=recipe["model_revision"], trust_remote_code=trust, **extra)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UsageError(f"model_name_or_path: cannot load {name!r}: {reason}") from error
+
+
+def _hide_bars(name: str) -> None:
+    """Show progress bars for what comes from the Hub only: a local file is there at once."""
+    from transformers.utils import logging
+
+    if Path(name).is_dir():
+        logging.disable_progress_bar()
+    else:
+        logging.enable_progress_bar()

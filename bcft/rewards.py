@@ -140,9 +140,10 @@ class _Quantity(NamedTuple):
 
 
 def _plain(text: str) -> _Quantity | str | None:
-    """Read a number, with a unit or not, or words of three and more letters; None for everything else.
+    """Read a number, with a unit or not, or words of three and more letters, or "no"; None for everything else.
 
-    60% is 3/5: it equals 0.6 and not 60. Currency signs are dropped. Words are returned in lower case.
+    60% is 3/5: it equals 0.6 and not 60. Currency signs are dropped. Words are returned in lower case; shorter ones
+    may be products of variables.
     """
     if len(text) > _LONGEST_PLAIN:
         return None
@@ -153,9 +154,10 @@ def _plain(text: str) -> _Quantity | str | None:
         return None
     if match := _NUMBER.fullmatch(text):
         return _quantity(match)
-    letters = sum(character.isalpha() for character in text)
-    is_words = letters >= 3 and all(character.isalpha() or character in " -'" for character in text)
-    return " ".join(text.casefold().split()) if is_words else None
+    words = " ".join(text.casefold().split())
+    letters = sum(character.isalpha() for character in words)
+    is_words = all(character.isalpha() or character in " -'" for character in words)
+    return words if (is_words and letters >= 3) or words == "no" else None
 
 
 def _quantity(match: re.Match[str]) -> _Quantity | None:

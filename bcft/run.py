@@ -7,7 +7,7 @@ import platform
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -17,7 +17,8 @@ import yaml
 
 from bcft.config import Recipe
 from bcft.errors import BcftError, LockedError, UsageError
-from bcft.journal import storage, write_json, write_text
+from bcft.journal import storage, write_json, write_jsonl, write_text
+from bcft.types import Demonstration
 
 PACKAGES = ("bcft", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "math-verify")
 
@@ -67,6 +68,12 @@ class RunDirectory:
         if self.writes:
             write_text(file, yaml.safe_dump(resolved, sort_keys=True, allow_unicode=True))
             write_json(self.path / "versions.json", versions())
+
+    def write_problems(self, held_out: Sequence[Demonstration]) -> None:
+        """Write `problems.jsonl`: what the rows of an evaluation refer to by `problem_id`."""
+        if self.writes:
+            rows = ({"problem_id": d.problem.id, "prompt": d.problem.prompt, **d.problem.columns} for d in held_out)
+            write_jsonl(self.path / "problems.jsonl", rows)
 
     def status(self, state: str, *, exit_code: int = 0, message: str = "") -> None:
         """Write `status.json`: what a launcher that loses exit codes can still read."""

@@ -51,6 +51,7 @@ def clone(recipe: Recipe) -> dict[str, Any]:
         rows, census = _rows(recipe, policy, splits.train)
         console.print(f"data:  {census}")
         directory.settle()
+        directory.write_problems(splits.held_out)
         if committed(directory.path):
             metrics = read_json(directory.path / "metrics.json")
             console.print(f"{directory.path} is finished: {metrics['conclusion']}")

@@ -167,6 +167,7 @@ def training_arguments(values: Mapping[str, Any], *, output_dir: Path, autocast:
         "fp16": autocast == "fp16",
         "use_cpu": use_cpu,
         "logging_nan_inf_filter": False,
+        "logging_first_step": True,
         "max_length": None,
         "chat_template_path": None,
         "eos_token": None,

@@ -1,5 +1,6 @@
 """The embedded problems: splits that cannot overlap, items that never change, solutions whose every step is right."""
 
+import itertools
 import math
 import re
 
@@ -22,7 +23,7 @@ def sum_of(prompt: str) -> Sum:
 
 def test_the_example_of_the_module_is_worked_out_as_a_person_would() -> None:
     assert WORKED.prompt == "Work out 47 + 35 - 36 + 21."
-    assert WORKED.carries == [1, -1, 0]
+    assert WORKED.carries == 2
     assert WORKED.solution() == RIGHT
     assert WORKED.answer == "67"
 
@@ -32,19 +33,26 @@ def test_a_forgotten_carry_makes_the_result_ten_too_small_and_what_follows_goes_
     assert WORKED.solution([True, False, False]) == wrong
 
 
-def test_a_forgotten_carry_and_a_forgotten_borrow_cancel() -> None:
-    cancelled = WORKED.solution([True, True, False])
-    assert final_answer(cancelled) == WORKED.answer
-    assert not check_steps(WORKED.prompt, cancelled)
+def test_a_forgotten_borrow_takes_the_smaller_digit_from_the_larger() -> None:
+    wrong = "7+5=12, 4+3+1=8: 82\n6-2=4, 8-3=5: 54\n4+1=5, 5+2=7: 75\n#### 75"
+    assert WORKED.solution([False, True, False]) == wrong
+
+
+def test_mistakes_can_cancel_and_the_steps_are_wrong_all_the_same() -> None:
+    """47 + 35 = 72 is ten too small, 72 - 37 = 45 ten too large."""
+    exercise = Sum((47, 35, -37, 21))
+    cancelled = exercise.solution([True, True, False])
+    assert final_answer(cancelled) == exercise.answer
+    assert not check_steps(exercise.prompt, cancelled)
 
 
 def test_forgetting_where_nothing_is_carried_changes_nothing() -> None:
     assert WORKED.solution([False, False, True]) == RIGHT
 
 
-@pytest.mark.parametrize("level", ["standard", "harder"])
-def test_every_step_of_an_expert_is_right_and_leads_to_the_answer(level) -> None:
-    for row in items("train", 2000, level=level):
+@pytest.mark.parametrize(("level", "n"), [("standard", 3000), ("harder", 300)])
+def test_every_step_of_an_expert_is_right_and_leads_to_the_answer(level, n) -> None:
+    for row in items("train", n, level=level):
         assert check_steps(row["prompt"], row["completion"])
         assert final_answer(row["completion"]) == row["answer"]
         assert eval(row["prompt"].removeprefix("Work out ").rstrip(".")) == int(row["answer"])
@@ -52,9 +60,9 @@ def test_every_step_of_an_expert_is_right_and_leads_to_the_answer(level) -> None
 
 @pytest.mark.parametrize("level", ["standard", "harder"])
 def test_no_number_has_more_or_fewer_than_two_digits_whatever_is_forgotten(level) -> None:
-    for row in items("train", 500, level=level):
-        for pattern in range(2**STEPS):
-            completion = sum_of(row["prompt"]).solution([bool(pattern >> step & 1) for step in range(STEPS)])
+    for row in items("train", 300, level=level):
+        for forgets in itertools.product((False, True), repeat=STEPS):
+            completion = sum_of(row["prompt"]).solution(forgets)
             results = re.findall(r"(?:: |#### )(.*)", completion)
             assert len(results) == STEPS + 1
             assert all(re.fullmatch("[1-9][0-9]", result) for result in results), completion
@@ -63,29 +71,28 @@ def test_no_number_has_more_or_fewer_than_two_digits_whatever_is_forgotten(level
 
 @pytest.mark.parametrize("level", ["standard", "harder"])
 def test_the_levels_differ_in_how_many_steps_carry(level) -> None:
-    counts = {sum(map(abs, sum_of(row["prompt"]).carries)) for row in items("test", 100, level=level)}
+    counts = {sum_of(row["prompt"]).carries for row in items("dev", 60, level=level)}
     assert counts == set(CARRIES[level])
 
 
 def test_the_apprentice_is_right_as_often_as_chance_says() -> None:
     rows = items("train", 3000, demonstrator="apprentice")
-    expected = [probability_right(sum_of(row["prompt"]).carries) for row in rows]
+    expected = [probability_right(sum_of(row["prompt"])) for row in rows]
     right = sum(final_answer(row["completion"]) == row["answer"] for row in rows)
     spread = math.sqrt(sum(p * (1 - p) for p in expected))
     assert abs(right - sum(expected)) < 4 * spread
-    all_remembered = sum(check_steps(row["prompt"], row["completion"]) for row in rows)
-    assert 0 < all_remembered < right, "some of the right answers come from two forgotten steps that cancel"
+    right_throughout = sum(check_steps(row["prompt"], row["completion"]) for row in rows)
+    assert 0 < right_throughout < right, "some of the right answers must come from mistakes that cancel"
 
 
-def probability_right(carries: list[int]) -> float:
-    """Sum over all patterns of forgetting in which as many carries as borrows are forgotten."""
-    events = [carry for carry in carries if carry]
-    total = 0.0
-    for pattern in range(2 ** len(events)):
-        forgotten = [bool(pattern >> i & 1) for i in range(len(events))]
-        if sum(e for e, f in zip(events, forgotten, strict=True) if f) == 0:
-            total += math.prod(FORGETS if f else 1 - FORGETS for f in forgotten)
-    return total
+def probability_right(exercise: Sum) -> float:
+    """Add up the probabilities of all the ways to forget that lead to the right answer."""
+    ways = itertools.product((False, True), repeat=STEPS)
+    return sum(
+        math.prod(FORGETS if forget else 1 - FORGETS for forget in forgets)
+        for forgets in ways
+        if final_answer(exercise.solution(forgets)) == exercise.answer
+    )
 
 
 def test_expert_and_apprentice_work_out_the_same_problems() -> None:
@@ -120,7 +127,7 @@ def test_another_seed_gives_other_problems() -> None:
 def test_items_are_the_same_in_every_version_of_python() -> None:
     assert problem(7, split="test", seed=3).prompt == "Work out 35 - 21 + 33 + 26."
     completion = items("train", 3, demonstrator="apprentice")[2]["completion"]
-    assert completion == "0+1=1, 5+4=9: 91\n11-4=7, 9-1=8: 87\n7-0=7, 8-5=3: 37\n#### 37"
+    assert completion == "0+1=1, 5+4=9: 91\n4-1=3, 9-1=8: 83\n3-0=3, 8-5=3: 33\n#### 33"
 
 
 @pytest.mark.parametrize(

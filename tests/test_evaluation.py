@@ -74,7 +74,9 @@ def test_the_success_function_gets_trls_arguments_in_the_form_of_the_prompt():
         return [1.0, 0.0, None]
 
     message = [{"role": "user", "content": "b"}]
-    asked = [Demonstration(Problem(p, prompt, {"answer": p}), "") for p, prompt in (("1", "a"), ("2", message), ("3", "c"))]
+    asked = [
+        Demonstration(Problem(p, prompt, {"answer": p}), "") for p, prompt in (("1", "a"), ("2", message), ("3", "c"))
+    ]
     assert judge_success(success, asked, ["x", "y", "z"]) == ["yes", "no", "unknown"]
     assert seen == {
         "prompts": ["a", message, "c"],
@@ -109,7 +111,7 @@ def test_a_summary_by_hand():
 
 
 def test_comparison_is_paired_and_its_sign_is_that_of_the_other_minus_the_base():
-    worse, better = attempts({k: "-+---" for k in "abcdefgh"}), attempts({k: "+++++" for k in "abcdefgh"})
+    worse, better = attempts(dict.fromkeys("abcdefgh", "-+---")), attempts(dict.fromkeys("abcdefgh", "+++++"))
     found = compare(worse, better)
     assert found["delta"] == pytest.approx(0.75)
     assert found["conclusion"] == "better"

@@ -134,13 +134,13 @@ def test_every_action_ends_at_its_first_stop_token_or_at_its_limit(model):
 
 def test_sampling_mode_restores_training_and_checkpointing(model):
     model.train()
-    model.gradient_checkpointing_enable()
+    model.activation_checkpointing_enable()
     with sampling_mode(model):
         assert not model.training
-        assert not model.is_gradient_checkpointing
+        assert not model.is_activation_checkpointing
     assert model.training
-    assert model.is_gradient_checkpointing
-    model.gradient_checkpointing_disable()
+    assert model.is_activation_checkpointing
+    model.activation_checkpointing_disable()
     model.eval()
 
 

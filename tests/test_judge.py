@@ -104,6 +104,19 @@ def test_hostile_answers_are_bounded_and_the_next_answer_is_right(judge: Judge, 
     assert judge.verify([HALF, NOT_HALF]) == ["right", "wrong"]
 
 
+@pytest.mark.slow
+def test_more_than_200_hostile_answers_are_bounded() -> None:
+    wrapped = ["{}", "${}$", r"\boxed{{{}}}", r"\frac{{{}}}{{2}}", "The answer is {}.", "{}+x"]
+    pairs = [("$5$", wrapper.format(text)) for text in HOSTILE for wrapper in wrapped]
+    assert len(pairs) > 200
+    with Judge(seconds=0.3, workers=8) as judge:
+        assert judge.verify([("$5$", "5")]) == ["right"]
+        verdicts = judge.verify(pairs)
+        assert judge.verify([("$5$", "5")]) == ["right"]
+    assert len(verdicts) == len(pairs)
+    assert set(verdicts) <= set(get_args(Verdict)) - {"right", "unparsable"}
+
+
 def test_hostile_references_are_ungraded_and_not_wrong(judge: Judge) -> None:
     assert judge.verify([(r"\boxed{9^{9^9}}", "$5$"), ("???", "$5$")]) == ["timeout", "unparsable"]
 
@@ -143,6 +156,8 @@ def test_the_server_knows_no_secrets(judge: Judge) -> None:
 
 
 def test_an_interrupted_question_does_not_answer_the_next_one(judge: Judge) -> None:
+    """The late verdicts would be read as those of the next answers, all shifted."""
+
     class AlarmError(Exception):
         pass
 
@@ -160,9 +175,26 @@ def test_an_interrupted_question_does_not_answer_the_next_one(judge: Judge) -> N
     assert judge.verify([HALF, NOT_HALF]) == ["right", "wrong"]
 
 
-def test_a_killed_server_is_replaced(judge: Judge) -> None:
-    os.kill(server_of(judge), signal.SIGKILL)
-    assert judge.verify([HALF, NOT_HALF]) == ["right", "wrong"]
+@pytest.mark.parametrize(("dead", "verdict"), [(0, "right"), (1, "right"), (2, "died")])
+def test_a_server_that_ends_is_replaced_once(dead: int, verdict: Verdict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What killed it may have been the system, and not the answer."""
+    servers: list[socket.socket] = []
+
+    def start(judge: Judge) -> socket.socket:
+        judge._socket, server = socket.socketpair()
+        servers.append(server)
+        if len(servers) <= dead:
+            server.close()
+        else:
+            server.sendall(b'["right"]\n')
+        return judge._socket
+
+    monkeypatch.setattr(Judge, "_start", start)
+    with Judge() as judge:
+        assert judge.verify([HALF]) == [verdict]
+    assert len(servers) == min(dead + 1, 2)
+    for server in servers:
+        server.close()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="waits by pidfd")
@@ -220,6 +252,13 @@ def test_each_way_to_fail_has_its_name_and_spares_the_others() -> None:
     assert fail(lambda: 1 / 0) == ["right", "error", "right"]
     assert fail(lambda: bytearray(1 << 62)) == ["right", "memory", "right"]
     assert fail(signal.pause) == ["right", "timeout", "right"]
+
+
+def test_nobody_is_judged_for_when_the_asking_process_is_gone() -> None:
+    ours, theirs = socket.socketpair()
+    ours.close()
+    with theirs, pytest.raises(ConnectionResetError):
+        module._judge_all(theirs, [HALF], 0.5, resource.RLIM_INFINITY, 1)
 
 
 def test_a_worker_has_little_memory_and_no_files(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bcft import rewards
@@ -17,6 +17,7 @@ from bcft.errors import DataError
 from bcft.judge import Verdict
 from bcft.rewards import answer_key, extract_answer, math_reward
 
+LAW = settings(max_examples=60, deadline=None)
 GSM8K = Path(__file__).parent / "data" / "gsm8k_50.jsonl"
 ELSEWHERE = os.environ.get("BCFT_TEST_DATA", "")
 
@@ -105,6 +106,7 @@ def test_the_mistakes_of_the_origin_are_not_made(reply: str, reference: str, rew
         ("1e3", "1000"),
         ("The answer is 5 hours", "5 hour"),
         ("The answer is Even.", r"\text{even}"),
+        ("The answer is no.", "No"),
         ("It is \\boxed{New York}", "new  york"),
         ("#### Step 1: add\n3 + 4 = 7", "7"),
         ("3 + 4 = 7. I hope the answer is correct.", "7"),
@@ -160,6 +162,9 @@ def test_wrong(reply: str, reference: Any) -> None:
         ("The answer is 3 apples and 4 pears.", "4", 0.0),
         (r"\boxed{\frac{\pi}{2}}", r"$\frac{\pi}{2}$", 1.0),
         (r"so $\text{even}$", "even", 1.0),
+        ("The answer is B.", "(B)", 1.0),
+        ("The answer is A.", "B", 0.0),
+        (r"\boxed{yx}", "xy", 1.0),
         ("", "x^2", 0.0),
         ("x", "x^2", 0.0),
         (r"\boxed{x^2", "x^2", 0.0),
@@ -212,6 +217,7 @@ WRITTEN = {
 PLACED = ["{}", "\\boxed{{{}}}", "The answer is {}.", "#### {}", "so it is {}", "**Answer:** ${}$", "= {}"]
 
 
+@LAW
 @given(NUMBERS, st.sampled_from(sorted(WRITTEN)), st.sampled_from(PLACED))
 def test_a_number_is_read_exactly_wherever_it_stands(value: Fraction, how: str, where: str) -> None:
     reply = where.format(WRITTEN[how](value))
@@ -219,6 +225,7 @@ def test_a_number_is_read_exactly_wherever_it_stands(value: Fraction, how: str, 
     assert score(reply, str(value + Fraction(1, 10**9))) == 0.0
 
 
+@LAW
 @given(st.decimals(allow_nan=False, allow_infinity=False, places=3, min_value=-(10**12), max_value=10**12))
 def test_separators_and_trailing_zeros_do_not_matter(value: Any) -> None:
     assert score(f"The answer is {value:,}00.", str(value)) == 1.0
@@ -325,6 +332,7 @@ HEAP = st.text() | st.lists(st.sampled_from([*BLOCKS, "}", "answer is ", "\\boxe
 )
 
 
+@LAW
 @given(HEAP, HEAP)
 def test_no_text_breaks_the_reward(reply: str, reference: str) -> None:
     with pytest.MonkeyPatch.context() as patch:

@@ -6,15 +6,17 @@ from itertools import combinations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bcft.statistics import Paired, majority, mcnemar, mean_interval, paired, pass_at_k, verdict, wilson
 
+LAW = settings(max_examples=60, deadline=None)
 RATES = st.lists(st.integers(0, 4).map(lambda right: right / 4), max_size=40)
 COUNTS = st.integers(1, 300).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
 
 
+@LAW
 @given(COUNTS)
 def test_wilson_contains_the_estimate_and_stays_in_range(count: tuple[int, int]) -> None:
     successes, n = count
@@ -23,6 +25,7 @@ def test_wilson_contains_the_estimate_and_stays_in_range(count: tuple[int, int])
     assert low < high, "an interval of no width claims certainty"
 
 
+@LAW
 @given(COUNTS, st.integers(2, 20))
 def test_wilson_shrinks_with_n(count: tuple[int, int], times: int) -> None:
     low, high = wilson(*count)
@@ -30,6 +33,7 @@ def test_wilson_shrinks_with_n(count: tuple[int, int], times: int) -> None:
     assert closer_high - closer_low < high - low
 
 
+@LAW
 @given(COUNTS)
 def test_wilson_mirrors_when_successes_and_failures_change_places(count: tuple[int, int]) -> None:
     low, high = wilson(*count)
@@ -65,6 +69,7 @@ def test_wilson_refuses_impossible_counts(successes: int, n: int) -> None:
         wilson(successes, n)
 
 
+@LAW
 @given(st.integers(0, 25), st.integers(0, 25))
 def test_mcnemar_is_the_sum_over_outcomes_as_extreme(only_first: int, only_second: int) -> None:
     n, gap = only_first + only_second, abs(only_first - only_second)
@@ -85,6 +90,7 @@ def test_mcnemar_of_many_problems_neither_overflows_nor_vanishes() -> None:
     assert mcnemar(0, 3000) == 0.0  # 2^-2999 is below the smallest float
 
 
+@LAW
 @given(RATES)
 def test_mean_interval_contains_the_mean_and_stays_in_range(rates: list[float]) -> None:
     low, high = mean_interval(rates)
@@ -93,6 +99,7 @@ def test_mean_interval_contains_the_mean_and_stays_in_range(rates: list[float]) 
         assert low - 1e-12 <= sum(rates) / len(rates) <= high + 1e-12
 
 
+@LAW
 @given(RATES.filter(lambda rates: len(rates) > 1))
 def test_mean_interval_never_claims_certainty(rates: list[float]) -> None:
     low, high = mean_interval(rates)
@@ -127,6 +134,7 @@ def test_mean_interval_covers_as_often_as_it_says() -> None:
     assert naive < 850, "the clusters are what this test is about"
 
 
+@LAW
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), max_size=40))
 def test_paired_is_antisymmetric(counts: list[tuple[int, int]]) -> None:
     first, second = [a / 4 for a, _ in counts], [b / 4 for _, b in counts]
@@ -138,6 +146,7 @@ def test_paired_is_antisymmetric(counts: list[tuple[int, int]]) -> None:
     assert verdict(back) == opposite[verdict(there)]
 
 
+@LAW
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=6, max_size=40))
 def test_the_verdict_agrees_with_the_p_value(counts: list[tuple[int, int]]) -> None:
     comparison = paired([a / 4 for a, _ in counts], [b / 4 for _, b in counts])
@@ -185,6 +194,7 @@ def test_pairs_must_belong_together() -> None:
         mean_interval([0.0, float("nan")])
 
 
+@LAW
 @given(st.integers(1, 9).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n), st.integers(1, n))))
 def test_pass_at_k_is_the_share_of_subsets_with_a_success(case: tuple[int, int, int]) -> None:
     n, c, k = case
@@ -192,6 +202,7 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_success(case: tuple[int, int, 
     assert pass_at_k(n, c, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
 
 
+@LAW
 @given(st.integers(2, 200).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n), st.integers(2, n))))
 def test_pass_at_k_grows_with_k_and_starts_at_the_rate(case: tuple[int, int, int]) -> None:
     n, c, k = case
@@ -220,6 +231,7 @@ def test_majority_by_hand() -> None:
             majority(answers, correct, k)
 
 
+@LAW
 @given(st.lists(st.sampled_from(["", "1", "2"]), min_size=1, max_size=12))
 def test_majority_of_one_is_the_first_answer_and_later_ones_do_not_count(answers: list[str]) -> None:
     correct = [answer == "1" for answer in answers]

@@ -31,6 +31,8 @@ _COMPACT_EVERY = 8
 """Steps between two looks at which rows are finished: each look waits for the device."""
 _PREFILL_TOKENS = 16_384
 """Padded prompt tokens in one forward pass of prompts."""
+_SPARE_COLUMNS = 64
+"""Tokens a cache can grow by before it moves into a larger place."""
 _MOST_ROWS = 512
 
 
@@ -41,18 +43,73 @@ def sampling_mode(model: Any, *, autocast: str = "no") -> Iterator[None]:
     autocast: `no`, `bf16` or `fp16`. Before its first `train()` a Trainer's model is not under autocast, so
     without this the first evaluation would compute in another precision than the later ones.
     """
-    training, checkpointing = model.training, getattr(model, "is_gradient_checkpointing", False)
+    training, checkpointing = model.training, model.is_activation_checkpointing
     dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[autocast]
     model.eval()
     if checkpointing:
-        model.gradient_checkpointing_disable()
+        model.activation_checkpointing_disable()
+    if model.device.type == "cpu":
+        for module in model.modules():
+            # In eval mode bitsandbytes repacks 4-bit weights for CPUs with bf16 and rounds their scales for good; its
+            # layer has no other use for the mode.
+            if type(module).__name__ == "Linear4bit":
+                module.train()
     try:
         with torch.autocast(model.device.type, dtype=dtype, enabled=dtype is not None):
             yield
     finally:
         if checkpointing:
-            model.gradient_checkpointing_enable()
+            model.activation_checkpointing_enable()
         model.train(training)
+
+
+class _Slab(DynamicLayer):
+    """A layer that grows into room it has already: `torch.cat` at every token was 40 % of the time on a CPU.
+
+    `keys` and `values` (B, H, W, D) are views of the first W columns of their rooms, from a first column that
+    moves right when columns are dropped.
+    """
+
+    rooms: tuple[torch.Tensor, torch.Tensor]
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append the states of new tokens (B, H, n, D); return all."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.first, self.end = 0, 0
+            self.settle(key_states, value_states)
+            return self.keys, self.values
+        n = key_states.shape[2]
+        if self.end + n > self.rooms[0].shape[2]:
+            self.settle(self.keys, self.values)
+        for room, states in zip(self.rooms, (key_states, value_states), strict=True):
+            room[:, :, self.end : self.end + n] = states
+        self.end += n
+        self.keys, self.values = (room[:, :, self.first : self.end] for room in self.rooms)
+        return self.keys, self.values
+
+    def settle(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Move into rooms of these states' size and some columns more."""
+        b, h, width, d = keys.shape
+        self.rooms = (
+            keys.new_empty(b, h, width + _SPARE_COLUMNS, d),
+            values.new_empty(b, h, width + _SPARE_COLUMNS, d),
+        )
+        self.first, self.end = 0, width
+        for room, states in zip(self.rooms, (keys, values), strict=True):
+            room[:, :, :width] = states
+        self.keys, self.values = (room[:, :, :width] for room in self.rooms)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the rows of these indices (K,), in this order."""
+        self.settle(self.keys[indices], self.values[indices])
+
+    def drop_columns(self, n: int) -> None:
+        """Forget the first n columns, without moving anything."""
+        self.first += n
+        self.keys, self.values = (room[:, :, self.first : self.end] for room in self.rooms)
 
 
 @dataclass
@@ -83,14 +140,13 @@ class _Rows:
         if unused:
             self.mask = self.mask[:, unused:]
             for layer in self.cache.layers:
-                layer.keys, layer.values = layer.keys[:, :, unused:], layer.values[:, :, unused:]
+                layer.drop_columns(unused)
 
     def join(self, other: "_Rows") -> None:
         """Append other rows, padding the narrower of two fields."""
         self.requests += other.requests
         for mine, theirs in zip(self.cache.layers, other.cache.layers, strict=True):
-            mine.keys = _stack(mine.keys, theirs.keys, dim=2, left=True)
-            mine.values = _stack(mine.values, theirs.values, dim=2, left=True)
+            mine.settle(*(_stack(getattr(mine, n), getattr(theirs, n), dim=2, left=True) for n in ("keys", "values")))
         self.mask = _stack(self.mask, other.mask, dim=1, left=True)
         self.ids = _stack(self.ids, other.ids, dim=1, left=False)
         if self.seen.shape[1]:
@@ -184,6 +240,8 @@ class HFEngine:
         padded = [(self.pad_id,) * (width - len(c)) + c for c in contexts]
         mask = torch.tensor([[0] * (width - len(c)) + [1] * len(c) for c in contexts], device=device)
         cache = DynamicCache(config=self.model.config)
+        if all(type(layer) is DynamicLayer for layer in cache.layers):
+            cache.layers = [_Slab() for _ in cache.layers]
         logits = self.model(
             input_ids=torch.tensor(padded, device=device),
             attention_mask=mask,
@@ -301,7 +359,7 @@ def _unfinished(rows: _Rows) -> _Rows | None:
 
 def _plain(cache: DynamicCache) -> bool:
     """Tell whether columns of the cache may be cut and padded: not with sliding windows or recurrent states."""
-    return all(type(layer) is DynamicLayer for layer in cache.layers)
+    return all(isinstance(layer, _Slab) for layer in cache.layers)
 
 
 def _widen(seen: torch.Tensor, width: int) -> torch.Tensor:

@@ -30,7 +30,7 @@ Split = Literal["train", "dev", "test"]
 Level = Literal["standard", "harder"]
 Demonstrator = Literal["expert", "apprentice"]
 
-FORGETS = 0.6
+FORGETS = 0.65
 """The probability with which the apprentice forgets a carry or a borrow."""
 
 STEPS = 3
