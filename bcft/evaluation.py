@@ -24,8 +24,7 @@ from bcft.generation import Action, Request, Sampling
 from bcft.generation.hf import HFEngine, sampling_mode
 from bcft.journal import read_json, write_json, write_jsonl
 from bcft.model import Policy, rank, world_size
-from bcft.rewards import extract_answer, math_reward
-from bcft.run import import_function
+from bcft.rewards import answer_key, extract_answer, import_function, math_reward
 from bcft.statistics import majority, mcnemar, mean_interval, paired, pass_at_k, verdict, wilson
 from bcft.types import IGNORED, Demonstration, Row
 
@@ -88,7 +87,7 @@ class Evaluation:
         if samples:
             k = max(samples // 2, 1)
             votes = [
-                majority([extract_answer(a["completion"]) for a in self.problems[key][1:]], solved, k)
+                majority([answer_key(extract_answer(a["completion"])) for a in self.problems[key][1:]], solved, k)
                 for key, solved in self.sampled.items()
             ]
             low, high = mean_interval(self.rates)
@@ -96,7 +95,7 @@ class Evaluation:
                 "n": samples,
                 "k": k,
                 "pass@1": sum(self.rates) / n,
-                "ci95": [max(low, 0.0), min(high, 1.0)],
+                "ci95": [low, high],
                 "pass@k": sum(pass_at_k(len(s), sum(s), k) for s in self.sampled.values()) / n,
                 "maj@k": sum(votes) / n,
             }

@@ -5,14 +5,17 @@ Numbers and words are compared here, exactly; everything else goes to `bcft.judg
 somewhere: credit for format or for showing work, numbers from the middle of a reply, rounding.
 """
 
+import importlib
 import math
+import os
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from numbers import Number
 from typing import Any, NamedTuple
 
-from bcft.errors import DataError
+from bcft.errors import DataError, UsageError
 from bcft.judge import LONGEST, default_judge
 from bcft.types import Message, Prompt
 
@@ -44,6 +47,27 @@ def math_reward(
     verdicts = dict(zip(pairs, default_judge().verify(pairs), strict=True)) if pairs else {}
     rewards = {"right": 1.0, "wrong": 0.0}
     return [rewards.get(verdicts[case]) if isinstance(case, tuple) else case for case in cases]
+
+
+def import_function(path: str, *, key: str) -> Callable[..., Any]:
+    """Return the function a dotted path such as `my_rewards.length` names, the working directory included.
+
+    Raises UsageError that names the recipe's key.
+    """
+    module, _, name = path.rpartition(".")
+    if not module:
+        raise UsageError(f"{key}: {path!r} is not a dotted path such as my_rewards.length")
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except ImportError as error:
+        raise UsageError(f"{key}: cannot import {module!r}: {error}") from error
+    except AttributeError as error:
+        raise UsageError(f"{key}: module {module!r} has no function {name!r}") from error
+    if not callable(found):
+        raise UsageError(f"{key}: {path} is a {type(found).__name__}, not a function")
+    return found  # type: ignore[no-any-return]
 
 
 def extract_answer(text: str) -> str:

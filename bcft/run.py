@@ -1,13 +1,11 @@
 """The run directory: one process at a time, one recipe, and what was run on what, beside the results."""
 
 import fcntl
-import importlib
 import os
 import platform
 import socket
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -139,27 +137,6 @@ def versions() -> dict[str, Any]:
         "gpus": gpus,
         "world_size": int(os.environ.get("WORLD_SIZE", "1")),
     }
-
-
-def import_function(path: str, *, key: str) -> Callable[..., Any]:
-    """Return the function a dotted path such as `my_rewards.length` names, the working directory included.
-
-    Raises UsageError that names the recipe's key.
-    """
-    module, _, name = path.rpartition(".")
-    if not module:
-        raise UsageError(f"{key}: {path!r} is not a dotted path such as my_rewards.length")
-    if "" not in sys.path and os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except ImportError as error:
-        raise UsageError(f"{key}: cannot import {module!r}: {error}") from error
-    except AttributeError as error:
-        raise UsageError(f"{key}: module {module!r} has no function {name!r}") from error
-    if not callable(found):
-        raise UsageError(f"{key}: {path} is a {type(found).__name__}, not a function")
-    return found  # type: ignore[no-any-return]
 
 
 def _version(name: str) -> str:

@@ -176,8 +176,8 @@ def test_four_bit_lora_trains_in_fp32_reloads_bit_equal_and_leaves_the_base_alon
     reloaded = AutoPeftModelForCausalLM.from_pretrained(path, is_trainable=True)
     adapter = {n: p for n, p in reloaded.named_parameters() if p.requires_grad}
     assert all(torch.equal(p, seen["adapter"][n]) for n, p in adapter.items())
-    found = evaluate.run(None, model_name_or_path=str(path), load_in_4bit=True, use_peft=True, output_dir=str(tmp_path / "e"),
-                         **{k: v for k, v in keys.items() if k.startswith(("dataset", "eval_test", "max_comp"))})  # fmt: skip
+    asked = {k: v for k, v in keys.items() if k.startswith(("dataset", "eval_test", "max_comp", "use_peft", "load_in"))}
+    found = evaluate.run(None, model_name_or_path=str(path), output_dir=str(tmp_path / "e"), **asked)
     assert found["model"]["n"] == read_json(path / "metrics.json")["final"]["n"]
 
 
