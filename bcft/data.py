@@ -24,7 +24,7 @@ REFERENCES = ("answer", "solution", "ground_truth")
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 TEST_SHARE, DEV_SHARE = 0.05, 0.05
 HARDER_PROBLEMS = 200
-EMBEDDED_ROWS = 10_000
+EMBEDDED_ROWS = 20_000
 """Length of the `train` split of an embedded dataset; a slice such as `train[:2000]` takes fewer."""
 
 _SPLIT = re.compile(r"([\w.-]+)(?:\[(\d*):(\d*)\])?")

@@ -8,6 +8,7 @@ identity, so two models answer the same problems with the same noise and compari
 import dataclasses
 import json
 import sys
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -296,14 +297,17 @@ def _generate(policy: Policy, requests: Sequence[Request], *, label: str) -> dic
 
 def _watched(actions: Iterable[Action], *, total: int, label: str, quiet: bool) -> Iterable[Action]:
     """Show attempts done, tokens a second and time left."""
-    tokens = 0
+    tokens, start = 0, time.perf_counter()
     with tqdm(total=total, desc=label, unit="attempt", disable=quiet or not sys.stderr.isatty(), leave=False) as bar:
         for action in actions:
             tokens += len(action.ids)
             bar.update()
-            if bar.n % 64 == 0 and bar.format_dict["elapsed"]:
-                bar.set_postfix_str(f"{tokens / bar.format_dict['elapsed']:,.0f} tokens/s", refresh=False)
+            if bar.n % 64 == 0:
+                bar.set_postfix_str(f"{tokens / (time.perf_counter() - start):,.0f} tokens/s", refresh=False)
             yield action
+    if not quiet:
+        seconds = time.perf_counter() - start
+        print(f"{label}: {total:,} attempts in {seconds:.0f} s, {tokens / seconds:,.0f} tokens/s", file=sys.stderr)
 
 
 def _batches(rows: Sequence[Row], *, most_tokens: int) -> Iterable[list[Row]]:

@@ -4,6 +4,7 @@
 a local directory or a Hub id. Weights come as safetensors only: a pickle is code.
 """
 
+import dataclasses
 import json
 import os
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from bcft.config import Recipe
 from bcft.errors import DataError, UsageError
 from bcft.rendering import Renderer
 
+SMALL = 2_000_000
+"""Parameters below which a second CPU thread waits more than it works."""
 ASSETS = Path(__file__).parent / "assets"
 
 
@@ -50,6 +53,9 @@ def load_policy(recipe: Recipe, *, trainable: bool = True) -> Policy:
     precision = choose_precision(recipe)
     renderer = load_renderer(recipe)
     model = load_model(recipe, precision, trainable=trainable)
+    if precision.device == "cpu" and precision.autocast == "no" and model.num_parameters() < SMALL:
+        torch.set_num_threads(1)
+        precision = dataclasses.replace(precision, why="cpu, float32, one thread (more would slow a model this small)")
     model.generation_config.eos_token_id = list(renderer.stop_ids)
     model.generation_config.pad_token_id = renderer.tokenizer.pad_token_id
     model.config.get_text_config().pad_token_id = renderer.tokenizer.pad_token_id

@@ -73,7 +73,7 @@ def clone(recipe: Recipe) -> dict[str, Any]:
         policy, fitted = _train(recipe, policy, rows, dev_rows)
         console.print(
             f"train: {fitted.steps} steps in {fitted.seconds:.0f} s, {fitted.tokens_per_second:,.0f} supervised "
-            f"tokens/s, loss {fitted.loss_first:.3f} to {fitted.loss_last:.3f}"
+            f"tokens/s, loss {fitted.loss_first:.4f} to {fitted.loss_last:.4f}"
         )
 
         # 4. The policy as it has become, and what that means.
@@ -83,7 +83,7 @@ def clone(recipe: Recipe) -> dict[str, Any]:
         _save(recipe, policy, metrics, census)
         if base.summary:
             print_table({"base": base.summary, "final": final.summary}, console)
-            console.print(before_and_after(base.evaluation, final.evaluation))
+            console.print(before_and_after(base.evaluation, final.evaluation, splits.test), markup=False)
         console.print(f"The model is in {directory.path}; next: {_next(recipe)}")
         console.print(metrics["conclusion"])
     return metrics

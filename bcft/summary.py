@@ -1,6 +1,6 @@
 """What a person reads of a run: the table, the conclusion in words, one problem before and after, the model card."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ from rich.table import Table
 
 from bcft.config import Recipe
 from bcft.evaluation import Evaluation, Measured, compare
+from bcft.types import Demonstration
 
 
 def print_table(columns: Mapping[str, Mapping[str, Any]], console: Console) -> None:
@@ -34,7 +35,7 @@ def table_rows(columns: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
         f"maj@{k}": [_cell(c, "sampled", "maj@k", interval=False) for c in columns.values()],
         "stopped by itself": [percent(c["stop_rate"]) for c in columns.values()],
         "harder problems, sampled": [_cell(c.get("harder", {}), "sampled", "pass@1") for c in columns.values()],
-        "held-out loss, nats a token": [f"{c['loss']:.3f}" if "loss" in c else "" for c in columns.values()],
+        "held-out loss, nats a token": [f"{c['loss']:.4f}" if "loss" in c else "" for c in columns.values()],
     }
     return [[name, *cells] for name, cells in lines.items() if any(cells)]
 
@@ -45,7 +46,7 @@ def conclusion(base: Measured, final: Measured, *, before: str = "before") -> di
     if not new:
         return {"conclusion": "nothing was measured: eval_test_problems is 0, or there are no held-out problems"}
     if "greedy" not in new:
-        loss = f"held-out loss {old['loss']:.3f} {before}, {new['loss']:.3f} now; " if "loss" in new else ""
+        loss = f"held-out loss {old['loss']:.4f} {before}, {new['loss']:.4f} now; " if "loss" in new else ""
         stops = (
             f"{percent(old['stop_rate'])} of attempts stopped by themselves {before}, {percent(new['stop_rate'])} now"
         )
@@ -62,15 +63,14 @@ def conclusion(base: Measured, final: Measured, *, before: str = "before") -> di
     return {"vs_base": versus, "conclusion": words}
 
 
-def before_and_after(base: Evaluation, final: Evaluation) -> str:
+def before_and_after(base: Evaluation, final: Evaluation, asked: Sequence[Demonstration]) -> str:
     """Return one problem that greedy decoding solves only afterwards, both answers in full; '' if there is none."""
-    for key, solved in final.greedy.items():
-        if solved and not base.greedy[key]:
-            old, new = base.problems[key][0], final.problems[key][0]
-            return (
-                f"{old['prompt'].strip()}\n"
-                f"  before: {_indented(old['completion'])}\n  after:  {_indented(new['completion'])}\n"
-            )
+    for demonstration in asked:
+        key, prompt = demonstration.problem.id, demonstration.problem.prompt
+        if final.greedy[key] and not base.greedy[key]:
+            words = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+            answers = (_indented(found.problems[key][0]["completion"]) for found in (base, final))
+            return "{}\n  before: {}\n  after:  {}\n".format(words.strip(), *answers)
     return ""
 
 

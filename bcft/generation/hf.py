@@ -63,7 +63,7 @@ def sampling_mode(model: Any, *, autocast: str = "no") -> Iterator[None]:
         model.train(training)
 
 
-class _Slab(DynamicLayer):
+class _Slab(DynamicLayer):  # type: ignore[misc]
     """A layer that grows into room it has already: `torch.cat` at every token was 40 % of the time on a CPU.
 
     `keys` and `values` (B, H, W, D) are views of the first W columns of their rooms, from a first column that

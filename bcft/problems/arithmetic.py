@@ -24,7 +24,7 @@ from hashlib import sha256
 from itertools import count, pairwise
 from typing import Literal, TypedDict
 
-from bcft.types import problem_id
+from bcft.types import bucket, problem_id
 
 Split = Literal["train", "dev", "test"]
 Level = Literal["standard", "harder"]
@@ -107,9 +107,7 @@ def problem(index: int, *, split: Split, seed: int = 0, level: Level = "standard
     return next(
         candidate
         for candidate in candidates
-        if candidate.carries in CARRIES[level]
-        and low <= int(problem_id(candidate.prompt), 16) / 2**64 < high
-        and candidate.fits
+        if candidate.carries in CARRIES[level] and low <= bucket(problem_id(candidate.prompt)) < high and candidate.fits
     )
 
 

@@ -1,0 +1,38 @@
+"""Two processes under torchrun do one run: the same attempts as one process, one model, one set of files."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bcft import sft
+from bcft.journal import committed, read_json
+
+ROOT = Path(__file__).parent.parent
+KEYS = {
+    "model_name_or_path": "bcft:tiny-math", "dataset_name": "bcft:arithmetic", "dataset_train_split": "train[:64]",
+    "learning_rate": 1e-3, "eval_test_problems": 8, "eval_test_samples": 2, "max_completion_length": 72,
+    "max_steps": 4, "train_sampling_strategy": "sequential",
+}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_two_processes_attempt_and_train_what_one_does(tmp_path):
+    alone = sft.run(None, output_dir=str(tmp_path / "one"), per_device_train_batch_size=8, **KEYS)
+    keys = KEYS | {"output_dir": str(tmp_path / "two"), "per_device_train_batch_size": 4}
+    found = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611",
+         "-m", "bcft.sft", *(f"{key}={value}" for key, value in keys.items())],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+        env=os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert found.returncode == 0, found.stderr[-3000:]
+    assert found.stdout.count("train: 4 steps") == 1
+    together = read_json(tmp_path / "two" / "metrics.json")
+    one, two = (set((tmp_path / n / "base" / "evaluation.jsonl").read_text().splitlines()) for n in ("one", "two"))
+    assert one == two
+    assert together["base"] == alone["base"]
+    assert together["final"]["loss"] == pytest.approx(alone["final"]["loss"], rel=1e-4)
+    assert committed(tmp_path / "two")
