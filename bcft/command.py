@@ -10,6 +10,7 @@ from typing import NoReturn
 
 from bcft.config import Recipe, help_text, parse
 from bcft.errors import BcftError, Preempted
+from bcft.processes import rank
 
 
 def execute(command: str, action: Callable[[Recipe], object], argv: Sequence[str] | None) -> int:
@@ -48,7 +49,7 @@ def _quiet_libraries() -> None:
 
 
 def _tell(*lines: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
+    if rank() == 0:
         print(*lines, sep="\n", file=sys.stderr)
 
 

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from bcft.command import execute
 from bcft.config import Recipe, load
+from bcft.errors import DataError
 
 
 def run(recipe: str | PathLike[str] | None = None, **overrides: Any) -> dict[str, Any]:
@@ -32,32 +33,40 @@ def measure_recipe(recipe: Recipe) -> dict[str, Any]:
     from bcft.data import load_splits
     from bcft.evaluation import measure
     from bcft.journal import write_json
-    from bcft.model import load_policy, rank
+    from bcft.model import load_policy
+    from bcft.processes import rank
     from bcft.run import open_run
-    from bcft.summary import conclusion, print_table
+    from bcft.summary import conclusion, level, print_table
 
     console = Console(quiet=rank() > 0 or bool({"quiet", "json"} & recipe.flags), soft_wrap=True, highlight=False)
     names = {"model": recipe["model_name_or_path"], "against": recipe["against"]}
     with open_run(recipe, Path(recipe["output_dir"]) / "evaluate", writes=rank() == 0) as directory:
         splits = load_splits(recipe)
+        if not (splits.test if recipe["eval_split"] == "test" else splits.dev):
+            raise DataError(f"{recipe['dataset_name']} has no {recipe['eval_split']} problems to evaluate")
         found = {}
         for part, name in names.items():
             if name:
                 policy = load_policy(dataclasses.replace(recipe, values={**recipe.values, "model_name_or_path": name}))
                 console.print(f"{part}: {name} on {policy.precision.why}")
-                place = directory.path / part
                 found[part] = measure(
-                    recipe, splits, policy, split=recipe["eval_split"], rows=[], directory=place, label=part
+                    recipe,
+                    splits,
+                    policy,
+                    split=recipe["eval_split"],
+                    rows=[],
+                    directory=directory.path / part,
+                    quiet=console.quiet,
                 )
         print_table({names[part]: measured.summary for part, measured in found.items()}, console)
         result: dict[str, Any] = {part: measured.summary for part, measured in found.items()}
         if "against" in found:
             result |= conclusion(found["against"], found["model"], before=f"with {recipe['against']}")
-            console.print(result["conclusion"])
+        else:
+            result["conclusion"] = level(found["model"])
         if rank() == 0:
             write_json(directory.path / "metrics.json", result)
-            if "json" in recipe.flags:
-                print(json.dumps(result))
+            print(json.dumps(result) if "json" in recipe.flags else result["conclusion"])
     return result
 
 

@@ -24,7 +24,8 @@ from bcft.errors import DataError
 from bcft.generation import Action, Request, Sampling
 from bcft.generation.hf import HFEngine, sampling_mode
 from bcft.journal import read_json, write_json, write_jsonl
-from bcft.model import Policy, rank, world_size
+from bcft.model import Policy
+from bcft.processes import rank, world_size
 from bcft.rewards import answer_key, extract_answer, import_function, math_reward
 from bcft.statistics import majority, mcnemar, mean_interval, paired, pass_at_k, verdict, wilson
 from bcft.types import IGNORED, Demonstration, Row
@@ -136,7 +137,7 @@ def evaluate(
 ) -> Evaluation:
     """Attempt every problem once greedily and `samples` times with `sampling`; judge the attempts.
 
-    phase: `dev` or `test`, part of the noise's identity; label: what the progress bar says.
+    phase: `dev` or `test`, part of the noise's identity; label: what the progress bar says; none without.
     """
     contexts = policy.renderer.prompts([d.problem.prompt for d in demonstrations])
     requests = [
@@ -180,11 +181,11 @@ class Measured:
 
 
 def measure(
-    recipe: Recipe, splits: Splits, policy: Policy, *, split: str, rows: Sequence[Row], directory: Path, label: str
+    recipe: Recipe, splits: Splits, policy: Policy, *, split: str, rows: Sequence[Row], directory: Path, quiet: bool
 ) -> Measured:
     """Evaluate a policy on `dev` or `test` as the recipe says and write the result into a directory.
 
-    rows: held-out demonstrations as rows, for their loss; may be empty.
+    rows: held-out demonstrations as rows, for their loss; may be empty. The directory's name is what progress shows.
     """
     problems = splits.test if split == "test" else splits.dev
     success = success_function(recipe, splits)
@@ -205,10 +206,11 @@ def measure(
             label=name,
         )
 
+    label = "" if quiet else directory.name
     evaluation = attempt(problems, samples, label)
     summary = evaluation.summary()
     if splits.harder and split == "test":
-        summary["harder"] = attempt(splits.harder, HARDER_SAMPLES, f"{label}, harder").summary()
+        summary["harder"] = attempt(splits.harder, HARDER_SAMPLES, label and f"{label}, harder").summary()
     if rows:
         summary["loss"] = held_out_loss(policy, rows)
     if rank() == 0:
@@ -285,7 +287,7 @@ def _generate(policy: Policy, requests: Sequence[Request], *, label: str) -> dic
     share = [request for request in requests if request.context_ids in mine]
     engine = HFEngine(policy.model, pad_id=policy.renderer.tokenizer.pad_token_id)
     with sampling_mode(policy.model, autocast=policy.precision.autocast):
-        actions = list(_watched(engine.generate(share), total=len(share), label=label, quiet=rank() > 0))
+        actions = list(_watched(engine.generate(share), total=len(share), label=label if rank() == 0 else ""))
     if world_size() > 1:
         from accelerate import PartialState
         from accelerate.utils import gather_object
@@ -295,17 +297,17 @@ def _generate(policy: Policy, requests: Sequence[Request], *, label: str) -> dic
     return {action.key: action for action in actions}
 
 
-def _watched(actions: Iterable[Action], *, total: int, label: str, quiet: bool) -> Iterable[Action]:
-    """Show attempts done, tokens a second and time left."""
+def _watched(actions: Iterable[Action], *, total: int, label: str) -> Iterable[Action]:
+    """Show attempts done, tokens a second and time left; nothing without a label."""
     tokens, start = 0, time.perf_counter()
-    with tqdm(total=total, desc=label, unit="attempt", disable=quiet or not sys.stderr.isatty(), leave=False) as bar:
+    with tqdm(total=total, desc=label, unit="attempt", disable=not (label and sys.stderr.isatty()), leave=False) as bar:
         for action in actions:
             tokens += len(action.ids)
             bar.update()
             if bar.n % 64 == 0:
                 bar.set_postfix_str(f"{tokens / (time.perf_counter() - start):,.0f} tokens/s", refresh=False)
             yield action
-    if not quiet:
+    if label:
         seconds = time.perf_counter() - start
         print(f"{label}: {total:,} attempts in {seconds:.0f} s, {tokens / seconds:,.0f} tokens/s", file=sys.stderr)
 

@@ -6,7 +6,6 @@ a local directory or a Hub id. Weights come as safetensors only: a pickle is cod
 
 import dataclasses
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 
 from bcft.config import Recipe
 from bcft.errors import DataError, UsageError
+from bcft.processes import local_rank
 from bcft.rendering import Renderer
 
 SMALL = 2_000_000
@@ -105,16 +105,6 @@ def choose_precision(recipe: Recipe) -> Precision:
     return Precision(device, autocast, weights, f"{device}, {words} {kind}{mixed} ({reason})")
 
 
-def rank() -> int:
-    """Return this process's number among those the launcher started."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def world_size() -> int:
-    """Return how many processes the launcher started."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def locate(name: str) -> str:
     """Return what `from_pretrained` takes: the package's directory for a `bcft:` name, else the name itself."""
     if not name.startswith("bcft:"):
@@ -177,7 +167,7 @@ def load_model(recipe: Recipe, precision: Precision, *, trainable: bool = True) 
     if recipe["load_in_4bit"]:
         extra["quantization_config"] = _nf4(recipe, precision)
     if precision.device == "cuda":
-        extra["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}
+        extra["device_map"] = {"": local_rank()}
     model = _from_pretrained(AutoModelForCausalLM, base or name, recipe, **extra)
     if base:
         from peft import PeftModel

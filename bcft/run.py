@@ -16,6 +16,7 @@ import yaml
 from bcft.config import Recipe
 from bcft.errors import BcftError, LockedError, UsageError
 from bcft.journal import storage, write_json, write_jsonl, write_text
+from bcft.processes import world_size
 from bcft.types import Demonstration
 
 PACKAGES = ("bcft", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "math-verify")
@@ -45,33 +46,28 @@ class RunDirectory:
         self.writes = writes
         self.started = time.time()
 
-    def settle(self) -> None:
-        """Write recipe, versions and hardware, or check that a run begun here had the same recipe.
-
-        Raises UsageError that lists the keys that differ.
-        """
+    def check_recipe(self) -> None:
+        """Raise UsageError that lists the keys that differ, if a run was begun here with another recipe."""
         file = self.path / "config.yaml"
-        resolved = self.recipe.resolved()
-        if file.is_file() and "allow-drift" not in self.recipe.flags:
-            before = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-            keys = sorted((before.keys() | resolved.keys()) - MAY_DIFFER)
-            drift = [
-                f"{k} was {before.get(k)!r}, now {resolved.get(k)!r}" for k in keys if before.get(k) != resolved.get(k)
-            ]
-            if drift:
-                raise UsageError(
-                    f"{self.path} was begun with another recipe ({'; '.join(drift)}): "
-                    f"give another output_dir, or remove it, or pass --allow-drift"
-                )
-        if self.writes:
-            write_text(file, yaml.safe_dump(resolved, sort_keys=True, allow_unicode=True))
-            write_json(self.path / "versions.json", versions())
+        if not file.is_file() or "allow-drift" in self.recipe.flags:
+            return
+        before, now = yaml.safe_load(file.read_text(encoding="utf-8")) or {}, self.recipe.resolved()
+        keys = sorted((before.keys() | now.keys()) - MAY_DIFFER)
+        drift = [f"{k} was {before.get(k)!r}, now {now.get(k)!r}" for k in keys if before.get(k) != now.get(k)]
+        if drift:
+            raise UsageError(
+                f"{self.path} was begun with another recipe ({'; '.join(drift)}): "
+                f"give another output_dir, or remove it, or pass --allow-drift"
+            )
 
-    def write_problems(self, held_out: Sequence[Demonstration]) -> None:
-        """Write `problems.jsonl`: what the rows of an evaluation refer to by `problem_id`."""
-        if self.writes:
-            rows = ({"problem_id": d.problem.id, "prompt": d.problem.prompt, **d.problem.columns} for d in held_out)
-            write_jsonl(self.path / "problems.jsonl", rows)
+    def record(self, held_out: Sequence[Demonstration]) -> None:
+        """Write what the results will stand on: recipe, versions, hardware, and the problems kept from training."""
+        if not self.writes:
+            return
+        write_text(self.path / "config.yaml", yaml.safe_dump(self.recipe.resolved(), allow_unicode=True))
+        write_json(self.path / "versions.json", versions())
+        rows = ({"problem_id": d.problem.id, "prompt": d.problem.prompt, **d.problem.columns} for d in held_out)
+        write_jsonl(self.path / "problems.jsonl", rows)
 
     def status(self, state: str, *, exit_code: int = 0, message: str = "") -> None:
         """Write `status.json`: what a launcher that loses exit codes can still read."""
@@ -135,7 +131,7 @@ def versions() -> dict[str, Any]:
         "cpus": os.cpu_count() or 0,
         "torch_threads": torch.get_num_threads(),
         "gpus": gpus,
-        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+        "world_size": world_size(),
     }
 
 

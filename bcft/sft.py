@@ -17,6 +17,9 @@ from rich.console import Console
 from bcft.command import execute
 from bcft.config import Recipe, load
 from bcft.errors import UsageError
+from bcft.journal import MANIFEST, committed, read_json, storage, write_json, write_manifest, write_text
+from bcft.processes import rank
+from bcft.run import RunDirectory, open_run
 
 if TYPE_CHECKING:
     from bcft.model import Policy
@@ -34,58 +37,56 @@ def run(recipe: str | PathLike[str] | None = None, **overrides: Any) -> dict[str
 
 
 def clone(recipe: Recipe) -> dict[str, Any]:
-    """Run a parsed recipe; return what `metrics.json` holds."""
-    from bcft.data import load_splits
-    from bcft.evaluation import measure, stored
-    from bcft.journal import committed, read_json
-    from bcft.model import load_policy, rank
-    from bcft.run import open_run
-    from bcft.summary import before_and_after, conclusion, print_table
-
+    """Run a parsed recipe, or tell what it came to if it is finished; return what `metrics.json` holds."""
     console = Console(quiet=rank() > 0 or "quiet" in recipe.flags, soft_wrap=True, highlight=False)
     with open_run(recipe, Path(recipe["output_dir"]), writes=rank() == 0) as directory:
-        # 1. Demonstrations to rows, every label counted before anything is trained.
-        splits = load_splits(recipe)
-        policy = load_policy(recipe)
-        console.print(f"model: {recipe['model_name_or_path']} on {policy.precision.why}")
-        rows, census = _rows(recipe, policy, splits.train)
-        console.print(f"data:  {census}")
-        directory.settle()
-        directory.write_problems(splits.held_out)
+        directory.check_recipe()
         if committed(directory.path):
             metrics = read_json(directory.path / "metrics.json")
-            console.print(f"{directory.path} is finished: {metrics['conclusion']}")
-            return metrics
+            console.print(f"{directory.path} is finished", markup=False)
+        else:
+            metrics = _clone(recipe, directory, console)
+    if rank() == 0:
+        print(metrics["conclusion"])
+    return metrics
 
-        # 2. The policy as it is, on problems that are not in training.
-        answered = [d for d in splits.test if d.completion.strip()]
-        held_out = _rows(recipe, policy, answered)[0] if answered else []
-        measured = partial(measure, recipe, splits, split="test", rows=held_out)
-        base = stored(directory.path / "base") or measured(policy, directory=directory.path / "base", label="base")
 
-        # 3. One SFT run, from the newest whole checkpoint if there is one.
-        dev = [d for d in splits.dev if d.completion.strip()]
-        if recipe["eval_strategy"] != "no" and not dev:
-            raise UsageError(
-                "eval_strategy: there are no dev rows to take a loss on: raise eval_dev_problems, or set no"
-            )
-        dev_rows = _rows(recipe, policy, dev)[0] if recipe["eval_strategy"] != "no" else []
-        policy, fitted = _train(recipe, policy, rows, dev_rows)
-        console.print(
-            f"train: {fitted.steps} steps in {fitted.seconds:.0f} s, {fitted.tokens_per_second:,.0f} supervised "
-            f"tokens/s, loss {fitted.loss_first:.4f} to {fitted.loss_last:.4f}"
-        )
+def _clone(recipe: Recipe, directory: RunDirectory, console: Console) -> dict[str, Any]:
+    # These load torch, which nothing above does.
+    from bcft.data import load_splits
+    from bcft.evaluation import measure, stored
+    from bcft.model import load_policy
+    from bcft.summary import before_and_after, conclusion, print_table
 
-        # 4. The policy as it has become, and what that means.
-        final = measured(policy, directory=directory.path / "final", label="final")
-        metrics = {"base": base.summary, "final": final.summary, "train": dataclasses.asdict(fitted)}
-        metrics |= conclusion(base, final)
-        _save(recipe, policy, metrics, census)
-        if base.summary:
-            print_table({"base": base.summary, "final": final.summary}, console)
-            console.print(before_and_after(base.evaluation, final.evaluation, splits.test), markup=False)
-        console.print(f"The model is in {directory.path}; next: {_next(recipe)}")
-        console.print(metrics["conclusion"])
+    # 1. Demonstrations to rows, every label counted before anything is trained.
+    splits = load_splits(recipe)
+    policy = load_policy(recipe)
+    console.print(f"model: {recipe['model_name_or_path']} on {policy.precision.why}", markup=False)
+    rows, census = _rows(recipe, policy, splits.train)
+    test_rows, dev_rows = (_held_out_rows(recipe, policy, part) for part in (splits.test, splits.dev))
+    console.print(f"data: {census}", markup=False)
+    directory.record(splits.held_out)
+
+    # 2. The policy as it is, on problems that are not in training.
+    measured = partial(measure, recipe, splits, split="test", rows=test_rows, quiet=console.quiet)
+    base = stored(directory.path / "base") or measured(policy, directory=directory.path / "base")
+
+    # 3. One SFT run, from the newest whole checkpoint if there is one.
+    policy, fitted = _train(recipe, policy, rows, dev_rows, quiet=console.quiet)
+    console.print(
+        f"train: {fitted.steps} steps in {fitted.seconds:.0f} s, {fitted.tokens_per_second:,.0f} supervised "
+        f"tokens/s, loss {fitted.loss_first:.4f} to {fitted.loss_last:.4f}"
+    )
+
+    # 4. The policy as it has become, and what that means.
+    final = measured(policy, directory=directory.path / "final")
+    metrics = {"base": base.summary, "final": final.summary, "train": dataclasses.asdict(fitted)}
+    metrics |= conclusion(base, final)
+    _save(recipe, policy, metrics, census)
+    if base.summary:
+        print_table({"base": base.summary, "final": final.summary}, console)
+        console.print(before_and_after(base.evaluation, final.evaluation, splits.test), markup=False)
+    console.print(f"The model is in {directory.path}; next: {_next(recipe)}", markup=False)
     return metrics
 
 
@@ -96,21 +97,35 @@ def _rows(recipe: Recipe, policy: "Policy", demonstrations: "Sequence[Demonstrat
     return make_rows(demonstrations, policy.renderer, max_length=longest, overlength=recipe["overlength"])
 
 
-def _train(recipe: Recipe, policy: "Policy", rows: "Sequence[Row]", held_out: "Sequence[Row]") -> "tuple[Policy, Fit]":
+def _held_out_rows(recipe: Recipe, policy: "Policy", demonstrations: "Sequence[Demonstration]") -> "list[Row]":
+    """Return rows to take a loss on, of those problems that come with a solution."""
+    answered = [d for d in demonstrations if d.completion.strip()]
+    return _rows(recipe, policy, answered)[0] if answered else []
+
+
+def _train(
+    recipe: Recipe, policy: "Policy", rows: "Sequence[Row]", dev_rows: "Sequence[Row]", *, quiet: bool
+) -> "tuple[Policy, Fit]":
     """Fit the rows; return the policy with the trained weights, and what training did."""
     # trl takes longer to import than everything before: the first evaluation is not kept waiting for it.
     from bcft.model import lora_config
     from bcft.training import BCTrainer, fit, newest_checkpoint, training_arguments
 
+    evaluates = recipe["eval_strategy"] != "no"
+    if evaluates and not dev_rows:
+        raise UsageError("eval_strategy: there are no dev rows to take a loss on: raise eval_dev_problems, or set no")
     output = Path(recipe["output_dir"])
     arguments = training_arguments(
-        recipe.values, output_dir=output, autocast=policy.precision.autocast, use_cpu=policy.precision.device == "cpu"
+        {**recipe.values, "disable_tqdm": quiet},
+        output_dir=output,
+        autocast=policy.precision.autocast,
+        use_cpu=policy.precision.device == "cpu",
     )
     trainer = BCTrainer(
         policy.model,
         arguments,
         rows=rows,
-        held_out=held_out,
+        held_out=dev_rows if evaluates else [],
         tokenizer=policy.renderer.tokenizer,
         peft_config=lora_config(recipe),
     )
@@ -120,8 +135,7 @@ def _train(recipe: Recipe, policy: "Policy", rows: "Sequence[Row]", held_out: "S
 
 def _save(recipe: Recipe, policy: "Policy", metrics: dict[str, Any], census: "Census") -> None:
     """Write model, tokenizer, card and metrics; the manifest that commits them comes last."""
-    from bcft.journal import MANIFEST, storage, write_json, write_manifest, write_text
-    from bcft.model import rank, save_policy
+    from bcft.model import save_policy
     from bcft.summary import model_card
 
     if rank() > 0:

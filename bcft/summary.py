@@ -63,6 +63,15 @@ def conclusion(base: Measured, final: Measured, *, before: str = "before") -> di
     return {"vs_base": versus, "conclusion": words}
 
 
+def level(measured: Measured) -> str:
+    """Return in a line how well one policy does."""
+    found = measured.summary
+    if "greedy" not in found:
+        return f"{percent(found['stop_rate'])} of attempts stopped by themselves; success cannot be told"
+    sampled = f", {_cell(found, 'sampled', 'pass@1')} of sampled attempts" if "sampled" in found else ""
+    return f"solved {_cell(found, 'greedy', 'success')} of {found['n']} problems by greedy decoding{sampled}"
+
+
 def before_and_after(base: Evaluation, final: Evaluation, asked: Sequence[Demonstration]) -> str:
     """Return one problem that greedy decoding solves only afterwards, both answers in full; '' if there is none."""
     for demonstration in asked:

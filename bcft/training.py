@@ -51,7 +51,8 @@ class BCTrainer(SFTTrainer):  # type: ignore[misc]
         # The Trainer's own callback prints every log as a dictionary.
         self.pop_callback(PrinterCallback)
         self.pop_callback(ProgressCallback)
-        self.add_callback(Progress())
+        if not args.disable_tqdm:
+            self.add_callback(Progress())
         self.stop_gently = StopGently()
         self.add_callback(self.stop_gently)
         for parameter in self.model.parameters():

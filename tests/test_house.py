@@ -9,8 +9,8 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "bcft"
 FLOORS = [
-    {"types", "errors"},
-    {"config", "statistics", "judge", "journal"},
+    {"types", "errors", "processes"},
+    {"config", "statistics", "judge", "journal", "selection"},
     {"rewards"},
     {"problems", "rendering"},
     {"data", "rows", "model", "generation", "training"},
@@ -19,7 +19,19 @@ FLOORS = [
     {"sft", "evaluate", "preview", "cli"},
 ]
 """Lowest first; some floors of the design have a mezzanine."""
-LIGHT = {"types", "errors", "config", "statistics", "judge", "journal", "rewards", "problems", "rendering"}
+LIGHT = {
+    "types",
+    "errors",
+    "processes",
+    "config",
+    "statistics",
+    "judge",
+    "journal",
+    "selection",
+    "rewards",
+    "problems",
+    "rendering",
+}
 PARTS = {"config_tables": "config", "config_values": "config"}
 """A file that was split keeps one place in the house."""
 HEAVY = {"torch", "transformers", "trl", "datasets", "accelerate", "peft"}

@@ -67,7 +67,7 @@ def test_a_batch_loss_is_the_token_weighted_mean_of_its_rows_under_any_padding(t
     assert multiple is None or batch["input_ids"].shape[1] % multiple == 0
     network.eval()
     losses, counts = zip(*(row_loss(network, row) for row in given), strict=True)
-    assert float(made.compute_loss(network, batch)) == pytest.approx(sum(losses) / sum(counts), rel=1e-5)
+    assert made.compute_loss(network, batch).item() == pytest.approx(sum(losses) / sum(counts), rel=1e-5)
 
 
 def test_four_rows_at_once_and_four_times_one_row_make_the_same_step(tmp_path, tokenizer):

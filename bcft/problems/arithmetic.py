@@ -60,11 +60,13 @@ class Sum:
 
     @property
     def prompt(self) -> str:
+        """The sum as it is asked."""
         steps = [f" {'+' if term > 0 else '-'} {abs(term)}" for term in self.terms[1:]]
         return f"Work out {self.terms[0]}{''.join(steps)}."
 
     @property
     def answer(self) -> str:
+        """The right result."""
         return str(sum(self.terms))
 
     @property
