@@ -69,6 +69,9 @@ class BCTrainer(SFTTrainer):  # type: ignore[misc]
             )
         return loss
 
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write none: TRL makes one at every checkpoint, ours comes with the figures at the end."""
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save, then commit with a manifest: a checkpoint without one is a torn one and never resumed from."""
         super()._save_checkpoint(model, trial)
@@ -184,6 +187,8 @@ def fit(trainer: BCTrainer, rows: Sequence[Row], *, resume: str = "") -> Fit:
     stop before the end.
     """
     before = _fingerprint(trainer.model)
+    # Read now: the checkpoint may be rotated away while training goes on from it.
+    resumed = read_json(Path(resume) / "trainer_state.json")["epoch"] if resume else 0.0
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=resume or None)
     seconds = time.perf_counter() - start
@@ -199,7 +204,6 @@ def fit(trainer: BCTrainer, rows: Sequence[Row], *, resume: str = "") -> Fit:
         )
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     supervised = sum(row.supervised for row in rows)
-    resumed = read_json(Path(resume) / "trainer_state.json")["epoch"] if resume else 0.0
     return Fit(
         rows=len(rows),
         tokens_supervised=supervised,

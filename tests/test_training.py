@@ -122,7 +122,8 @@ def test_a_run_that_changes_no_weight_is_an_error(tmp_path, tokenizer):
 
 def test_a_resumed_run_ends_in_the_same_weights_bit_for_bit(tmp_path, tokenizer):
     settings = {
-        "max_steps": 9, "save_strategy": "steps", "save_steps": 4, "optim": "adamw_torch", "learning_rate": 1e-3,
+        "max_steps": 9, "save_strategy": "steps", "save_steps": 4, "save_total_limit": 1,
+        "optim": "adamw_torch", "learning_rate": 1e-3,
         "lr_scheduler_type": "cosine", "train_sampling_strategy": "random", "gradient_accumulation_steps": 2,
         "per_device_train_batch_size": 1,
     }  # fmt: skip
