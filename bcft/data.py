@@ -48,8 +48,8 @@ class Splits:
 
     @property
     def reference(self) -> bool:
-        """Whether every test problem has a reference answer, so that success can be told."""
-        return bool(self.test) and all(any(name in d.problem.columns for name in REFERENCES) for d in self.test)
+        """Whether every held-out problem has a reference answer, so that success can be told."""
+        return bool(self.held_out) and all(any(n in d.problem.columns for n in REFERENCES) for d in self.held_out)
 
 
 def load_splits(recipe: Recipe) -> Splits:

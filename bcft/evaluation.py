@@ -237,10 +237,9 @@ def success_function(recipe: Recipe, splits: Splits) -> Success | None:
         return None
     function = import_function(name, key="success_func")
     if function is math_reward:
-        held_out = (*splits.dev, *splits.test)
-        columns = {key: [d.problem.columns.get(key) for d in held_out] for key in held_out[0].problem.columns}
-        texts = [_reference(d) for d in held_out]
-        for d, value in zip(held_out, math_reward(prompts=texts, completions=texts, **columns), strict=True):
+        texts = [_reference(d) for d in splits.held_out]
+        graded = math_reward(prompts=texts, completions=texts, answer=texts)
+        for d, value in zip(splits.held_out, graded, strict=True):
             if value != 1.0:
                 raise DataError(f"{d.problem.where}: math_reward does not accept the reference {_reference(d)[-60:]!r}")
     return function

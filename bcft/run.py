@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from bcft.config import Recipe
-from bcft.errors import BcftError, LockedError, UsageError
+from bcft.errors import BcftError, LockedError, Preempted, UsageError
 from bcft.journal import storage, write_json, write_jsonl, write_text
 from bcft.processes import world_size
 from bcft.types import Demonstration
@@ -107,15 +107,19 @@ def open_run(recipe: Recipe, path: Path, *, writes: bool = True) -> Iterator[Run
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()}")
         lock.flush()
+        run.status("running")
+        state, code, message = "failed", BcftError.exit_code, "an error nobody foresaw: see the traceback"
         try:
-            run.status("running")
             yield run
+            state, code, message = "done", 0, ""
         except BcftError as error:
-            run.status(
-                "preempted" if error.exit_code == 75 else "failed", exit_code=error.exit_code, message=str(error)
-            )
+            code, message = error.exit_code, str(error)
             raise
-        run.status("done")
+        except KeyboardInterrupt:
+            code, message = Preempted.exit_code, "interrupted"
+            raise
+        finally:
+            run.status("preempted" if code == Preempted.exit_code else state, exit_code=code, message=message)
 
 
 def versions() -> dict[str, Any]:

@@ -19,8 +19,8 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from bcft.errors import DivergedError, Preempted
-from bcft.journal import MANIFEST, committed, read_json, write_manifest
+from bcft.errors import DivergedError, Preempted, UsageError
+from bcft.journal import MANIFEST, committed, read_json, storage, write_manifest
 from bcft.types import Row
 
 
@@ -190,7 +190,14 @@ def fit(trainer: BCTrainer, rows: Sequence[Row], *, resume: str = "") -> Fit:
     # Read now: the checkpoint may be rotated away while training goes on from it.
     resumed = read_json(Path(resume) / "trainer_state.json")["epoch"] if resume else 0.0
     start = time.perf_counter()
-    trainer.train(resume_from_checkpoint=resume or None)
+    try:
+        with storage(Path(trainer.args.output_dir)):
+            trainer.train(resume_from_checkpoint=resume or None)
+    except torch.OutOfMemoryError as error:
+        raise UsageError(
+            f"out of memory with {trainer.args.per_device_train_batch_size} rows at once: halve "
+            f"per_device_train_batch_size and double gradient_accumulation_steps, or set gradient_checkpointing: true"
+        ) from error
     seconds = time.perf_counter() - start
     if trainer.stop_gently.asked and trainer.state.global_step < trainer.state.max_steps:
         raise Preempted(f"stopped and saved at step {trainer.state.global_step}; the same command goes on from here")
