@@ -204,7 +204,7 @@ CHOICES = {"include_num_input_tokens_seen": ("all", "non_padding", "no"), "pad_t
 
 _LABELS = "the labels are made and proved here: loss is on completions only"
 _RENDERER = "one renderer makes every row, from the columns prompt and completion"
-_LAUNCHER = "give it to the launcher: accelerate launch --config_file FILE, see recipes/accelerate_configs"
+_LAUNCHER = "give it to the launcher: accelerate launch --config_file FILE"
 _METRICS = "success is measured by sampling on held-out problems, not by the Trainer"
 _LAST = "the last weights are the result, and held-out problems judge them"
 _FILTERED = "belongs to the command filtered, which this version does not have"

@@ -7,6 +7,7 @@ with its file and line.
 """
 
 import csv
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -47,6 +48,19 @@ class Splits:
         return (*self.dev, *self.test, *self.harder)
 
     @property
+    def digest(self) -> str:
+        """A hash of all that is trained on and measured on: a run goes on with the same data only."""
+        digest = hashlib.sha256()
+        for d in (*self.train, *self.held_out):
+            row = (d.problem.id, d.problem.prompt, d.completion, dict(d.problem.columns))
+            digest.update(json.dumps(row, default=str, sort_keys=True).encode())
+        return digest.hexdigest()
+
+    def __str__(self) -> str:
+        held = f"{len(self.dev):,} dev and {len(self.test):,} test problems held out"
+        return f"{len(self.train):,} demonstrations to train on, {held}"
+
+    @property
     def reference(self) -> bool:
         """Whether every held-out problem has a reference answer, so that success can be told."""
         return bool(self.held_out) and all(any(n in d.problem.columns for n in REFERENCES) for d in self.held_out)
@@ -63,8 +77,8 @@ def load_splits(recipe: Recipe) -> Splits:
         return _embedded(name, train_slice, *sizes)
     found = [_demonstration(row, where) for row, where in _read(recipe, train_split)[train_slice]]
     test_split, test_slice = _parse_split(recipe["dataset_test_split"])
-    own_test = sizes[1] > 0 and _has_split(recipe, test_split)
-    train, dev, test = _by_hash(found, dev=sizes[0] > 0, test=sizes[1] > 0 and not own_test)
+    own_test = _has_split(recipe, test_split)
+    train, dev, test = _by_hash(found, test=not own_test)
     if own_test:
         test = [_demonstration(row, where, problem_only=True) for row, where in _read(recipe, test_split)[test_slice]]
     held_out = {d.problem.id: d for d in (*dev, *test)}
@@ -96,15 +110,22 @@ def _embedded(name: str, train: slice, dev: int, test: int) -> Splits:
 
 
 def _by_hash(
-    found: Iterable[Demonstration], *, dev: bool, test: bool
+    found: Iterable[Demonstration], *, test: bool
 ) -> tuple[list[Demonstration], list[Demonstration], list[Demonstration]]:
-    """Split by the hash of the prompt: under 5 % is test, then 5 % dev, the rest training."""
-    parts: tuple[list[Demonstration], ...] = ([], [], [])
+    """Split by the hash of the prompt: under 5 % is test, then 5 % dev, the rest training.
+
+    However few problems are evaluated, all of a share stay out of training: a later evaluation may take more.
+    """
+    train, dev, held = [], [], []
     for demonstration in found:
         share = bucket(demonstration.problem.id)
-        held = 2 if share < TEST_SHARE else 1 if share < TEST_SHARE + DEV_SHARE else 0
-        parts[held if (held == 2 and test) or (held == 1 and dev) else 0].append(demonstration)
-    return parts[0], parts[1], parts[2]
+        if share < TEST_SHARE and test:
+            held.append(demonstration)
+        elif TEST_SHARE <= share < TEST_SHARE + DEV_SHARE:
+            dev.append(demonstration)
+        else:
+            train.append(demonstration)
+    return train, dev, held
 
 
 def _first(found: Sequence[Demonstration], n: int) -> tuple[Demonstration, ...]:

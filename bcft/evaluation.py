@@ -6,7 +6,6 @@ identity, so two models answer the same problems with the same noise and compari
 """
 
 import dataclasses
-import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,15 +19,14 @@ from tqdm.auto import tqdm
 
 from bcft.config import Recipe
 from bcft.data import REFERENCES, Splits
-from bcft.errors import DataError
-from bcft.generation import Action, Request, Sampling
+from bcft.errors import BcftError, DataError, FaultError
 from bcft.generation.hf import HFEngine, sampling_mode
-from bcft.journal import read_json, write_json, write_jsonl
+from bcft.journal import read_json, read_jsonl, write_json, write_jsonl
 from bcft.model import Policy
 from bcft.processes import rank, world_size
 from bcft.rewards import answer_key, extract_answer, import_function, math_reward
 from bcft.statistics import majority, mcnemar, mean_interval, paired, pass_at_k, verdict, wilson
-from bcft.types import IGNORED, Demonstration, Row
+from bcft.types import IGNORED, Action, Demonstration, Request, Row, Sampling
 
 Success = Callable[..., Sequence[float | None]]
 """A reward function in TRL's signature; solved means it returns at least 1.0."""
@@ -223,8 +221,8 @@ def stored(directory: Path) -> Measured | None:
     """Return what `measure` wrote into a directory, None if it did not get to the end."""
     if not (directory / "evaluation.json").is_file():
         return None
-    lines = (directory / "evaluation.jsonl").read_text(encoding="utf-8").splitlines()
-    return Measured(Evaluation(tuple(json.loads(line) for line in lines)), read_json(directory / "evaluation.json"))
+    attempts = tuple(read_jsonl(directory / "evaluation.jsonl"))
+    return Measured(Evaluation(attempts), read_json(directory / "evaluation.json"))
 
 
 def success_function(recipe: Recipe, splits: Splits) -> Success | None:
@@ -255,7 +253,18 @@ def judge_success(success: Success | None, asked: Sequence[Demonstration], texts
         for text, as_messages in zip(texts, chat, strict=True)
     ]
     columns = {key: [d.problem.columns.get(key) for d in asked] for key in asked[0].problem.columns}
-    values = success(prompts=[d.problem.prompt for d in asked], completions=completions, **columns)
+    name = getattr(success, "__name__", "success_func")
+    try:
+        values = list(success(prompts=[d.problem.prompt for d in asked], completions=completions, **columns))
+    except BcftError:
+        raise
+    except Exception as error:
+        # Somebody else's code: whatever it raises, the user needs its name and --debug for the rest.
+        raise FaultError(
+            f"success_func: {name} raised {type(error).__name__}: {error} (--debug shows where)"
+        ) from error
+    if len(values) != len(asked):
+        raise FaultError(f"success_func: {name} returned {len(values)} values for {len(asked)} completions")
     return ["unknown" if value is None else "yes" if value >= 1.0 else "no" for value in values]
 
 

@@ -2,13 +2,16 @@
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from bcft.errors import StorageError
+from safetensors import SafetensorError
+
+from bcft.errors import CheckpointError, StorageError
 
 MANIFEST = "manifest.json"
 
@@ -18,10 +21,10 @@ def storage(path: Path) -> Iterator[None]:
     """Turn an OSError while writing below `path` into a StorageError that says what to do."""
     try:
         yield
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         place = path if path.is_absolute() else Path(os.path.relpath(path))
         raise StorageError(
-            f"cannot write {place}: {error.strerror or error}: make room or give another output_dir"
+            f"cannot write {place}: {getattr(error, 'strerror', None) or error}: make room or give another output_dir"
         ) from error
 
 
@@ -45,7 +48,26 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write one JSON object a line."""
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
+    write_text(path, "".join(json.dumps(_plain(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Return the objects of a file this package wrote, one a line."""
+    with path.open(encoding="utf-8", newline="\n") as file:
+        return [json.loads(line) for line in file]
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as files hold it: no nulls (absent text is ""), and as text what JSON has no form for."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if value is None:
+        return ""
+    if isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    return str(value)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -73,6 +95,18 @@ def committed(directory: Path) -> bool:
         return all(_sha256(directory / name) == digest for name, digest in files.items())
     except (OSError, ValueError, KeyError):
         return False
+
+
+def finished(directory: Path) -> bool:
+    """Tell whether a run was committed here.
+
+    Raises CheckpointError where it was and a file has changed since: training again would overwrite it.
+    """
+    if (directory / MANIFEST).is_file() and not committed(directory):
+        raise CheckpointError(
+            f"{directory}: a file is not as {MANIFEST} has it: restore it, or remove {MANIFEST} to train again"
+        )
+    return (directory / MANIFEST).is_file()
 
 
 def _sha256(path: Path) -> str:

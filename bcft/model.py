@@ -6,11 +6,13 @@ a local directory or a Hub id. Weights come as safetensors only: a pickle is cod
 
 import dataclasses
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from bcft.config import Recipe
 from bcft.errors import DataError, UsageError
@@ -43,9 +45,9 @@ class Policy:
     precision: Precision
 
     @property
-    def max_length(self) -> int:
-        """Positions the model has: no row and no attempt can be longer."""
-        return int(self.model.config.get_text_config().max_position_embeddings)
+    def adapter(self) -> bool:
+        """Whether the model is a PEFT adapter on a frozen base."""
+        return hasattr(self.model, "peft_config")
 
 
 def load_policy(recipe: Recipe, *, trainable: bool = True) -> Policy:
@@ -60,6 +62,16 @@ def load_policy(recipe: Recipe, *, trainable: bool = True) -> Policy:
     model.generation_config.pad_token_id = renderer.tokenizer.pad_token_id
     model.config.get_text_config().pad_token_id = renderer.tokenizer.pad_token_id
     return Policy(model, renderer, precision)
+
+
+def longest_row(recipe: Recipe) -> int:
+    """Return the most tokens a row may have: `max_length`, and no more than the model has positions."""
+    from transformers import AutoConfig
+
+    name = locate(recipe["model_name_or_path"])
+    config = _from_pretrained(AutoConfig, adapter_base(name) or name, recipe)
+    positions = int(config.get_text_config().max_position_embeddings)
+    return min(recipe["max_length"] or positions, positions)
 
 
 def load_renderer(recipe: Recipe) -> Renderer:
@@ -196,13 +208,21 @@ def lora_config(recipe: Recipe) -> Any:
     )
 
 
-def save_policy(policy: Policy, directory: Path) -> None:
-    """Write model or adapter, tokenizer and template so that `from_pretrained` loads them and stops where this does."""
+def save_policy(policy: Policy, directory: Path) -> list[Path]:
+    """Write model or adapter, tokenizer and template so that `from_pretrained` loads them and stops where this does.
+
+    They are written aside and moved in; returns the files.
+    """
     _hide_bars(str(directory))
-    policy.model.save_pretrained(directory)
-    policy.renderer.tokenizer.save_pretrained(directory)
-    if policy.model.generation_config is not None:
-        policy.model.generation_config.save_pretrained(directory)
+    aside = directory / ".model"
+    shutil.rmtree(aside, ignore_errors=True)
+    policy.model.save_pretrained(aside)
+    policy.renderer.tokenizer.save_pretrained(aside)
+    policy.model.generation_config.save_pretrained(aside)
+    (aside / "README.md").unlink(missing_ok=True)  # peft's card is empty, ours has the figures
+    files = [file.replace(directory / file.name) for file in sorted(aside.iterdir())]
+    aside.rmdir()
+    return files
 
 
 def refuse_pickles(name: str, *, stem: str = "") -> None:
@@ -218,7 +238,7 @@ def refuse_pickles(name: str, *, stem: str = "") -> None:
 def _nf4(recipe: Recipe, precision: Precision) -> Any:
     from transformers import BitsAndBytesConfig
 
-    if not recipe["use_peft"] and not adapter_base(recipe["model_name_or_path"]):
+    if recipe.command == "sft" and not recipe["use_peft"] and not adapter_base(recipe["model_name_or_path"]):
         raise UsageError("load_in_4bit: 4-bit weights cannot train by themselves: set use_peft: true")
     return BitsAndBytesConfig(
         load_in_4bit=True,
@@ -234,7 +254,7 @@ def _from_pretrained(auto: Any, name: str, recipe: Recipe, **extra: Any) -> Any:
     _hide_bars(name)
     try:
         return auto.from_pretrained(name, revision=recipe["model_revision"], trust_remote_code=trust, **extra)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UsageError(f"model_name_or_path: cannot load {name!r}: {reason}") from error
 

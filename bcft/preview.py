@@ -28,12 +28,13 @@ def run(recipe: str | PathLike[str] | None = None, **overrides: Any) -> list[dic
 def first_rows(recipe: Recipe) -> tuple[list[dict[str, Any]], str]:
     """Return the first rows by a parsed recipe, and the census of all rows in words."""
     from bcft.data import load_splits
-    from bcft.model import load_renderer
+    from bcft.model import load_renderer, longest_row
     from bcft.rows import make_rows
 
     renderer = load_renderer(recipe)
-    longest = recipe["max_length"] or sys.maxsize
-    rows, census = make_rows(load_splits(recipe).train, renderer, max_length=longest, overlength=recipe["overlength"])
+    rows, census = make_rows(
+        load_splits(recipe).train, renderer, max_length=longest_row(recipe), overlength=recipe["overlength"]
+    )
     shown = []
     for row in rows[: recipe["preview_rows"]]:
         texts = [renderer.tokenizer.decode([token]) for token in row.input_ids]

@@ -3,7 +3,7 @@
 A prompt goes through the tokenizer's chat template where there is one (a plain string is a user message),
 else it is plain text behind the tokenizer's BOS. A completion is tokenised apart from its prompt, because a
 rollout never sees the two merged, and ends with what the template emits after an assistant message, up to
-and including the first stop id.
+and including the first stop id. A conversation goes on behind the very ids that were sampled.
 """
 
 import re
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from bcft.errors import DataError
-from bcft.types import Message, Prompt
+from bcft.types import Message, Prompt, messages
 
 DATE = "26 Jul 2024"
 """Llama-3 templates print today's date; this is the one they fall back to, so prompts never change overnight."""
@@ -48,6 +48,35 @@ class Renderer:
     def completions(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of each completion, its stop token last."""
         return [ids + self.tail_ids for ids in self._tokenise([self._escape(text) for text in texts])]
+
+    def continuation(
+        self, history: Sequence[Message], action_ids: Sequence[int], observation: Prompt
+    ) -> tuple[list[int], bool]:
+        """Return the ids that an observation adds behind an action, and False; or the whole next context, and True.
+
+        history: all messages before the action. The whole is rendered anew where the template changes earlier text
+        (drops thoughts, say) or the action did not stop as the template ends a message; whitespace that the template
+        strips from the action itself changes nothing. A cut action gets the end it lacks.
+        """
+        tail = len(self.tail_ids)
+        stopped = tuple(action_ids[-tail:]) == tuple(self.tail_ids)
+        cut = not action_ids or action_ids[-1] not in self.stop_ids
+        if not self.chat:
+            added = self._tokenise([self._escape(_plain_text(observation))])[0]
+            return added if not cut else self.tail_ids + added, False
+        said = self.decode(action_ids[:-tail] if stopped else action_ids)
+        whole: list[Message] = [*history, {"role": "assistant", "content": said}, *messages(observation)]
+        actual = self._render(_messages(whole, escape=self._escape), generate=True)
+        marked = _messages(whole, escape=self._escape)
+        marked[len(history)]["content"] = _CONTENT
+        before, _, after = self._render(marked, generate=True).partition(_CONTENT)
+        said = self._escape(said)
+        same = before == self._render(_messages(history, escape=self._escape), generate=True)
+        if same and (stopped or cut) and actual in (before + said + after, before + said.strip() + after):
+            added = self._tokenise([after])[0]
+            if added[:tail] == self.tail_ids:
+                return added[tail:] if stopped else added, False
+        return self._tokenise([actual])[0], True
 
     def text(self, prompt: Prompt) -> str:
         """Return the prompt as the policy reads it, for people."""

@@ -61,7 +61,7 @@ def import_function(path: str, *, key: str) -> Callable[..., Any]:
         sys.path.insert(0, os.getcwd())
     try:
         found = getattr(importlib.import_module(module), name)
-    except ImportError as error:
+    except (ImportError, SyntaxError) as error:
         raise UsageError(f"{key}: cannot import {module!r}: {error}") from error
     except AttributeError as error:
         raise UsageError(f"{key}: module {module!r} has no function {name!r}") from error

@@ -40,12 +40,18 @@ class Census:
 
 
 def make_rows(
-    demonstrations: Sequence[Demonstration], renderer: Renderer, *, max_length: int, overlength: str = "drop"
+    demonstrations: Sequence[Demonstration],
+    renderer: Renderer,
+    *,
+    max_length: int,
+    overlength: str = "drop",
+    may_be_empty: bool = False,
 ) -> tuple[list[Row], Census]:
     """Return the rows to train on and their census.
 
     max_length: most tokens of a row, prompt and completion together; overlength: `drop` or `raise`.
-    Raises DataError when a row breaks a promise, when one is too long under `raise`, and when nothing is left.
+    Raises DataError when a row breaks a promise, when one is too long under `raise`, and when nothing is left unless
+    `may_be_empty`.
     """
     prompts = renderer.prompts([d.problem.prompt for d in demonstrations])
     completions = renderer.completions([d.completion for d in demonstrations])
@@ -70,7 +76,7 @@ def make_rows(
             f"raise max_length, or set overlength: drop"
         )
     rows = list(kept.values())
-    if not rows:
+    if not rows and not may_be_empty:
         raise DataError(_nothing_left(demonstrations, len(overlong), unsupervised, longest, max_length))
     _prove(rows, renderer)
     return rows, Census(

@@ -15,7 +15,7 @@ import yaml
 
 from bcft.config import Recipe
 from bcft.errors import BcftError, LockedError, Preempted, UsageError
-from bcft.journal import storage, write_json, write_jsonl, write_text
+from bcft.journal import read_json, storage, write_json, write_jsonl, write_text
 from bcft.processes import world_size
 from bcft.types import Demonstration
 
@@ -45,32 +45,47 @@ class RunDirectory:
         self.recipe = recipe
         self.writes = writes
         self.started = time.time()
+        self.begun = False
+        self.drifted = False
+        """Whether recipe or data differ from what the directory was begun with, as --allow-drift permits."""
 
     def check_recipe(self) -> None:
         """Raise UsageError that lists the keys that differ, if a run was begun here with another recipe."""
         file = self.path / "config.yaml"
-        if not file.is_file() or "allow-drift" in self.recipe.flags:
+        if not file.is_file():
             return
         before, now = yaml.safe_load(file.read_text(encoding="utf-8")) or {}, self.recipe.resolved()
         keys = sorted((before.keys() | now.keys()) - MAY_DIFFER)
         drift = [f"{k} was {before.get(k)!r}, now {now.get(k)!r}" for k in keys if before.get(k) != now.get(k)]
-        if drift:
+        self._refuse(drift, "was begun with another recipe")
+
+    def check_data(self, digest: str) -> None:
+        """Raise UsageError if a run was begun here with data of another hash."""
+        file = self.path / "versions.json"
+        if file.is_file() and read_json(file)["data"] != digest:
+            self._refuse(["the dataset's rows have changed"], "was begun with other data")
+
+    def _refuse(self, drift: Sequence[str], reason: str) -> None:
+        if drift and "allow-drift" not in self.recipe.flags:
             raise UsageError(
-                f"{self.path} was begun with another recipe ({'; '.join(drift)}): "
+                f"{self.path} {reason} ({'; '.join(drift)}): "
                 f"give another output_dir, or remove it, or pass --allow-drift"
             )
+        self.drifted = self.drifted or bool(drift)
 
-    def record(self, held_out: Sequence[Demonstration]) -> None:
+    def record(self, held_out: Sequence[Demonstration], digest: str) -> None:
         """Write what the results will stand on: recipe, versions, hardware, and the problems kept from training."""
         if not self.writes:
             return
         write_text(self.path / "config.yaml", yaml.safe_dump(self.recipe.resolved(), allow_unicode=True))
-        write_json(self.path / "versions.json", versions())
-        rows = ({"problem_id": d.problem.id, "prompt": d.problem.prompt, **d.problem.columns} for d in held_out)
+        write_json(self.path / "versions.json", {**versions(), "data": digest})
+        rows = ({**d.problem.columns, "problem_id": d.problem.id, "prompt": d.problem.prompt} for d in held_out)
         write_jsonl(self.path / "problems.jsonl", rows)
+        self.status("running")
 
     def status(self, state: str, *, exit_code: int = 0, message: str = "") -> None:
         """Write `status.json`: what a launcher that loses exit codes can still read."""
+        self.begun = True
         if self.writes and self.path.is_dir():
             status = {"state": state, "exit_code": exit_code, "message": message, "command": self.recipe.command}
             write_json(
@@ -107,7 +122,6 @@ def open_run(recipe: Recipe, path: Path, *, writes: bool = True) -> Iterator[Run
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()}")
         lock.flush()
-        run.status("running")
         state, code, message = "failed", BcftError.exit_code, "an error nobody foresaw: see the traceback"
         try:
             yield run
@@ -119,7 +133,9 @@ def open_run(recipe: Recipe, path: Path, *, writes: bool = True) -> Iterator[Run
             code, message = Preempted.exit_code, "interrupted"
             raise
         finally:
-            run.status("preempted" if code == Preempted.exit_code else state, exit_code=code, message=message)
+            # A command that was refused says nothing of the run that is here already.
+            if run.begun or not (run.path / "status.json").exists():
+                run.status("preempted" if code == Preempted.exit_code else state, exit_code=code, message=message)
 
 
 def versions() -> dict[str, Any]:

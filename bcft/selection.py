@@ -20,7 +20,8 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 
-Success: TypeAlias = Literal["yes", "no", "unknown"]
+from bcft.types import Success
+
 Status: TypeAlias = Literal["done", "truncated", "errored"]
 Reason: TypeAlias = Literal[
     "errored", "ungraded", "truncated", "failed", "below_floor", "below_cutoff", "duplicate", "over_cap", "tie_lost"

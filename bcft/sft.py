@@ -16,8 +16,9 @@ from rich.console import Console
 
 from bcft.command import execute
 from bcft.config import Recipe, load
+from bcft.data import Splits, load_splits
 from bcft.errors import UsageError
-from bcft.journal import MANIFEST, committed, read_json, storage, write_json, write_manifest, write_text
+from bcft.journal import finished, read_json, storage, write_json, write_manifest, write_text
 from bcft.processes import rank
 from bcft.run import RunDirectory, open_run
 
@@ -41,35 +42,37 @@ def clone(recipe: Recipe) -> dict[str, Any]:
     console = Console(quiet=rank() > 0 or "quiet" in recipe.flags, soft_wrap=True, highlight=False)
     with open_run(recipe, Path(recipe["output_dir"]), writes=rank() == 0) as directory:
         directory.check_recipe()
-        if committed(directory.path):
+        splits = load_splits(recipe)
+        directory.check_data(splits.digest)
+        if finished(directory.path):
             metrics = read_json(directory.path / "metrics.json")
             console.print(f"{directory.path} is finished", markup=False)
         else:
-            metrics = _clone(recipe, directory, console)
+            metrics = _clone(recipe, splits, directory, console)
     if rank() == 0:
         print(metrics["conclusion"])
     return metrics
 
 
-def _clone(recipe: Recipe, directory: RunDirectory, console: Console) -> dict[str, Any]:
+def _clone(recipe: Recipe, splits: Splits, directory: RunDirectory, console: Console) -> dict[str, Any]:
     # These load torch, which nothing above does.
-    from bcft.data import load_splits
     from bcft.evaluation import measure, stored
     from bcft.model import load_policy
     from bcft.summary import before_and_after, conclusion, print_table
 
     # 1. Demonstrations to rows, every label counted before anything is trained.
-    splits = load_splits(recipe)
     policy = load_policy(recipe)
     console.print(f"model: {recipe['model_name_or_path']} on {policy.precision.why}", markup=False)
     rows, census = _rows(recipe, policy, splits.train)
     test_rows, dev_rows = (_held_out_rows(recipe, policy, part) for part in (splits.test, splits.dev))
-    console.print(f"data: {census}", markup=False)
-    directory.record(splits.held_out)
+    console.print(f"data: {splits}", markup=False)
+    console.print(f"rows: {census}", markup=False)
+    directory.record(splits.held_out, splits.digest)
 
     # 2. The policy as it is, on problems that are not in training.
     measured = partial(measure, recipe, splits, split="test", rows=test_rows, quiet=console.quiet)
-    base = stored(directory.path / "base") or measured(policy, directory=directory.path / "base")
+    kept = None if directory.drifted else stored(directory.path / "base")
+    base = kept or measured(policy, directory=directory.path / "base")
 
     # 3. One SFT run, from the newest whole checkpoint if there is one.
     policy, fitted = _train(recipe, policy, rows, dev_rows, quiet=console.quiet)
@@ -91,16 +94,19 @@ def _clone(recipe: Recipe, directory: RunDirectory, console: Console) -> dict[st
 
 
 def _rows(recipe: Recipe, policy: "Policy", demonstrations: "Sequence[Demonstration]") -> "tuple[list[Row], Census]":
+    from bcft.model import longest_row
     from bcft.rows import make_rows
 
-    longest = min(recipe["max_length"] or policy.max_length, policy.max_length)
-    return make_rows(demonstrations, policy.renderer, max_length=longest, overlength=recipe["overlength"])
+    return make_rows(demonstrations, policy.renderer, max_length=longest_row(recipe), overlength=recipe["overlength"])
 
 
 def _held_out_rows(recipe: Recipe, policy: "Policy", demonstrations: "Sequence[Demonstration]") -> "list[Row]":
     """Return rows to take a loss on, of those problems that come with a solution."""
+    from bcft.model import longest_row
+    from bcft.rows import make_rows
+
     answered = [d for d in demonstrations if d.completion.strip()]
-    return _rows(recipe, policy, answered)[0] if answered else []
+    return make_rows(answered, policy.renderer, max_length=longest_row(recipe), may_be_empty=True)[0]
 
 
 def _train(
@@ -127,7 +133,7 @@ def _train(
         rows=rows,
         held_out=dev_rows if evaluates else [],
         tokenizer=policy.renderer.tokenizer,
-        peft_config=lora_config(recipe),
+        peft_config=None if policy.adapter else lora_config(recipe),
     )
     fitted = fit(trainer, rows, resume=newest_checkpoint(output))
     return dataclasses.replace(policy, model=trainer.accelerator.unwrap_model(trainer.model)), fitted
@@ -142,11 +148,10 @@ def _save(recipe: Recipe, policy: "Policy", metrics: dict[str, Any], census: "Ce
         return
     output = Path(recipe["output_dir"])
     with storage(output):
-        save_policy(policy, output)
-    write_text(output / "README.md", model_card(recipe, metrics, str(census)))
+        files = save_policy(policy, output)
     write_json(output / "metrics.json", metrics)
-    mutable = {MANIFEST, "status.json", ".lock"}
-    write_manifest(output, [f for f in output.iterdir() if f.is_file() and f.name not in mutable])
+    write_text(output / "README.md", model_card(recipe, metrics, str(census), adapter=policy.adapter))
+    write_manifest(output, [*files, output / "metrics.json", output / "config.yaml"])
 
 
 def _next(recipe: Recipe) -> str:

@@ -81,7 +81,8 @@ def paired(first: Sequence[float], second: Sequence[float]) -> Paired:
 
     The standard error is that of the per-problem differences: Miller 2024 (https://arxiv.org/abs/2411.00640), "Paired
     analysis". p is normal, and never below the 2^(1-n) that a sign-flip test of n pairs could reach; with fewer
-    than `FEWEST_PAIRS` problems the interval is (-1, 1) and p is 1. Equal rates everywhere give (0, 0) and p = 1.
+    than `FEWEST_PAIRS` problems the interval is (-1, 1) and p is 1. Where all differences are equal, the interval is as
+    wide as that of an event seen in none of n problems: no spread in a sample is no proof of none.
     """
     if len(first) != len(second):
         raise ValueError(f"paired rates must be of the same problems: {len(first)} != {len(second)}")
@@ -91,7 +92,7 @@ def paired(first: Sequence[float], second: Sequence[float]) -> Paired:
     if n < FEWEST_PAIRS:
         return Paired(delta, -1.0, 1.0, 1.0)
     error = _standard_error(differences)
-    half = _quantile(0.95) * error
+    half = _quantile(0.95) * error if error else wilson(0, n)[1]
     p = 2 * NormalDist().cdf(-abs(delta) / error) if error else float(delta == 0)
     return Paired(delta, max(-1.0, delta - half), min(1.0, delta + half), max(p, 2.0 ** (1 - n)))
 

@@ -45,14 +45,18 @@ def conclusion(base: Measured, final: Measured, *, before: str = "before") -> di
     old, new = base.summary, final.summary
     if not new:
         return {"conclusion": "nothing was measured: eval_test_problems is 0, or there are no held-out problems"}
-    if "greedy" not in new:
-        loss = f"held-out loss {old['loss']:.4f} {before}, {new['loss']:.4f} now; " if "loss" in new else ""
+    if "greedy" not in new or "greedy" not in old:
+        loss = (
+            f"held-out loss {old['loss']:.4f} {before}, {new['loss']:.4f} now; "
+            if "loss" in new and "loss" in old
+            else ""
+        )
         stops = (
             f"{percent(old['stop_rate'])} of attempts stopped by themselves {before}, {percent(new['stop_rate'])} now"
         )
-        return {"conclusion": f"success cannot be told, the problems have no reference answers: {loss}{stops}"}
+        return {"conclusion": f"success cannot be told, nothing could be graded: {loss}{stops}"}
     versus = compare(base.evaluation, final.evaluation)
-    kind, figure = ("sampled", "pass@1") if "sampled" in new else ("greedy", "success")
+    kind, figure = ("sampled", "pass@1") if "sampled" in new and "sampled" in old else ("greedy", "success")
     low, high = versus["ci95"]
     words = (
         f"{versus['conclusion'].replace('_', ' ')}: {percent(new[kind][figure])} of attempts at {new['n']} held-out "
@@ -83,12 +87,11 @@ def before_and_after(base: Evaluation, final: Evaluation, asked: Sequence[Demons
     return ""
 
 
-def model_card(recipe: Recipe, metrics: Mapping[str, Any], census: str) -> str:
+def model_card(recipe: Recipe, metrics: Mapping[str, Any], census: str, *, adapter: bool) -> str:
     """Return the README of a saved model: data, recipe, numbers, and how to load it."""
     columns = {name: metrics[name] for name in ("base", "final") if metrics[name]}
     head, *lines = [["", *columns], *table_rows(columns)] if columns else [[""]]
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *lines))
-    adapter = bool(recipe["use_peft"])
     loader = "AutoPeftModelForCausalLM" if adapter else "AutoModelForCausalLM"
     source = "peft" if adapter else "transformers"
     keys = "\n".join(f"{key}: {recipe[key]}" for key in sorted(recipe.given))

@@ -8,8 +8,10 @@ import dataclasses
 import math
 import signal
 import sys
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,11 @@ import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTConfig, SFTTrainer
 
-from bcft.errors import DivergedError, Preempted, UsageError
+from bcft.errors import DivergedError, Preempted, StorageError, UsageError
 from bcft.journal import MANIFEST, committed, read_json, storage, write_manifest
 from bcft.types import Row
 
@@ -53,7 +57,7 @@ class BCTrainer(SFTTrainer):  # type: ignore[misc]
         self.pop_callback(ProgressCallback)
         if not args.disable_tqdm:
             self.add_callback(Progress())
-        self.stop_gently = StopGently()
+        self.stop_gently = StopGently(self.accelerator)
         self.add_callback(self.stop_gently)
         for parameter in self.model.parameters():
             if parameter.requires_grad:
@@ -73,11 +77,19 @@ class BCTrainer(SFTTrainer):  # type: ignore[misc]
         """Write none: TRL makes one at every checkpoint, ours comes with the figures at the end."""
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Save, then commit with a manifest: a checkpoint without one is a torn one and never resumed from."""
-        super()._save_checkpoint(model, trial)
+        """Save, commit with a manifest, and only then let older checkpoints go.
+
+        A checkpoint without a manifest is a torn one and never resumed from.
+        """
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
         directory = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save and directory.is_dir():
             write_manifest(directory, [f for f in directory.iterdir() if f.is_file() and f.name != MANIFEST])
+            rotate_checkpoints(output_dir=self.args.output_dir, save_total_limit=limit, use_mtime=True)
 
 
 class Progress(TrainerCallback):  # type: ignore[misc]
@@ -119,21 +131,30 @@ class Progress(TrainerCallback):  # type: ignore[misc]
 class StopGently(TrainerCallback):  # type: ignore[misc]
     """On SIGTERM or Ctrl-C end the step, save a checkpoint and stop; a second signal stops at once."""
 
-    asked = False
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
-        """Take the signals over for the time of the training."""
-        self.before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    def __init__(self, accelerator: Any) -> None:
+        self.accelerator = accelerator
+        self.asked = False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
-        """Save and stop if anybody asked: between steps, where a resumed run meets the same random numbers."""
-        if self.asked and state.global_step < state.max_steps:
+        """Save and stop if any process was asked: between steps, where a resumed run meets the same random numbers."""
+        if self.accelerator.num_processes > 1:
+            flag = torch.tensor(float(self.asked), device=self.accelerator.device)
+            self.asked = bool(self.accelerator.reduce(flag, reduction="sum") > 0)
+        if self.asked:
             control.should_save = control.should_training_stop = True
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
-        """Give the signals back."""
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take the signals over, and give them back whatever happens; a thread other than the main one hears none."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def _ask(self, *_: object) -> None:
         if self.asked:
@@ -191,15 +212,15 @@ def fit(trainer: BCTrainer, rows: Sequence[Row], *, resume: str = "") -> Fit:
     resumed = read_json(Path(resume) / "trainer_state.json")["epoch"] if resume else 0.0
     start = time.perf_counter()
     try:
-        with storage(Path(trainer.args.output_dir)):
-            trainer.train(resume_from_checkpoint=resume or None)
+        with storage(Path(trainer.args.output_dir)), trainer.stop_gently.listening():
+            _train(trainer, resume)
     except torch.OutOfMemoryError as error:
         raise UsageError(
             f"out of memory with {trainer.args.per_device_train_batch_size} rows at once: halve "
             f"per_device_train_batch_size and double gradient_accumulation_steps, or set gradient_checkpointing: true"
         ) from error
     seconds = time.perf_counter() - start
-    if trainer.stop_gently.asked and trainer.state.global_step < trainer.state.max_steps:
+    if trainer.stop_gently.asked:
         raise Preempted(f"stopped and saved at step {trainer.state.global_step}; the same command goes on from here")
     after = _fingerprint(trainer.model)
     if not all(map(math.isfinite, after)):
@@ -221,6 +242,23 @@ def fit(trainer: BCTrainer, rows: Sequence[Row], *, resume: str = "") -> Fit:
         tokens_per_second=round(supervised * (trainer.state.epoch - resumed) / seconds, 1),
         weights_changed=True,
     )
+
+
+def _train(trainer: BCTrainer, resume: str) -> None:
+    """Train, or only load a checkpoint that was the last one: the Trainer would take one step more."""
+    state = TrainerState.load_from_json(str(Path(resume) / "trainer_state.json")) if resume else None
+    if state and state.global_step >= state.max_steps:
+        trainer._load_from_checkpoint(resume)
+        trainer.state = state
+        return
+    try:
+        trainer.train(resume_from_checkpoint=resume or None)
+    except RuntimeError as error:
+        if "inline_container" in str(error):  # how torch.save says that the disk is full
+            raise StorageError(
+                f"cannot write {trainer.args.output_dir}: make room or give another output_dir"
+            ) from error
+        raise
 
 
 def newest_checkpoint(directory: Path) -> str:

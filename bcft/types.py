@@ -1,13 +1,16 @@
-"""The values that flow through the package: frozen, and wrong ones cannot be made.
+"""The values that flow through the package: frozen, and wrong ones cannot be made; and the protocols between floors.
 
-Problem -> Demonstration -> Row is plain behaviour cloning from left to right.
+Problem -> Demonstration -> Row is plain behaviour cloning from left to right. Problem -> Request -> Action -> Feedback
+-> Turn -> Trajectory is how demonstrations of the policy's own come about.
 """
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypedDict
+from numbers import Real
+from typing import Any, Literal, Protocol, TypeAlias, TypedDict, get_args
 
 
 class Message(TypedDict):
@@ -18,6 +21,11 @@ class Message(TypedDict):
 
 
 Prompt = str | Sequence[Message]
+Stop = Literal["stop_token", "max_tokens", "context_full"]
+Success: TypeAlias = Literal["yes", "no", "unknown"]
+Ended = Literal["done", "turn_limit", "error"]
+"""`done`: the environment ended it; `turn_limit`: the loop did, after the last turn allowed or with a full context (the
+last turn's `stop` tells); `error`: the environment failed, so the trajectory is never data."""
 
 IGNORED = -100
 """The label of a token that carries no loss, as in `torch.nn.CrossEntropyLoss`."""
@@ -25,8 +33,10 @@ IGNORED = -100
 
 def problem_id(prompt: Prompt) -> str:
     """Return 16 hex digits that depend on the prompt's canonical text alone."""
-    text = prompt if isinstance(prompt, str) else json.dumps(list(prompt), sort_keys=True, ensure_ascii=False)
-    canonical = " ".join(text.split())
+    messages = [("user", prompt)] if isinstance(prompt, str) else [(m["role"], m["content"]) for m in prompt]
+    words = [(role, " ".join(content.split())) for role, content in messages]
+    # A string is one user message, and its id that of its words alone.
+    canonical = words[0][1] if [role for role, _ in words] == ["user"] else json.dumps(words, ensure_ascii=False)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
@@ -81,3 +91,244 @@ class Row:
     def supervised(self) -> int:
         """How many tokens carry loss."""
         return sum(label != IGNORED for label in self.labels)
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the next token is drawn. Every parameter is explicit: an unset `top_k` would mean 50 in `generate`.
+
+    `temperature` 0 is greedy; `top_k` 0, `top_p` 1, `min_p` 0 and `repetition_penalty` 1 are off.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One action to be sampled. Requests with equal `context_ids` share their prefill."""
+
+    key: tuple[str | int, ...]
+    """The attempt's identity: (run seed, phase, round, problem id, sample, turn). The noise depends on nothing else."""
+    context_ids: tuple[int, ...]
+    sampling: Sampling
+    stop_ids: tuple[int, ...]
+    max_new_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Action:
+    """What was sampled: token ids, the stop token included where there is one."""
+
+    key: tuple[str | int, ...]
+    ids: tuple[int, ...]
+    stop: Stop
+
+
+class Engine(Protocol):
+    """Anything that turns requests into actions."""
+
+    def generate(self, requests: Sequence[Request]) -> Iterator[Action]:
+        """Yield one action for each request, in the order they finish."""
+        ...
+
+
+def messages(prompt: Prompt) -> list[Message]:
+    """Return a prompt or an observation as messages of its own: a string is one user message.
+
+    Raises ValueError for anything but a string or a list of messages of just `role` and `content`, both text.
+    """
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    if not isinstance(prompt, list | tuple) or not prompt:
+        raise ValueError(f"expected a string or a list of messages, not {_shown(prompt)}")
+    for message in prompt:
+        texts = isinstance(message, dict) and all(isinstance(value, str) for value in message.values())
+        if not texts or message.keys() != {"role", "content"}:
+            raise ValueError(f"a message is {{role, content}}, both text, not {_shown(message)}")
+        "".join(message.values()).encode()  # half a surrogate pair is no text, and an UnicodeEncodeError a ValueError
+    return [{"role": message["role"], "content": message["content"]} for message in prompt]
+
+
+@dataclass(frozen=True, slots=True)
+class Feedback:
+    """What an environment answers to an action. Raises ValueError for a field of a wrong type."""
+
+    observation: Prompt | None
+    """What the policy reads next, a string being a user message; None only when `done`."""
+    reward: float | None
+    """Of this turn alone; None: not graded."""
+    done: bool
+    success: bool | None = None
+    """Whether the problem is solved as things stand; None: not known. The last one that is known counts."""
+
+    def __post_init__(self) -> None:
+        number = isinstance(self.reward, Real) and not isinstance(self.reward, bool) and math.isfinite(self.reward)
+        if not (self.reward is None or number):
+            raise ValueError(f"reward must be a finite number or None, not {_shown(self.reward)}")
+        if not isinstance(self.done, bool):
+            raise ValueError(f"done must be True or False, not {_shown(self.done)}")
+        if not (self.success is None or isinstance(self.success, bool)):
+            raise ValueError(f"success must be True, False or None, not {_shown(self.success)}")
+        if self.observation is not None:
+            messages(self.observation)
+        elif not self.done:
+            raise ValueError("observation is None but done is False: the policy has nothing to answer")
+
+
+class Environment(Protocol):
+    """One attempt at one problem: made for it, reset once, stepped until it is done or the turns are used up.
+
+    `close()`, where there is one, is called after the last step.
+    """
+
+    def reset(self, problem: Problem, *, seed: int) -> Prompt:
+        """Return the first observation; whatever is drawn comes from `seed`, which is in [0, 2**32)."""
+        ...
+
+    def step(self, action: str) -> Feedback:
+        """Answer an action, the text without its stop token."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One action, what the policy read before it and what the environment answered. Raises ValueError if malformed."""
+
+    action: str
+    """The text, without its stop token."""
+    ids: tuple[int, ...]
+    """What was added to the context since the action before; the whole context where `rewritten`."""
+    action_ids: tuple[int, ...]
+    """As sampled, the stop token included; empty only with a full context."""
+    stop: Stop
+    rewritten: bool = False
+    """Whether the template changed earlier text, so that this context does not begin with the one before."""
+    observation: tuple[Message, ...] = ()
+    """What the environment answered; empty where it had nothing more to say or failed."""
+    graded: bool = False
+    reward: float = 0.0
+    """What the environment gave for this action; 0.0 when not graded."""
+    success: Success = "unknown"
+
+    def __post_init__(self) -> None:
+        if self.stop not in get_args(Stop) or self.success not in get_args(Success):
+            raise ValueError(f"stop {self.stop!r} or success {self.success!r} is none of the known words")
+        if not self.action_ids and self.stop != "context_full":
+            raise ValueError(f"an action without tokens stops at context_full, not at {self.stop}")
+        if not math.isfinite(self.reward) or (self.reward and not self.graded):
+            raise ValueError(f"a reward of {self.reward} with graded {self.graded}: not finite, or given by nobody")
+        if self.observation:
+            messages(self.observation)
+
+
+@dataclass(frozen=True, slots=True)
+class Trajectory:
+    """One attempt at a problem as it was played. Raises ValueError for one that cannot have been.
+
+    `to_json` is a line of `rollouts.jsonl`, and `from_json(to_json(t)) == t`.
+    """
+
+    round: int
+    problem_id: str
+    sample: int
+    """Which of the problem's attempts; -1: the one without noise."""
+    turns: tuple[Turn, ...]
+    ended: Ended
+    error: str = ""
+    """What failed, in one line; empty unless `ended` is `error`."""
+
+    def __post_init__(self) -> None:
+        about = f"trajectory {self.id}"
+        if self.ended not in get_args(Ended):
+            raise ValueError(f"{about}: ended must be one of {', '.join(get_args(Ended))}, not {self.ended!r}")
+        if bool(self.error) != (self.ended == "error") or len(self.error.splitlines()) > 1:
+            raise ValueError(f"{about}: ended {self.ended} with the error {self.error!r}; one line says what failed")
+        if not self.turns and self.ended != "error":
+            raise ValueError(f"{about}: no turn was played, but it ended {self.ended}")
+        if self.turns and self.turns[0].rewritten:
+            raise ValueError(f"{about}: the first turn has no earlier context that could be rewritten")
+        if any(turn.stop == "context_full" for turn in self.turns[:-1]):
+            raise ValueError(f"{about}: a turn follows a full context")
+
+    @property
+    def id(self) -> str:
+        """`round-problem-sample`."""
+        return f"{self.round}-{self.problem_id}-{self.sample}"
+
+    @property
+    def contexts(self) -> tuple[tuple[int, ...], ...]:
+        """The ids the policy read before each action."""
+        found: list[tuple[int, ...]] = []
+        for turn in self.turns:
+            before = self.turns[len(found) - 1].action_ids if found else ()
+            found.append(turn.ids if turn.rewritten or not found else found[-1] + before + turn.ids)
+        return tuple(found)
+
+    @property
+    def cut(self) -> bool:
+        """Whether an action ended without a stop token: at the token limit or with a full context."""
+        return any(turn.stop != "stop_token" for turn in self.turns)
+
+    @property
+    def environment_reward(self) -> float | None:
+        """The sum of what the environment gave; None when it graded no turn."""
+        given = [turn.reward for turn in self.turns if turn.graded]
+        return sum(given) if given else None
+
+    @property
+    def success(self) -> Success:
+        """The last success the environment knew."""
+        return next((turn.success for turn in reversed(self.turns) if turn.success != "unknown"), "unknown")
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what `json` can write, without nulls."""
+        return {
+            "id": self.id,
+            "round": self.round,
+            "problem_id": self.problem_id,
+            "sample": self.sample,
+            "turns": [
+                {
+                    "action": turn.action,
+                    "ids": list(turn.ids),
+                    "action_ids": list(turn.action_ids),
+                    "rewritten": turn.rewritten,
+                    "stop": turn.stop,
+                    "observation": [dict(message) for message in turn.observation],
+                    "graded": turn.graded,
+                    "reward": turn.reward,
+                    "success": turn.success,
+                }
+                for turn in self.turns
+            ],
+            "ended": self.ended,
+            "error": self.error,
+        }
+
+    @classmethod
+    def from_json(cls, line: Mapping[str, Any]) -> "Trajectory":
+        """Return the trajectory of a line. Raises ValueError, TypeError or KeyError when it is not one."""
+        values = dict(line)
+        identity = values.pop("id")
+        turns = tuple(
+            Turn(
+                **turn
+                | {name: tuple(turn[name]) for name in ("ids", "action_ids")}
+                | {"observation": tuple(messages(turn["observation"])) if turn["observation"] else ()}
+            )
+            for turn in values.pop("turns")
+        )
+        found = cls(**values, turns=turns)
+        if found.id != identity:
+            raise ValueError(f"trajectory {found.id} is filed under the id {identity!r}")
+        return found
+
+
+def _shown(value: Any) -> str:
+    """Return a value for a message: its type and the beginning of what it looks like."""
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"

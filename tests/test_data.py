@@ -18,6 +18,11 @@ def splits(source, **keys):
     return load_splits(load("sft", None, {"model_name_or_path": "bcft:tiny-init", "dataset_name": str(source), **keys}))
 
 
+def everything(found):
+    """Return what a source came apart into, in the order of its words."""
+    return sorted((*found.train, *found.dev, *found.test), key=lambda d: str(d.problem.prompt))
+
+
 def many(n=400):
     return [{"prompt": f"{i} + {i}?", "completion": str(2 * i), "answer": str(2 * i)} for i in range(n)]
 
@@ -100,14 +105,16 @@ def test_every_format_gives_the_same_demonstrations(tmp_path):
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "d.parquet")
     write_jsonl(tmp_path / "train.jsonl", rows)
     sources = [tmp_path / "a.jsonl", tmp_path / "b.json", tmp_path / "c.csv", tmp_path / "d.parquet", tmp_path]
-    found = [[(d.problem.id, d.completion, d.problem.columns) for d in splits(s).train] for s in sources]
+    keys = {"eval_dev_problems": 99, "eval_test_problems": 99}
+    found = [[(d.problem.id, d.completion, d.problem.columns) for d in everything(splits(s, **keys))] for s in sources]
+    rows.sort(key=lambda row: row["prompt"])
     assert found[0] == [(problem_id(r["prompt"]), r["completion"], {"answer": r["answer"]}) for r in rows]
     assert all(other == found[0] for other in found[1:])
 
 
 def test_question_and_answer_keep_the_worked_solution_as_completion_and_reference(tmp_path):
     path = write_jsonl(tmp_path / "x.jsonl", [{"question": "2 + 2?", "answer": "2 + 2 = 4\n#### 4"}])
-    (found,) = splits(path).train
+    (found,) = everything(splits(path, eval_dev_problems=1, eval_test_problems=1))
     assert (found.problem.prompt, found.completion) == ("2 + 2?", "2 + 2 = 4\n#### 4")
     assert found.problem.columns == {"answer": "2 + 2 = 4\n#### 4"}
 
@@ -117,7 +124,7 @@ def test_messages_are_kept_as_messages(tmp_path):
     path = write_jsonl(
         tmp_path / "x.jsonl", [{"prompt": prompt, "completion": [{"role": "assistant", "content": "4"}]}]
     )
-    (found,) = splits(path).train
+    (found,) = everything(splits(path, eval_dev_problems=1, eval_test_problems=1))
     assert (found.problem.prompt, found.completion) == (prompt, "4")
 
 
@@ -141,8 +148,11 @@ def test_the_same_problem_under_other_white_space_is_the_same_problem():
 def test_a_test_split_of_its_own_is_used_and_slices_are_understood(tmp_path):
     write_jsonl(tmp_path / "train.jsonl", many(100))
     write_jsonl(tmp_path / "test.jsonl", [{"prompt": f"held out {i}", "answer": str(i)} for i in range(30)])
-    found = splits(tmp_path, eval_test_problems=20, dataset_train_split="train[10:60]")
-    assert [d.problem.prompt for d in found.train] == [f"{i} + {i}?" for i in range(10, 60)]
+    found = splits(tmp_path, eval_test_problems=20, eval_dev_problems=99, dataset_train_split="train[10:60]")
+    assert {d.problem.prompt for d in (*found.train, *found.dev)} == {f"{i} + {i}?" for i in range(10, 60)}
+    assert [d.problem.prompt for d in found.train] == sorted(
+        (d.problem.prompt for d in found.train), key=lambda prompt: int(prompt.split()[0])
+    )
     assert len(found.test) == 20
     assert all(str(d.problem.prompt).startswith("held out") for d in found.test)
     with pytest.raises(DataError, match="no split 'exam'"):
@@ -154,9 +164,22 @@ def test_a_test_split_of_its_own_is_used_and_slices_are_understood(tmp_path):
 def test_training_prompts_that_are_also_held_out_are_refused_unless_allowed(tmp_path):
     write_jsonl(tmp_path / "train.jsonl", many(50))
     write_jsonl(tmp_path / "test.jsonl", many(50)[7:9])
-    with pytest.raises(DataError, match=r"train\.jsonl:8: 2 of 50 training prompts are also in dev or test"):
+    with pytest.raises(DataError, match=r"train\.jsonl:8: 2 of \d+ training prompts are also in dev or test"):
         splits(tmp_path, eval_test_problems=5)
     assert splits(tmp_path, eval_test_problems=5, allow_overlap=True).shared_prompts == 2
+
+
+def test_a_string_and_the_same_words_as_one_user_message_are_one_problem():
+    for words in ("2 + 2?", " 2 +\n2? "):
+        assert problem_id([{"role": "user", "content": words}]) == problem_id("2 + 2?")
+    assert problem_id([{"role": "system", "content": "s"}, {"role": "user", "content": "2 + 2?"}]) != problem_id(
+        "2 + 2?"
+    )
+
+
+def test_what_is_held_out_does_not_depend_on_how_much_is_evaluated(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", many())
+    assert splits(path).train == splits(path, eval_dev_problems=500, eval_test_problems=500).train
 
 
 def test_the_embedded_splits_share_no_problem():

@@ -7,11 +7,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from bcft import evaluation
 from bcft.evaluation import Evaluation, compare, evaluate, held_out_loss, judge_success
-from bcft.generation import Sampling, hf
+from bcft.generation import hf
 from bcft.model import Policy, Precision
 from bcft.rendering import Renderer
 from bcft.rows import make_rows
-from bcft.types import IGNORED, Demonstration, Problem
+from bcft.types import IGNORED, Demonstration, Problem, Sampling
 
 
 @pytest.fixture(scope="module")

@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bcft.generation import Request, Sampling
 from bcft.generation.hf import HFEngine, sampling_mode
 from bcft.generation.noise import gumbel, identity_seed
+from bcft.types import Request, Sampling
 
 VOCABULARY = 37
 

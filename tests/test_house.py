@@ -12,7 +12,7 @@ FLOORS = [
     {"types", "errors", "processes"},
     {"config", "statistics", "judge", "journal", "selection"},
     {"rewards"},
-    {"problems", "rendering"},
+    {"problems", "rendering", "environments", "play"},
     {"data", "rows", "model", "generation", "training"},
     {"run", "command", "evaluation"},
     {"summary"},
@@ -31,10 +31,17 @@ LIGHT = {
     "rewards",
     "problems",
     "rendering",
+    "environments",
+    "play",
 }
 PARTS = {"config_tables": "config", "config_values": "config"}
 """A file that was split keeps one place in the house."""
 HEAVY = {"torch", "transformers", "trl", "datasets", "accelerate", "peft"}
+BROAD_EXCEPT = {
+    ("play.py", "users' environments: whatever they raise is the failure of one attempt, never of a run"),
+    ("evaluation.py", "users' success functions: whatever they raise is told in one line, with the function's name"),
+}
+"""The files that may catch everything, each with the failure it expects."""
 FORBIDDEN = {"pickle", "dill", "eval", "exec", "sympify", "parse_expr"}
 
 
@@ -79,7 +86,7 @@ def test_floors_0_to_2_import_no_framework(path):
         assert not HEAVY & {module.split(".")[0] for module in imports(path)}
 
 
-@pytest.mark.parametrize("module", ["config", "sft", "evaluate", "preview", "cli", "rewards", "journal"])
+@pytest.mark.parametrize("module", ["config", "sft", "evaluate", "preview", "cli", "rewards", "journal", "play"])
 def test_what_reads_the_command_line_imports_no_framework(module):
     code = f"import sys, bcft.{module}; sys.exit(' '.join({HEAVY!r} & set(sys.modules)) or 0)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -102,8 +109,9 @@ def test_nothing_runs_text_as_code(path):
 @pytest.mark.parametrize("path", files(), ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_no_broad_except_and_every_public_function_says_what_it_does(path):
     tree = ast.parse(path.read_text(encoding="utf-8"))
+    broad = str(path.relative_to(PACKAGE)) in {name for name, _ in BROAD_EXCEPT}
     for node in ast.walk(tree):
-        if isinstance(node, ast.ExceptHandler):
+        if isinstance(node, ast.ExceptHandler) and not broad:
             assert node.type is not None, f"{path.name}:{node.lineno}"
             assert ast.unparse(node.type) not in ("Exception", "BaseException"), f"{path.name}:{node.lineno}"
     classes = [node for node in tree.body if isinstance(node, ast.ClassDef) and not node.name.startswith("_")]

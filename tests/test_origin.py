@@ -12,12 +12,11 @@ import torch
 from tiny import llama_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bcft.generation import Request, Sampling
 from bcft.generation.hf import HFEngine, sampling_mode
 from bcft.rendering import Renderer
 from bcft.rows import make_rows
 from bcft.statistics import wilson
-from bcft.types import IGNORED, Demonstration, Problem
+from bcft.types import IGNORED, Demonstration, Problem, Request, Sampling
 
 STEPS, BATCH = 600, 64
 

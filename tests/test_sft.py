@@ -13,7 +13,7 @@ from tiny import llama_tokenizer, save_llama, write_jsonl
 
 from bcft import evaluate, preview, sft
 from bcft.config import load
-from bcft.errors import DataError, DivergedError, LockedError, UsageError
+from bcft.errors import BcftError, CheckpointError, DataError, DivergedError, LockedError, UsageError
 from bcft.journal import committed, read_json
 from bcft.model import load_policy
 
@@ -224,6 +224,82 @@ def test_a_reference_that_math_reward_does_not_accept_ends_the_run(tmp_path, lla
     with pytest.raises(DataError, match=r"d\.jsonl:\d+: math_reward does not accept the reference"):
         sft.run(None, model_name_or_path=llama[0], dataset_name=data, output_dir=str(tmp_path / "r"),
                 **SMALL | {"dataset_train_split": "train"})  # fmt: skip
+
+
+def test_a_changed_dataset_is_refused_and_with_allow_drift_measured_anew(tmp_path, llama):
+    rows = [{"prompt": f"{i} + {i}?", "completion": f"#### {2 * i}", "answer": str(2 * i)} for i in range(120)]
+    data = write_jsonl(tmp_path / "d.jsonl", rows)
+    keys = SMALL | {"model_name_or_path": llama[0], "dataset_name": data, "output_dir": str(tmp_path / "r"),
+                    "dataset_train_split": "train"}  # fmt: skip
+    first = sft.run(None, **keys)
+    write_jsonl(tmp_path / "d.jsonl", rows[:100])
+    with pytest.raises(UsageError, match="the dataset's rows have changed"):
+        sft.run(None, **keys)
+    (tmp_path / "r" / "manifest.json").unlink()
+    again = sft.clone(load("sft", None, keys, flags={"allow-drift"}))
+    assert again["base"]["n"] <= first["base"]["n"]
+
+
+def test_a_committed_file_that_changed_is_told_and_nothing_is_trained_over_it(tmp_path):
+    sft.run(None, output_dir=str(tmp_path), **TINY)
+    (tmp_path / "README.md").write_text("my own card")
+    sft.run(None, output_dir=str(tmp_path), **TINY)
+    (tmp_path / "model.safetensors").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match=r"a file is not as manifest\.json has it"):
+        sft.run(None, output_dir=str(tmp_path), **TINY)
+    assert (tmp_path / "README.md").read_text() == "my own card"
+
+
+def test_files_of_the_user_in_the_directory_are_left_alone(tmp_path):
+    (tmp_path / "key").write_text("secret")
+    (tmp_path / "key").chmod(0o600)
+    sft.run(None, output_dir=str(tmp_path), **TINY)
+    assert (tmp_path / "key").stat().st_mode & 0o777 == 0o600
+    assert "key" not in read_json(tmp_path / "manifest.json")["files"]
+
+
+def test_an_adapter_is_continued(tmp_path, llama):
+    model, data = llama
+    keys = SMALL | {"dataset_name": data, "dataset_train_split": "train", "use_peft": True, "lora_r": 2}
+    sft.run(None, model_name_or_path=model, output_dir=str(tmp_path / "a"), **keys)
+    found = sft.run(None, model_name_or_path=str(tmp_path / "a"), output_dir=str(tmp_path / "b"), **keys)
+    assert found["base"]["loss"] == pytest.approx(read_json(tmp_path / "a" / "metrics.json")["final"]["loss"], rel=1e-3)
+    assert (tmp_path / "b" / "adapter_model.safetensors").is_file()
+    assert "AutoPeftModelForCausalLM" in (tmp_path / "b" / "README.md").read_text()
+
+
+BAD_FUNCTIONS = {
+    "raises": "def f(completions, **_): raise KeyError('x')",
+    "returns too few": "def f(completions, **_): return [1.0]",
+    "does not parse": "def f(:",
+}
+
+
+@pytest.mark.parametrize("case", BAD_FUNCTIONS)
+def test_a_success_function_that_fails_is_told_in_one_line(tmp_path, monkeypatch, case):
+    name = "bad_" + case.replace(" ", "_")
+    (tmp_path / f"{name}.py").write_text(BAD_FUNCTIONS[case])
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(BcftError, match="success_func") as found:
+        sft.run(None, output_dir=str(tmp_path / "r"), success_func=f"{name}.f", **TINY)
+    assert "\n" not in str(found.value)
+
+
+def test_columns_that_json_has_no_form_for_are_written_as_text(tmp_path, llama):
+    import datetime
+
+    import pyarrow
+    import pyarrow.parquet
+
+    odd = {"when": datetime.datetime(2026, 1, 1), "x": float("nan")}
+    rows = [{"prompt": f"Say\u2028{i}", "completion": "\u2028It.", **odd} for i in range(80)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "d.parquet")
+    keys = SMALL | {"model_name_or_path": llama[0], "dataset_name": str(tmp_path / "d.parquet"),
+                    "dataset_train_split": "train", "output_dir": str(tmp_path / "r")}  # fmt: skip
+    sft.run(None, **keys)
+    (tmp_path / "r" / "manifest.json").unlink()
+    sft.run(None, **keys)
+    assert "2026-01-01" in (tmp_path / "r" / "problems.jsonl").read_text()
 
 
 @pytest.mark.parametrize("path", ["nowhere.f", "bcft.rewards.nothing", "bcft.rewards.LONGEST", "math.pi"])

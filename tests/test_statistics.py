@@ -165,8 +165,12 @@ def test_paired_by_hand() -> None:
 
 def test_a_policy_is_not_distinguishable_from_itself() -> None:
     rates = [0.1 * 3, 0.25, 1.0, 0.0, 0.5, 0.75, 0.2]
-    assert paired(rates, rates) == Paired(0.0, 0.0, 0.0, 1.0)
-    assert paired([0.1 * 3] * 9, [0.3] * 9) == Paired(0.0, 0.0, 0.0, 1.0), "0.1 * 3 is not 0.3 in binary"
+    for first, second in ((rates, rates), ([0.1 * 3] * 9, [0.3] * 9)):  # 0.1 * 3 is not 0.3 in binary
+        comparison = paired(first, second)
+        assert (comparison.delta, comparison.p_value) == (0.0, 1.0)
+        # As wide as Wilson's interval for an event seen in none of n.
+        assert (-comparison.low, comparison.high) == (wilson(0, len(first))[1],) * 2
+        assert verdict(comparison) == "not_distinguishable"
 
 
 def test_few_pairs_prove_nothing() -> None:
@@ -174,7 +178,7 @@ def test_few_pairs_prove_nothing() -> None:
         comparison = paired([0.0] * n, [1.0] * n)
         assert (comparison.low, comparison.high, comparison.p_value) == (-1.0, 1.0, 1.0)
         assert verdict(comparison) == "not_distinguishable"
-    assert paired([0.0] * 6, [1.0] * 6) == Paired(1.0, 1.0, 1.0, 2.0**-5)
+    assert paired([0.0] * 6, [1.0] * 6) == Paired(1.0, 1.0 - wilson(0, 6)[1], 1.0, 2.0**-5)
 
 
 def test_paired_seldom_calls_two_equal_policies_different() -> None:

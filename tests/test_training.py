@@ -150,6 +150,18 @@ def test_a_resumed_run_ends_in_the_same_weights_bit_for_bit(tmp_path, tokenizer)
         assert torch.equal(a, b)
 
 
+def test_a_run_cut_after_its_last_checkpoint_takes_no_step_more(tmp_path, tokenizer):
+    """The Trainer itself takes one: it looks at the step count only after a step."""
+    settings = {"max_steps": 3, "save_strategy": "steps", "save_steps": 3}
+    whole = model()
+    fit(trainer(whole, tmp_path, tokenizer, **settings), rows())
+    again = model()
+    found = fit(trainer(again, tmp_path, tokenizer, **settings), rows(), resume=newest_checkpoint(tmp_path))
+    assert found.steps == 3
+    for a, b in zip(whole.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("damage", ["torn", "missing", "no manifest"])
 def test_a_damaged_checkpoint_is_passed_over_for_an_older_whole_one(tmp_path, tokenizer, damage):
     made = trainer(model(), tmp_path, tokenizer, max_steps=4, save_strategy="steps", save_steps=2)

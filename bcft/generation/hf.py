@@ -24,8 +24,8 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer
 
-from bcft.generation import Action, Request, Sampling, Stop
 from bcft.generation.noise import gumbel, identity_seed
+from bcft.types import Action, Request, Sampling, Stop
 
 _COMPACT_EVERY = 8
 """Steps between two looks at which rows are finished: each look waits for the device."""
@@ -212,7 +212,7 @@ class HFEngine:
         waiting, active = requests, None
         while waiting or active:
             free = rows - (len(active.requests) if active else 0)
-            if waiting and (active is None or (free >= rows // 4 and _plain(active.cache))):
+            if waiting and (active is None or (free >= max(1, rows // 4) and _plain(active.cache))):
                 waiting, joined = self._admit(waiting, free, sampling, warpers)
                 if active is None:
                     active = joined

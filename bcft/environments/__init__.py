@@ -1,0 +1,1 @@
+"""The package's own environments, one file each."""

@@ -1,0 +1,15 @@
+"""One question, one answer: the multi-turn loop that stops at once. Reward functions grade what was answered."""
+
+from bcft.types import Feedback, Problem, Prompt
+
+
+class SingleTurn:
+    """Shows the problem's prompt and is done after one action, without a reward of its own."""
+
+    def reset(self, problem: Problem, *, seed: int) -> Prompt:  # noqa: ARG002 - nothing is drawn
+        """Return the prompt as given."""
+        return problem.prompt
+
+    def step(self, action: str) -> Feedback:  # noqa: ARG002 - nothing is judged here
+        """End the attempt."""
+        return Feedback(observation=None, reward=None, done=True)
