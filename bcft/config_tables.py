@@ -42,6 +42,11 @@ COMMANDS = {
         "the model evaluated on held-out problems before and after.",
         "bcft sft recipes/bc_math.yaml --learning_rate 1e-4 seed=1",
     ),
+    "filtered": Command(
+        "Filtered behaviour cloning: rounds of roll out, score, select, clone and evaluate, from the policy's own\n"
+        "attempts.",
+        "bcft filtered recipes/filtered_bc.yaml --num_rounds 6 keep_quantile=0.8",
+    ),
     "evaluate": Command(
         "Success of a model, an adapter or a run on held-out problems, paired against another with --against.",
         "bcft evaluate recipes/bc_math.yaml --model_name_or_path runs/bc_math --against bcft:tiny-math",
@@ -51,7 +56,7 @@ COMMANDS = {
         "bcft preview recipes/bc_math.yaml --preview_rows 5",
     ),
 }
-TRAINING = ("sft",)
+TRAINING = ("sft", "filtered")
 REQUIRED = ("model_name_or_path", "dataset_name")
 
 
@@ -65,9 +70,9 @@ class Flag(NamedTuple):
 FLAGS = {
     "json": Flag(("evaluate", "preview"), "print JSON"),
     "html": Flag(("preview",), "print one self-contained HTML page"),
-    "quiet": Flag(("sft", "evaluate"), "print the conclusion only"),
+    "quiet": Flag(("sft", "filtered", "evaluate"), "print the conclusion only"),
     "debug": Flag(tuple(COMMANDS), "show the traceback of an error"),
-    "allow-drift": Flag(("sft",), "go on with a run that was begun with another recipe"),
+    "allow-drift": Flag(("sft", "filtered"), "go on with a run that was begun with another recipe"),
     "allow-remote-code": Flag(tuple(COMMANDS), "let `trust_remote_code: true` count, with a pinned model_revision"),
 }
 
@@ -87,7 +92,7 @@ OWN = (
         default=False,
         meaning="train even if training prompts are also held-out ones",
         group="data",
-        commands=("sft", "evaluate", "preview"),
+        commands=("sft", "filtered", "evaluate", "preview"),
     ),
     Key(
         name="success_func",
@@ -95,7 +100,7 @@ OWN = (
         default="bcft.rewards.math_reward",
         meaning="dotted path of the function that says whether a completion solves its problem; '' for none",
         group="evaluation",
-        commands=("sft", "evaluate"),
+        commands=("sft", "filtered", "evaluate"),
     ),
     Key(
         name="eval_split",
@@ -112,7 +117,7 @@ OWN = (
         default=128,
         meaning="how many problems are held out as dev",
         group="evaluation",
-        commands=("sft", "evaluate", "preview"),
+        commands=("sft", "filtered", "evaluate", "preview"),
         limits=">= 0",
     ),
     Key(
@@ -121,7 +126,7 @@ OWN = (
         default=4,
         meaning="sampled attempts at each dev problem",
         group="evaluation",
-        commands=("sft", "evaluate"),
+        commands=("sft", "filtered", "evaluate"),
         limits=">= 1",
     ),
     Key(
@@ -130,7 +135,7 @@ OWN = (
         default=500,
         meaning="how many problems of test are evaluated; 0 evaluates nothing",
         group="evaluation",
-        commands=("sft", "evaluate", "preview"),
+        commands=("sft", "filtered", "evaluate", "preview"),
         limits=">= 0",
     ),
     Key(
@@ -139,7 +144,7 @@ OWN = (
         default=16,
         meaning="sampled attempts at each test problem",
         group="evaluation",
-        commands=("sft", "evaluate"),
+        commands=("sft", "filtered", "evaluate"),
         limits=">= 1",
     ),
     Key(
@@ -149,6 +154,94 @@ OWN = (
         meaning="a model, an adapter or a run directory to compare with",
         group="evaluation",
         commands=("evaluate",),
+    ),
+    Key(
+        name="num_rounds",
+        type="int",
+        default=10,
+        meaning="rounds of roll out, score, select, clone",
+        group="filtered",
+        commands=("filtered",),
+        limits=">= 1",
+    ),
+    Key(
+        name="prompts_per_round",
+        type="int",
+        default=256,
+        meaning="training problems attempted in a round, drawn anew without replacement",
+        group="filtered",
+        commands=("filtered",),
+        limits=">= 1",
+    ),
+    Key(
+        name="keep_quantile",
+        type="float",
+        default=0.9,
+        meaning="the cutoff is this quantile of the graded rewards; what reaches it may be kept",
+        group="filtered",
+        commands=("filtered",),
+        limits=">= 0 and <= 1",
+    ),
+    Key(
+        name="min_reward",
+        type="float | null",
+        default=None,
+        meaning="no trajectory below it is kept",
+        group="filtered",
+        commands=("filtered",),
+    ),
+    Key(
+        name="require_success",
+        type="str",
+        default="auto",
+        meaning="auto: where success is known only successes are kept; false: by reward alone, the origin's rule",
+        group="filtered",
+        commands=("filtered",),
+        choices=("auto", "true", "false"),
+    ),
+    Key(
+        name="max_per_problem",
+        type="int | null",
+        default=None,
+        meaning="most trajectories kept of one problem in a round",
+        group="filtered",
+        commands=("filtered",),
+        limits=">= 1",
+    ),
+    Key(
+        name="ties",
+        type="str",
+        default="include",
+        meaning="include keeps all at the cutoff; sample keeps round((1 - keep_quantile) x graded)",
+        group="filtered",
+        commands=("filtered",),
+        choices=("include", "sample"),
+    ),
+    Key(
+        name="control",
+        type="str",
+        default="none",
+        meaning="random: as many as the filter would keep, drawn without looking at rewards; a control, not a method",
+        group="filtered",
+        commands=("filtered",),
+        choices=("none", "random"),
+    ),
+    Key(
+        name="on_empty",
+        type="str",
+        default="skip",
+        meaning="a round that keeps nothing is skipped, or stops the run",
+        group="filtered",
+        commands=("filtered",),
+        choices=("skip", "stop"),
+    ),
+    Key(
+        name="reward_funcs",
+        type="list[str]",
+        default=["bcft.rewards.math_reward"],
+        meaning="dotted paths of reward functions in TRL's signature",
+        group="filtered",
+        commands=("filtered",),
     ),
     Key(
         name="preview_rows",
@@ -179,6 +272,7 @@ OVERRIDES = {
     "gradient_checkpointing": Override(False, "off, unlike in TRL: small models do not need it"),
     "min_p": Override(0.0, "0 is off", "float"),
     "max_completion_length": Override(512, "in tokens, of every sampled completion", "int"),
+    "num_generations": Override(8, "sampled attempts at each problem of a round", "int"),
     "max_length": Override(1024, "longer rows are dropped or refused, never cut; null: no limit"),
 }
 
@@ -190,7 +284,10 @@ def _each(names: str, value: str) -> dict[str, str]:
 
 LIMITS = {
     **_each("per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps", ">= 1"),
-    **_each("lora_r lora_alpha save_total_limit max_completion_length ddp_timeout torch_empty_cache_steps", ">= 1"),
+    **_each(
+        "lora_r lora_alpha save_total_limit max_completion_length num_generations ddp_timeout torch_empty_cache_steps",
+        ">= 1",
+    ),
     **_each("learning_rate num_train_epochs logging_steps save_steps eval_steps adam_epsilon", "> 0"),
     **_each("temperature repetition_penalty", "> 0"),
     **_each("warmup_steps weight_decay max_grad_norm seed data_seed dataloader_num_workers", ">= 0"),
@@ -207,7 +304,7 @@ _RENDERER = "one renderer makes every row, from the columns prompt and completio
 _LAUNCHER = "give it to the launcher: accelerate launch --config_file FILE"
 _METRICS = "success is measured by sampling on held-out problems, not by the Trainer"
 _LAST = "the last weights are the result, and held-out problems judge them"
-_FILTERED = "belongs to the command filtered, which this version does not have"
+_LATER = "this version does not have it"
 
 REFUSED = {
     # secrets and surroundings
@@ -272,10 +369,9 @@ REFUSED = {
     **_each("do_sample greedy", "evaluation reports greedy and sampled success, always both"),
     "generation_kwargs": "every sampling parameter is a key of its own: temperature, top_p, top_k, min_p",
     # what other commands and later versions have
-    **_each("num_rounds prompts_per_round warmup_rounds keep_quantile min_reward require_success", _FILTERED),
-    **_each("max_per_problem ties control history init_from on_empty early_stop reset_optimizer", _FILTERED),
-    **_each("environment environment_args reward_args reward_funcs reward_weights max_turns step_timeout", _FILTERED),
-    **_each("train_on replay_dataset rollouts eval_every num_generations num_generations_eval", _FILTERED),
+    **_each("warmup_rounds history init_from early_stop reset_optimizer environment environment_args", _LATER),
+    **_each("reward_args max_turns step_timeout train_on replay_dataset rollouts eval_every", _LATER),
+    "num_generations_eval": "an evaluation has eval_dev_samples and eval_test_samples",
     **_each(
         "engine use_vllm vllm_mode vllm_model_impl vllm_enable_sleep_mode vllm_gpu_memory_utilization "
         "vllm_max_model_length vllm_tensor_parallel_size vllm_server_base_url vllm_server_host vllm_server_port "
@@ -363,6 +459,12 @@ RECORDED = frozenset(
 """Keys of SFTConfig that `config.yaml` holds even where nobody set them."""
 
 
+def _used_by(name: str, group: str) -> tuple[str, ...]:
+    if name in ("num_generations", "reward_weights"):
+        return ("filtered",)
+    return ("sft", "filtered", "evaluate") if group == "GRPOConfig" else tuple(COMMANDS)
+
+
 def _table() -> Mapping[str, Key]:
     table = {key.name: key for key in OWN}
     library = json.loads(Path(__file__).with_name("fields.json").read_text(encoding="utf-8"))
@@ -377,7 +479,7 @@ def _table() -> Mapping[str, Key]:
                 override.default,
                 f"{row['help']} ({override.note})" if override.note else row["help"],
                 group,
-                ("sft", "evaluate") if group == "GRPOConfig" else tuple(COMMANDS),
+                _used_by(name, group),
                 tuple(row.get("choices", CHOICES.get(name, ()))),
                 LIMITS.get(name, ""),
             )

@@ -8,7 +8,7 @@ identity, so two models answer the same problems with the same noise and compari
 import dataclasses
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,17 +19,14 @@ from tqdm.auto import tqdm
 
 from bcft.config import Recipe
 from bcft.data import REFERENCES, Splits
-from bcft.errors import BcftError, DataError, FaultError
+from bcft.errors import DataError
 from bcft.generation.hf import HFEngine, sampling_mode
 from bcft.journal import read_json, read_jsonl, write_json, write_jsonl
 from bcft.model import Policy
 from bcft.processes import rank, world_size
-from bcft.rewards import answer_key, extract_answer, import_function, math_reward
+from bcft.rewards import Reward, answer_key, ask, extract_answer, import_function, math_reward
 from bcft.statistics import majority, mcnemar, mean_interval, paired, pass_at_k, verdict, wilson
-from bcft.types import IGNORED, Action, Demonstration, Request, Row, Sampling
-
-Success = Callable[..., Sequence[float | None]]
-"""A reward function in TRL's signature; solved means it returns at least 1.0."""
+from bcft.types import IGNORED, Action, Demonstration, Message, Request, Row, Sampling
 
 HARDER_SAMPLES = 4
 
@@ -125,7 +122,7 @@ def evaluate(
     policy: Policy,
     demonstrations: Sequence[Demonstration],
     *,
-    success: Success | None,
+    success: Reward | None,
     sampling: Sampling,
     samples: int,
     max_new_tokens: int,
@@ -225,7 +222,7 @@ def stored(directory: Path) -> Measured | None:
     return Measured(Evaluation(attempts), read_json(directory / "evaluation.json"))
 
 
-def success_function(recipe: Recipe, splits: Splits) -> Success | None:
+def success_function(recipe: Recipe, splits: Splits) -> Reward | None:
     """Return the recipe's success function; None where the default one would find no reference answers.
 
     Raises DataError when `math_reward` does not accept a reference answer as its own solution.
@@ -243,28 +240,16 @@ def success_function(recipe: Recipe, splits: Splits) -> Success | None:
     return function
 
 
-def judge_success(success: Success | None, asked: Sequence[Demonstration], texts: Sequence[str]) -> list[str]:
+def judge_success(success: Reward | None, asked: Sequence[Demonstration], texts: Sequence[str]) -> list[str]:
     """Return `yes`, `no` or `unknown` for each attempt; the function gets TRL's arguments, in the prompt's form."""
     if success is None or not asked:
         return ["unknown"] * len(asked)
     chat = [not isinstance(d.problem.prompt, str) for d in asked]
-    completions = [
+    completions: list[str | list[Message]] = [
         [{"role": "assistant", "content": text}] if as_messages else text
         for text, as_messages in zip(texts, chat, strict=True)
     ]
-    columns = {key: [d.problem.columns.get(key) for d in asked] for key in asked[0].problem.columns}
-    name = getattr(success, "__name__", "success_func")
-    try:
-        values = list(success(prompts=[d.problem.prompt for d in asked], completions=completions, **columns))
-    except BcftError:
-        raise
-    except Exception as error:
-        # Somebody else's code: whatever it raises, the user needs its name and --debug for the rest.
-        raise FaultError(
-            f"success_func: {name} raised {type(error).__name__}: {error} (--debug shows where)"
-        ) from error
-    if len(values) != len(asked):
-        raise FaultError(f"success_func: {name} returned {len(values)} values for {len(asked)} completions")
+    values = ask(success, [d.problem for d in asked], completions)
     return ["unknown" if value is None else "yes" if value >= 1.0 else "no" for value in values]
 
 

@@ -51,10 +51,26 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     write_text(path, "".join(json.dumps(_plain(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
 
 
+def append_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Append rows to a journal and make them durable; a line that a kill tore off before is cut away first."""
+    with storage(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab+") as file:
+            file.truncate(_whole_lines(path.read_bytes()))
+            file.write("".join(json.dumps(_plain(row), ensure_ascii=False) + "\n" for row in rows).encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _whole_lines(content: bytes) -> int:
+    """Return where the last whole line ends."""
+    return content.rfind(b"\n") + 1
+
+
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Return the objects of a file this package wrote, one a line."""
-    with path.open(encoding="utf-8", newline="\n") as file:
-        return [json.loads(line) for line in file]
+    """Return the objects of a file this package wrote, one a line; a torn last line is none."""
+    content = path.read_bytes()
+    return [json.loads(line) for line in content[: _whole_lines(content)].split(b"\n") if line]
 
 
 def _plain(value: Any) -> Any:

@@ -15,9 +15,12 @@ from fractions import Fraction
 from numbers import Number
 from typing import Any, NamedTuple
 
-from bcft.errors import DataError, UsageError
+from bcft.errors import BcftError, DataError, FaultError, UsageError
 from bcft.judge import LONGEST, default_judge
-from bcft.types import Message, Prompt
+from bcft.types import Message, Problem, Prompt
+
+Reward = Callable[..., Sequence[float | None]]
+"""A reward function in TRL's signature: one number a completion, None where it cannot tell."""
 
 
 def math_reward(
@@ -47,6 +50,26 @@ def math_reward(
     verdicts = dict(zip(pairs, default_judge().verify(pairs), strict=True)) if pairs else {}
     rewards = {"right": 1.0, "wrong": 0.0}
     return [rewards.get(verdicts[case]) if isinstance(case, tuple) else case for case in cases]
+
+
+def ask(
+    function: Reward, problems: Sequence[Problem], completions: Sequence[str | Sequence[Message]]
+) -> list[float | None]:
+    """Call somebody's reward function with TRL's arguments: prompts, completions, and the problems' other columns.
+
+    Raises FaultError, with the function's name, when it raises or returns another number of values.
+    """
+    name = getattr(function, "__name__", type(function).__name__)
+    columns = {key: [p.columns.get(key) for p in problems] for key in (problems[0].columns if problems else ())}
+    try:
+        values = list(function(prompts=[p.prompt for p in problems], completions=completions, **columns))
+    except BcftError:
+        raise
+    except Exception as error:
+        raise FaultError(f"{name} raised {type(error).__name__}: {error} (--debug shows where)") from error
+    if len(values) != len(problems):
+        raise FaultError(f"{name} returned {len(values)} values for {len(problems)} completions")
+    return values
 
 
 def import_function(path: str, *, key: str) -> Callable[..., Any]:

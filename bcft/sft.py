@@ -150,7 +150,7 @@ def _save(recipe: Recipe, policy: "Policy", metrics: dict[str, Any], census: "Ce
     with storage(output):
         files = save_policy(policy, output)
     write_json(output / "metrics.json", metrics)
-    write_text(output / "README.md", model_card(recipe, metrics, str(census), adapter=policy.adapter))
+    write_text(output / "README.md", model_card(recipe, metrics, str(census), directory=output, adapter=policy.adapter))
     write_manifest(output, [*files, output / "metrics.json", output / "config.yaml"])
 
 

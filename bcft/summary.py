@@ -11,6 +11,8 @@ from bcft.config import Recipe
 from bcft.evaluation import Evaluation, Measured, compare
 from bcft.types import Demonstration
 
+METHODS = {"sft": "behaviour cloning", "filtered": "filtered behaviour cloning"}
+
 
 def print_table(columns: Mapping[str, Mapping[str, Any]], console: Console) -> None:
     """Print summaries side by side, one column each, percentages with their 95 % interval."""
@@ -87,9 +89,9 @@ def before_and_after(base: Evaluation, final: Evaluation, asked: Sequence[Demons
     return ""
 
 
-def model_card(recipe: Recipe, metrics: Mapping[str, Any], census: str, *, adapter: bool) -> str:
+def model_card(recipe: Recipe, metrics: Mapping[str, Any], data: str, *, directory: Path, adapter: bool) -> str:
     """Return the README of a saved model: data, recipe, numbers, and how to load it."""
-    columns = {name: metrics[name] for name in ("base", "final") if metrics[name]}
+    columns = {name: metrics[name] for name in ("base", "final", "best") if metrics.get(name)}
     head, *lines = [["", *columns], *table_rows(columns)] if columns else [[""]]
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *lines))
     loader = "AutoPeftModelForCausalLM" if adapter else "AutoModelForCausalLM"
@@ -97,25 +99,25 @@ def model_card(recipe: Recipe, metrics: Mapping[str, Any], census: str, *, adapt
     keys = "\n".join(f"{key}: {recipe[key]}" for key in sorted(recipe.given))
     return f"""---
 library_name: {source}
-tags: [bcft, behaviour-cloning, sft]
+tags: [bcft, behaviour-cloning, {recipe.command}]
 ---
-# {Path(recipe["output_dir"]).name}
+# {directory.name}
 
-`{recipe["model_name_or_path"]}` after behaviour cloning with bcft on `{recipe["dataset_name"]}`
+`{recipe["model_name_or_path"]}` after {METHODS[recipe.command]} with bcft on `{recipe["dataset_name"]}`
 (split `{recipe["dataset_train_split"]}`), loss on the completion only.
 
 {metrics["conclusion"]}
 
 {table if columns else ""}
 
-Training data: {census}.
+Training data: {data}.
 
 ```python
 from {source} import {loader}
 from transformers import AutoTokenizer
 
-model = {loader}.from_pretrained("{recipe["output_dir"]}")
-tokenizer = AutoTokenizer.from_pretrained("{recipe["output_dir"]}")
+model = {loader}.from_pretrained("{directory}")
+tokenizer = AutoTokenizer.from_pretrained("{directory}")
 ```
 
 Recipe:

@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set_seed
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTConfig, SFTTrainer
@@ -242,6 +242,23 @@ def fit(trainer: BCTrainer, rows: Sequence[Row], *, resume: str = "") -> Fit:
         tokens_per_second=round(supervised * (trainer.state.epoch - resumed) / seconds, 1),
         weights_changed=True,
     )
+
+
+def next_round(
+    trainer: BCTrainer | None, make: Callable[[Sequence[Row]], BCTrainer], rows: Sequence[Row], *, seed: int
+) -> BCTrainer:
+    """Return the one trainer of all rounds with this round's rows: a fresh optimizer and schedule, a seed of its own.
+
+    A trainer a round would nest the model's forward, lose autocast from the second on and draw the same noise in each.
+    """
+    if trainer is None:
+        trainer = make(rows)
+    else:
+        trainer.train_dataset = to_dataset(rows)
+        trainer.optimizer = trainer.lr_scheduler = None
+    trainer.args.data_seed = seed % 2**31
+    set_seed(seed)
+    return trainer
 
 
 def _train(trainer: BCTrainer, resume: str) -> None:

@@ -12,11 +12,12 @@ FLOORS = [
     {"types", "errors", "processes"},
     {"config", "statistics", "judge", "journal", "selection"},
     {"rewards"},
-    {"problems", "rendering", "environments", "play"},
+    {"problems", "rendering", "environments", "play", "scoring"},
     {"data", "rows", "model", "generation", "training"},
     {"run", "command", "evaluation"},
     {"summary"},
-    {"sft", "evaluate", "preview", "cli"},
+    {"rounds"},
+    {"sft", "filtered", "evaluate", "preview", "cli"},
 ]
 """Lowest first; some floors of the design have a mezzanine."""
 LIGHT = {
@@ -33,13 +34,14 @@ LIGHT = {
     "rendering",
     "environments",
     "play",
+    "scoring",
 }
 PARTS = {"config_tables": "config", "config_values": "config"}
 """A file that was split keeps one place in the house."""
 HEAVY = {"torch", "transformers", "trl", "datasets", "accelerate", "peft"}
 BROAD_EXCEPT = {
     ("play.py", "users' environments: whatever they raise is the failure of one attempt, never of a run"),
-    ("evaluation.py", "users' success functions: whatever they raise is told in one line, with the function's name"),
+    ("rewards.py", "users' reward functions: whatever they raise is told in one line, with the function's name"),
 }
 """The files that may catch everything, each with the failure it expects."""
 FORBIDDEN = {"pickle", "dill", "eval", "exec", "sympify", "parse_expr"}

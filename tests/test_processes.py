@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bcft import sft
+from bcft import filtered, sft
 from bcft.journal import committed, read_json
 
 ROOT = Path(__file__).parent.parent
@@ -18,21 +18,40 @@ KEYS = {
 }  # fmt: skip
 
 
-@pytest.mark.slow
-def test_two_processes_attempt_and_train_what_one_does(tmp_path):
-    alone = sft.run(None, output_dir=str(tmp_path / "one"), per_device_train_batch_size=8, **KEYS)
-    keys = KEYS | {"output_dir": str(tmp_path / "two"), "per_device_train_batch_size": 4}
+def launch(command, keys):
+    """Run a command in two processes; return what it printed."""
     found = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611",
-         "-m", "bcft.sft", *(f"{key}={value}" for key, value in keys.items())],
+         "-m", f"bcft.{command}", *(f"{key}={value}" for key, value in keys.items())],
         cwd=ROOT, capture_output=True, text=True, check=False,
         env=os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert found.returncode == 0, found.stderr[-3000:]
+    return found
+
+
+@pytest.mark.slow
+def test_two_processes_attempt_and_train_what_one_does(tmp_path):
+    alone = sft.run(None, output_dir=str(tmp_path / "one"), per_device_train_batch_size=8, **KEYS)
+    keys = KEYS | {"output_dir": str(tmp_path / "two"), "per_device_train_batch_size": 4}
+    found = launch("sft", keys)
     assert found.stdout.count("train: 4 steps") == 1
     together = read_json(tmp_path / "two" / "metrics.json")
     one, two = (set((tmp_path / n / "base" / "evaluation.jsonl").read_text().splitlines()) for n in ("one", "two"))
     assert one == two
     assert together["base"] == alone["base"]
     assert together["final"]["loss"] == pytest.approx(alone["final"]["loss"], rel=1e-4)
+    assert committed(tmp_path / "two")
+
+
+@pytest.mark.slow
+def test_two_processes_play_and_keep_what_one_does(tmp_path):
+    keys = {k: v for k, v in KEYS.items() if k not in ("max_steps", "train_sampling_strategy")} | {
+        "num_rounds": 1, "prompts_per_round": 8, "num_generations": 3, "eval_dev_problems": 4, "eval_dev_samples": 2,
+    }  # fmt: skip
+    filtered.run(None, output_dir=str(tmp_path / "one"), per_device_train_batch_size=8, **keys)
+    launch("filtered", keys | {"output_dir": str(tmp_path / "two"), "per_device_train_batch_size": 4})
+    for name in ("rollouts.jsonl", "scores.jsonl", "kept.jsonl"):
+        one, two = ((tmp_path / run / "round_001" / name).read_text() for run in ("one", "two"))
+        assert one == two, name
     assert committed(tmp_path / "two")

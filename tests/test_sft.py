@@ -280,7 +280,7 @@ def test_a_success_function_that_fails_is_told_in_one_line(tmp_path, monkeypatch
     name = "bad_" + case.replace(" ", "_")
     (tmp_path / f"{name}.py").write_text(BAD_FUNCTIONS[case])
     monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(BcftError, match="success_func") as found:
+    with pytest.raises(BcftError, match=r"raised KeyError|returned 1 values|cannot import") as found:
         sft.run(None, output_dir=str(tmp_path / "r"), success_func=f"{name}.f", **TINY)
     assert "\n" not in str(found.value)
 

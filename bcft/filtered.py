@@ -1,0 +1,84 @@
+"""Filtered behaviour cloning: `python -m bcft.filtered RECIPE`.
+
+Rounds of four phases: roll out the policy, score what it played, select the best, clone them. Dev problems choose the
+round to ship, test problems are touched twice: by the policy as it was, and by that round. Every round is committed;
+the same command goes on where it was stopped, to the same weights.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from bcft.command import execute
+from bcft.config import Recipe, load
+from bcft.data import Splits, load_splits
+from bcft.journal import finished, read_json
+from bcft.processes import rank
+from bcft.run import RunDirectory, open_run
+
+
+def run(
+    recipe: str | PathLike[str] | None = None,
+    *,
+    reward_funcs: Sequence[Callable[..., Any]] | None = None,
+    **overrides: Any,
+) -> dict[str, Any]:
+    """Run the recipe's rounds; return what `metrics.json` holds. `reward_funcs` takes the place of the recipe's.
+
+    Raises a `bcft.errors.BcftError` for everything a user can cause.
+    """
+    return improve(load("filtered", recipe, overrides), reward_funcs=reward_funcs)
+
+
+def improve(recipe: Recipe, *, reward_funcs: Sequence[Callable[..., Any]] | None = None) -> dict[str, Any]:
+    """Run a parsed recipe, or tell what it came to if it is finished; return what `metrics.json` holds."""
+    console = Console(quiet=rank() > 0 or "quiet" in recipe.flags, soft_wrap=True, highlight=False)
+    with open_run(recipe, Path(recipe["output_dir"]), writes=rank() == 0) as directory:
+        directory.check_recipe()
+        splits = load_splits(recipe)
+        directory.check_data(splits.digest)
+        if finished(directory.path):
+            metrics = read_json(directory.path / "metrics.json")
+            console.print(f"{directory.path} is finished", markup=False)
+        else:
+            metrics = _improve(recipe, splits, directory, console, reward_funcs)
+    if rank() == 0:
+        print(metrics["conclusion"])
+    return metrics
+
+
+def _improve(
+    recipe: Recipe,
+    splits: Splits,
+    directory: RunDirectory,
+    console: Console,
+    reward_funcs: Sequence[Callable[..., Any]] | None,
+) -> dict[str, Any]:
+    from bcft.rounds import Rounds
+
+    rounds = Rounds(recipe, splits, directory, console, reward_funcs=reward_funcs)
+    rounds.baseline()
+    for number in range(rounds.committed + 1, recipe["num_rounds"] + 1):
+        # 1. Roll out: the policy attempts problems it may train on.
+        trajectories = rounds.roll_out(number)
+        # 2. Score: rewards, and success apart from reward.
+        scores = rounds.score(trajectories)
+        # 3. Select: one pure function says of each what becomes of it.
+        rows = rounds.select(number, scores)
+        # 4. Clone: the kept ones, as they were sampled, are the next demonstrations.
+        rounds.clone(number, rows)
+        rounds.commit(number)
+    return rounds.conclude()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    return execute("filtered", improve, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

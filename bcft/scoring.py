@@ -1,0 +1,101 @@
+"""Played trajectories to scores: rewards weighted and summed, success apart from reward, ungraded apart from 0."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import Any
+
+from bcft.rewards import Reward, ask
+from bcft.selection import Candidate
+from bcft.types import Message, Problem, Success, Trajectory
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """What one trajectory is worth."""
+
+    trajectory: Trajectory
+    rewards: tuple[tuple[str, float | None], ...]
+    """Each reward function's name and what it returned, None where it could not grade."""
+    graded: bool
+    reward: float
+    """The weighted sum of what was graded, the environment's rewards added; 0.0 when nothing was."""
+    success: Success
+
+    @property
+    def candidate(self) -> Candidate:
+        """What the filter looks at."""
+        played = self.trajectory
+        digest = sha256(repr([turn.action_ids for turn in played.turns]).encode()).hexdigest()
+        errored = played.ended == "error"
+        return Candidate(
+            id=played.id,
+            problem_id=played.problem_id,
+            reward=0.0 if errored else self.reward,
+            graded=self.graded and not errored,
+            success=self.success,
+            status="errored" if errored else "truncated" if played.cut else "done",
+            digest=digest,
+            round=played.round,
+        )
+
+    def to_json(self, fate: str, cutoff: float) -> dict[str, Any]:
+        """Return a line of `scores.jsonl`."""
+        return {
+            "id": self.trajectory.id,
+            "graded": self.graded,
+            "reward": self.reward,
+            "rewards": [
+                {"name": name, "graded": value is not None, "value": 0.0 if value is None else value}
+                for name, value in self.rewards
+            ],
+            "success": self.success,
+            "fate": fate,
+            "cutoff": cutoff,
+        }
+
+
+def score(
+    trajectories: Sequence[Trajectory],
+    problems: Mapping[str, Problem],
+    functions: Sequence[Reward],
+    *,
+    weights: Sequence[float],
+    success: Reward | None,
+) -> list[Score]:
+    """Score trajectories by reward functions in TRL's signature, in the form of each problem's prompt.
+
+    weights: one a function, as in TRL: summed over the functions that did not return None. Success is the
+    environment's last word, else the success function's: solved at 1.0 or more, unknown at None.
+
+    Raises FaultError when a function raises or returns another number of values than it was given completions.
+    """
+    asked = [problems[played.problem_id] for played in trajectories]
+    completions = [_completion(played, problem) for played, problem in zip(trajectories, asked, strict=True)]
+    columns = [ask(function, asked, completions) for function in functions]
+    # A success function that is also a reward is asked once.
+    told = columns[functions.index(success)] if success in functions else None
+    if told is None:
+        told = ask(success, asked, completions) if success else [None] * len(asked)
+    scores = []
+    for index, played in enumerate(trajectories):
+        values = [column[index] for column in columns]
+        given = [weight * value for weight, value in zip(weights, values, strict=True) if value is not None]
+        own = played.environment_reward
+        given += [] if own is None else [own]
+        value = told[index]
+        known: Success = "unknown" if value is None else "yes" if value >= 1.0 else "no"
+        named = tuple((function.__name__, found) for function, found in zip(functions, values, strict=True))
+        solved = known if played.success == "unknown" else played.success
+        scores.append(Score(played, named, bool(given), float(sum(given)), solved))
+    return scores
+
+
+def _completion(played: Trajectory, problem: Problem) -> str | list[Message]:
+    """Return all that was said after the prompt: a string for a string, else messages."""
+    if isinstance(problem.prompt, str) and len(played.turns) <= 1:
+        return played.turns[0].action if played.turns else ""
+    said: list[Message] = []
+    for turn in played.turns:
+        said += [{"role": "assistant", "content": turn.action}, *turn.observation]
+    return said

@@ -1,0 +1,168 @@
+"""Filtered BC as a user runs it: rounds that keep what was sampled, and go on after a cut as if there had been none."""
+
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from bcft import filtered, rounds
+from bcft.errors import FaultError
+from bcft.journal import append_jsonl, committed, read_json, read_jsonl
+from bcft.types import IGNORED, Trajectory
+
+KEYS = {
+    "model_name_or_path": "bcft:tiny-math", "dataset_name": "bcft:arithmetic", "dataset_train_split": "train[:200]",
+    "num_rounds": 2, "prompts_per_round": 12, "num_generations": 3, "learning_rate": 2e-4, "num_train_epochs": 1,
+    "per_device_train_batch_size": 4, "max_completion_length": 72, "eval_dev_problems": 8, "eval_dev_samples": 2,
+    "eval_test_problems": 8, "eval_test_samples": 2,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    path = tmp_path_factory.mktemp("filtered")
+    return path, filtered.run(None, output_dir=str(path), **KEYS)
+
+
+def what_counts(path):
+    """Return what must not depend on cuts: what was played and kept in each round, and the weights at the end."""
+    files = sorted(path.glob("round_*/*.jsonl"))
+    texts = {str(file.relative_to(path)): file.read_text() for file in files}
+    return texts, load_file(path / "round_002" / "model" / "model.safetensors")
+
+
+def test_a_run_leaves_every_round_whole_and_the_best_one_to_load(finished):
+    from transformers import AutoModelForCausalLM
+
+    path, metrics = finished
+    assert committed(path)
+    assert read_json(path / "metrics.json") == metrics
+    assert {"base", "best", "best_round", "vs_base", "conclusion"} <= metrics.keys()
+    for number in (1, 2):
+        place = path / f"round_{number:03d}"
+        assert committed(place)
+        for name in ("rollouts.jsonl", "scores.jsonl", "kept.jsonl", "evaluation.json", "metrics.json"):
+            assert (place / name).is_file(), name
+    assert [row["round"] for row in read_jsonl(path / "metrics.jsonl")] == [1, 2]
+    AutoModelForCausalLM.from_pretrained(path / "best")
+    assert "filtered behaviour cloning" in (path / "best" / "README.md").read_text()
+
+
+def test_what_is_trained_is_what_was_sampled_with_loss_on_the_action_alone(finished):
+    place = finished[0] / "round_001"
+    played = {line["id"]: Trajectory.from_json(line) for line in read_jsonl(place / "rollouts.jsonl")}
+    assert len(played) == 12 * 3
+    kept = read_jsonl(place / "kept.jsonl")
+    assert kept
+    for row in kept:
+        (turn,) = played[row["id"]].turns
+        assert row["input_ids"] == [*turn.ids, *turn.action_ids]
+        assert row["labels"] == [*[IGNORED] * len(turn.ids), *turn.action_ids]
+        assert turn.stop == "stop_token"
+
+
+def test_counts_add_up_and_no_failure_is_kept(finished):
+    for number in (1, 2):
+        place = finished[0] / f"round_{number:03d}"
+        record = read_json(place / "metrics.json")
+        chosen, scores = record["selection"], read_jsonl(place / "scores.jsonl")
+        assert chosen["kept"] + sum(chosen["rejected"].values()) == record["rollout"]["played"] == len(scores) == 36
+        assert all(
+            row["success"] == "yes" and row["reward"] >= row["cutoff"] for row in scores if row["fate"] == "kept"
+        )
+        assert record["train"]["steps"] == math.ceil(chosen["kept"] / 4)
+        assert record["train"]["weights_changed"]
+
+
+def test_the_same_command_on_a_finished_run_says_its_conclusion(finished, capsys):
+    path, metrics = finished
+    assert filtered.run(None, output_dir=str(path), **KEYS) == metrics
+    assert capsys.readouterr().out.strip().splitlines()[-1] == metrics["conclusion"]
+
+
+class Power(Exception):  # noqa: N818
+    """What a power cut looks like from inside."""
+
+
+CUTS = {
+    "journal": ("append_jsonl", "after", 2), "seal": ("roll_out", "after", 2), "score": ("score", "after", 1),
+    "kept": ("select", "after", 2), "trained": ("fit", "after", 2), "saved": ("clone", "after", 1),
+    "evaluated": ("_line", "after", 3), "committed": ("commit", "after", 1), "conclusion": ("conclude", "before", 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "cut", [pytest.param(cut, marks=() if cut in ("journal", "saved") else pytest.mark.slow) for cut in CUTS]
+)
+def test_a_run_cut_anywhere_goes_on_to_the_same_rows_and_weights(tmp_path, finished, monkeypatch, cut):
+    name, when, times = CUTS[cut]
+    from bcft import training
+
+    holder = {"append_jsonl": rounds, "fit": training}.get(name, rounds.Rounds)
+    original, calls = getattr(holder, name), iter(range(1, 100))
+
+    def cutting(*args, **kwargs):
+        last = next(calls) == times
+        if last and when == "before":
+            raise Power
+        found = original(*args, **kwargs)
+        if last:
+            raise Power
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rounds, "CHUNK", 7)
+        patch.setattr(holder, name, cutting)
+        with pytest.raises(Power):
+            filtered.run(None, output_dir=str(tmp_path), **KEYS)
+    assert not committed(tmp_path)
+    assert filtered.run(None, output_dir=str(tmp_path), **KEYS) == finished[1]
+    texts, weights = what_counts(tmp_path)
+    expected_texts, expected = what_counts(finished[0])
+    assert texts == expected_texts
+    assert all(torch.equal(weights[key], expected[key]) for key in expected)
+
+
+def test_a_torn_line_of_a_journal_is_cut_away(tmp_path):
+    file = tmp_path / "journal.jsonl"
+    append_jsonl(file, [{"id": 1}])
+    with file.open("a") as torn:
+        torn.write('{"id": 2, "tu')
+    assert read_jsonl(file) == [{"id": 1}]
+    append_jsonl(file, [{"id": 3}])
+    assert read_jsonl(file) == [{"id": 1}, {"id": 3}]
+
+
+def test_a_reward_function_of_ones_own_is_taken_from_python(tmp_path):
+    def short(completions, **_):
+        return [-float(len(text)) for text in completions]
+
+    filtered.run(None, output_dir=str(tmp_path), reward_funcs=[short], **KEYS | {"num_rounds": 1})
+    scores = read_jsonl(tmp_path / "round_001" / "scores.jsonl")
+    assert {row["rewards"][0]["name"] for row in scores} == {"short"}
+    played = {line["id"]: line["turns"][0]["action"] for line in read_jsonl(tmp_path / "round_001" / "rollouts.jsonl")}
+    assert all(row["reward"] == -len(played[row["id"]]) for row in scores)
+
+
+def test_a_round_that_keeps_nothing_is_skipped_with_its_reason_or_stops_the_run(tmp_path):
+    keys = KEYS | {"model_name_or_path": "bcft:tiny-init", "max_completion_length": 8, "num_rounds": 1}
+    metrics = filtered.run(None, output_dir=str(tmp_path / "skip"), **keys)
+    assert metrics["best_round"] == 0
+    assert "no round was better" in metrics["conclusion"]
+    assert read_json(tmp_path / "skip" / "round_001" / "metrics.json")["selection"]["note"]
+    with pytest.raises(FaultError, match="round 1 kept nothing"):
+        filtered.run(None, output_dir=str(tmp_path / "stop"), on_empty="stop", **keys)
+
+
+def test_lora_rounds_continue_one_adapter(tmp_path):
+    metrics = filtered.run(
+        None, output_dir=str(tmp_path), use_peft=True, lora_r=4, lora_dropout=0.0, lora_target_modules=["all-linear"],
+        **KEYS,
+    )  # fmt: skip
+    assert metrics["best_round"] in (0, 1, 2)
+    adapter = load_file(tmp_path / "round_002" / "model" / "adapter_model.safetensors")
+    assert all(tensor.dtype == torch.float32 for tensor in adapter.values())
+    assert any(tensor.abs().sum() > 0 for name, tensor in adapter.items() if "lora_B" in name)
+    assert json.loads((tmp_path / "round_002" / "model" / "adapter_config.json").read_text())["r"] == 4
