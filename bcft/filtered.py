@@ -7,18 +7,16 @@ the same command goes on where it was stopped, to the same weights.
 
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from bcft.command import execute
 from bcft.config import Recipe, load
-from bcft.data import Splits, load_splits
-from bcft.journal import finished, read_json
-from bcft.processes import rank
-from bcft.run import RunDirectory, open_run
+from bcft.data import Splits
+from bcft.run import RunDirectory, run_or_tell
 
 
 def run(
@@ -36,27 +34,15 @@ def run(
 
 def improve(recipe: Recipe, *, reward_funcs: Sequence[Callable[..., Any]] | None = None) -> dict[str, Any]:
     """Run a parsed recipe, or tell what it came to if it is finished; return what `metrics.json` holds."""
-    console = Console(quiet=rank() > 0 or "quiet" in recipe.flags, soft_wrap=True, highlight=False)
-    with open_run(recipe, Path(recipe["output_dir"]), writes=rank() == 0) as directory:
-        directory.check_recipe()
-        splits = load_splits(recipe)
-        directory.check_data(splits.digest)
-        if finished(directory.path):
-            metrics = read_json(directory.path / "metrics.json")
-            console.print(f"{directory.path} is finished", markup=False)
-        else:
-            metrics = _improve(recipe, splits, directory, console, reward_funcs)
-    if rank() == 0:
-        print(metrics["conclusion"])
-    return metrics
+    return run_or_tell(recipe, partial(_improve, recipe, reward_funcs))
 
 
 def _improve(
     recipe: Recipe,
+    reward_funcs: Sequence[Callable[..., Any]] | None,
     splits: Splits,
     directory: RunDirectory,
     console: Console,
-    reward_funcs: Sequence[Callable[..., Any]] | None,
 ) -> dict[str, Any]:
     from bcft.rounds import Rounds
 

@@ -5,18 +5,20 @@ import os
 import platform
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import yaml
+from rich.console import Console
 
 from bcft.config import Recipe
+from bcft.data import Splits, load_splits
 from bcft.errors import BcftError, LockedError, Preempted, UsageError
-from bcft.journal import read_json, storage, write_json, write_jsonl, write_text
-from bcft.processes import world_size
+from bcft.journal import finished, read_json, storage, write_json, write_jsonl, write_text
+from bcft.processes import rank, world_size
 from bcft.types import Demonstration
 
 PACKAGES = ("bcft", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "math-verify")
@@ -97,6 +99,26 @@ class RunDirectory:
                     "seconds": round(time.time() - self.started, 1),
                 },
             )
+
+
+def run_or_tell(recipe: Recipe, work: Callable[[Splits, RunDirectory, Console], dict[str, Any]]) -> dict[str, Any]:
+    """Do the work in the recipe's directory, or tell what it came to if it is finished; return its `metrics.json`.
+
+    Raises UsageError when the directory was begun with another recipe or other data.
+    """
+    console = Console(quiet=rank() > 0 or "quiet" in recipe.flags, soft_wrap=True, highlight=False)
+    with open_run(recipe, Path(recipe["output_dir"]), writes=rank() == 0) as directory:
+        directory.check_recipe()
+        splits = load_splits(recipe)
+        directory.check_data(splits.digest)
+        if finished(directory.path):
+            metrics = read_json(directory.path / "metrics.json")
+            console.print(f"{directory.path} is finished", markup=False)
+        else:
+            metrics = work(splits, directory, console)
+    if rank() == 0:
+        print(metrics["conclusion"])
+    return metrics
 
 
 @contextmanager

@@ -16,11 +16,11 @@ from rich.console import Console
 
 from bcft.command import execute
 from bcft.config import Recipe, load
-from bcft.data import Splits, load_splits
+from bcft.data import Splits
 from bcft.errors import UsageError
-from bcft.journal import finished, read_json, storage, write_json, write_manifest, write_text
+from bcft.journal import storage, write_json, write_manifest, write_text
 from bcft.processes import rank
-from bcft.run import RunDirectory, open_run
+from bcft.run import RunDirectory, run_or_tell
 
 if TYPE_CHECKING:
     from bcft.model import Policy
@@ -39,19 +39,7 @@ def run(recipe: str | PathLike[str] | None = None, **overrides: Any) -> dict[str
 
 def clone(recipe: Recipe) -> dict[str, Any]:
     """Run a parsed recipe, or tell what it came to if it is finished; return what `metrics.json` holds."""
-    console = Console(quiet=rank() > 0 or "quiet" in recipe.flags, soft_wrap=True, highlight=False)
-    with open_run(recipe, Path(recipe["output_dir"]), writes=rank() == 0) as directory:
-        directory.check_recipe()
-        splits = load_splits(recipe)
-        directory.check_data(splits.digest)
-        if finished(directory.path):
-            metrics = read_json(directory.path / "metrics.json")
-            console.print(f"{directory.path} is finished", markup=False)
-        else:
-            metrics = _clone(recipe, splits, directory, console)
-    if rank() == 0:
-        print(metrics["conclusion"])
-    return metrics
+    return run_or_tell(recipe, partial(_clone, recipe))
 
 
 def _clone(recipe: Recipe, splits: Splits, directory: RunDirectory, console: Console) -> dict[str, Any]:
