@@ -18,7 +18,7 @@ from rich.console import Console
 from bcft.config import Recipe
 from bcft.data import Splits
 from bcft.environments.single_turn import SingleTurn
-from bcft.errors import FaultError
+from bcft.errors import FaultError, UsageError
 from bcft.evaluation import Measured, measure, stored, success_function
 from bcft.generation.hf import HFEngine, sampling_mode
 from bcft.journal import (
@@ -60,6 +60,10 @@ class Rounds:
         *,
         reward_funcs: Sequence[Callable[..., Any]] | None = None,
     ) -> None:
+        if not splits.dev:
+            raise UsageError(
+                "eval_dev_problems: dev problems choose the round to ship, and there are none: raise it"
+            )
         self.recipe, self.splits, self.directory, self.console = recipe, splits, directory, console
         self.problems: dict[str, Problem] = {d.problem.id: d.problem for d in splits.train}
         names = recipe["reward_funcs"]
@@ -235,7 +239,8 @@ class Rounds:
         metrics |= conclusion(self.base_test, tested)
         if not best:
             metrics["conclusion"] = f"no round was better on dev than the policy it began with; {metrics['conclusion']}"
-        print_table({"base": self.base_test.summary, f"round {best}": tested.summary}, self.console)
+        if tested.summary:
+            print_table({"base": self.base_test.summary, f"round {best}": tested.summary}, self.console)
         if rank() == 0:
             self._ship(best, metrics)
         self.console.print(f"The model is in {self.directory.path / 'best'}, from round {best}", markup=False)

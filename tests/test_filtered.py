@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from bcft import filtered, rounds
-from bcft.errors import FaultError
+from bcft.errors import FaultError, UsageError
 from bcft.journal import append_jsonl, committed, read_json, read_jsonl
 from bcft.types import IGNORED, Trajectory
 
@@ -154,6 +154,14 @@ def test_a_round_that_keeps_nothing_is_skipped_with_its_reason_or_stops_the_run(
     assert read_json(tmp_path / "skip" / "round_001" / "metrics.json")["selection"]["note"]
     with pytest.raises(FaultError, match="round 1 kept nothing"):
         filtered.run(None, output_dir=str(tmp_path / "stop"), on_empty="stop", **keys)
+
+
+def test_without_dev_problems_nothing_is_begun_and_without_test_problems_nothing_is_claimed(tmp_path):
+    with pytest.raises(UsageError, match="eval_dev_problems"):
+        filtered.run(None, output_dir=str(tmp_path / "a"), **KEYS | {"eval_dev_problems": 0})
+    found = filtered.run(None, output_dir=str(tmp_path / "b"), **KEYS | {"eval_test_problems": 0, "num_rounds": 1})
+    assert "nothing was measured" in found["conclusion"]
+    assert (tmp_path / "b" / "best" / "model.safetensors").is_file()
 
 
 def test_lora_rounds_continue_one_adapter(tmp_path):
