@@ -61,9 +61,7 @@ class Rounds:
         reward_funcs: Sequence[Callable[..., Any]] | None = None,
     ) -> None:
         if not splits.dev:
-            raise UsageError(
-                "eval_dev_problems: dev problems choose the round to ship, and there are none: raise it"
-            )
+            raise UsageError("eval_dev_problems: dev problems choose the round to ship, and there are none: raise it")
         self.recipe, self.splits, self.directory, self.console = recipe, splits, directory, console
         self.problems: dict[str, Problem] = {d.problem.id: d.problem for d in splits.train}
         names = recipe["reward_funcs"]
