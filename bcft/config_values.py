@@ -94,6 +94,7 @@ class _Reader:
         self.values = self.aliases = 0
 
     def document(self) -> list[tuple[str, Raw, int]]:
+        """Return the key, raw value and line of each pair; raise YamlError for what is no flat recipe."""
         try:
             events = yaml.parse(self.text, Loader=yaml.SafeLoader)
             next(events), next(events)  # the stream starts; so does the document, or the stream ends

@@ -189,6 +189,7 @@ def measure(
         return Measured(Evaluation(()), {})
 
     def attempt(which: Sequence[Demonstration], most: int, name: str) -> Evaluation:
+        """Evaluate some problems by the recipe, with at most so many samples each."""
         return evaluate(
             policy,
             which,
