@@ -234,6 +234,8 @@ def _together(values: Mapping[str, Any], given: Collection[str], flags: Collecti
         )
     if values["bf16"] and values["fp16"]:
         yield "fp16", "bf16 is on too; a run has one precision"
+    if values["warmup_rounds"] >= values["num_rounds"]:
+        yield "warmup_rounds" if "warmup_rounds" in given else "num_rounds", "warm-up rounds leave none that trains"
     if "use_peft" not in given:
         for key in sorted(given):
             if key.startswith("lora_") or key in ("use_dora", "use_rslora"):

@@ -151,9 +151,10 @@ OWN = (
         name="against",
         type="str | null",
         default=None,
-        meaning="a model, an adapter or a run directory to compare with",
+        meaning="a model, an adapter or a run directory to compare with; of `filtered`: the directory of another run, "
+        "such as its random control, for its report",
         group="evaluation",
-        commands=("evaluate",),
+        commands=("evaluate", "filtered"),
     ),
     Key(
         name="num_rounds",
@@ -171,6 +172,63 @@ OWN = (
         meaning="training problems attempted in a round, drawn anew without replacement",
         group="filtered",
         commands=("filtered",),
+        limits=">= 1",
+    ),
+    Key(
+        name="warmup_rounds",
+        type="int",
+        default=0,
+        meaning="first rounds that play and score but train nothing; with `history` their trajectories count later",
+        group="filtered",
+        commands=("filtered",),
+        limits=">= 0",
+    ),
+    Key(
+        name="history",
+        type="int | str",
+        default=1,
+        meaning="how many rounds' trajectories are selected from, this one's included; all: every round's",
+        group="filtered",
+        commands=("filtered",),
+        choices=("all",),
+        limits=">= 1",
+    ),
+    Key(
+        name="init_from",
+        type="str",
+        default="previous",
+        meaning="the weights a round trains from: those it played with; base: the model as given; best: the round "
+        "that is best on dev so far, which then plays as well",
+        group="filtered",
+        commands=("filtered",),
+        choices=("previous", "base", "best"),
+    ),
+    Key(
+        name="reset_optimizer",
+        type="bool",
+        default=True,
+        meaning="a fresh optimizer each round; false: its moments are carried on, and saved with the round's weights",
+        group="filtered",
+        commands=("filtered",),
+    ),
+    Key(
+        name="early_stop",
+        type="int | null",
+        default=None,
+        meaning="stop after so many evaluated rounds without a better one on dev, and when pass@k on dev falls below "
+        "the base's (collapse); null: play all rounds",
+        group="filtered",
+        commands=("filtered",),
+        limits=">= 1",
+    ),
+    Key(
+        name="eval_every",
+        type="int | str",
+        default="auto",
+        meaning="rounds between two evaluations on dev; auto: as often as keeps them under a third of all attempts",
+        group="filtered",
+        commands=("filtered",),
+        choices=("auto",),
         limits=">= 1",
     ),
     Key(
@@ -369,8 +427,8 @@ REFUSED = {
     **_each("do_sample greedy", "evaluation reports greedy and sampled success, always both"),
     "generation_kwargs": "every sampling parameter is a key of its own: temperature, top_p, top_k, min_p",
     # what other commands and later versions have
-    **_each("warmup_rounds history init_from early_stop reset_optimizer environment environment_args", _LATER),
-    **_each("reward_args max_turns step_timeout train_on replay_dataset rollouts eval_every", _LATER),
+    **_each("environment environment_args reward_args max_turns step_timeout train_on", _LATER),
+    **_each("replay_dataset rollouts", _LATER),
     "num_generations_eval": "an evaluation has eval_dev_samples and eval_test_samples",
     **_each(
         "engine use_vllm vllm_mode vllm_model_impl vllm_enable_sleep_mode vllm_gpu_memory_utilization "
@@ -442,6 +500,7 @@ RENAMED = _renamed(
         "num_rounds of the command filtered": "num_cycles iterations num_iterations n_iterations rounds",
         "prompts_per_round of the command filtered": "rollout_size rollout_batch_size",
         "warmup_rounds of the command filtered": "warmup_iter",
+        "early_stop of the command filtered": "early_stopping_patience patience",
         "keep_quantile of the command filtered": "keep_fraction filter_quantile",
         "max_per_problem of the command filtered": "max_per_prompt max_per_task n_best_to_keep",
     }

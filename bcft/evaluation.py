@@ -25,7 +25,7 @@ from bcft.journal import read_json, read_jsonl, write_json, write_jsonl
 from bcft.model import Policy
 from bcft.processes import rank, world_size
 from bcft.rewards import Reward, answer_key, ask, extract_answer, import_function, math_reward
-from bcft.statistics import majority, mcnemar, mean_interval, paired, pass_at_k, verdict, wilson
+from bcft.statistics import Paired, majority, mcnemar, mean_interval, paired, pass_at_k, verdict, wilson
 from bcft.types import IGNORED, Action, Demonstration, Message, Request, Row, Sampling
 
 HARDER_SAMPLES = 4
@@ -102,20 +102,36 @@ class Evaluation:
 def compare(base: Evaluation, other: Evaluation) -> dict[str, Any]:
     """Return `{delta, ci95, p_value, greedy_p_value, conclusion}` of other against base, problem by problem.
 
-    The verdict is the paired difference of sampled pass@1; without samples, of greedy.
+    The verdict is the paired difference of sampled pass@1; without samples, of greedy. With samples of both there are
+    `pass@k_delta` and `pass@k_ci95` as well: a policy that narrows loses there first.
     """
     greedy = [(base.greedy[key], other.greedy[key]) for key in base.greedy]
     before, after = base.rates, other.rates
     if not before:
         before, after = [float(a) for a, _ in greedy], [float(b) for _, b in greedy]
     difference = paired(before, after)
+    wide = _wide(base, other)
     return {
         "delta": difference.delta,
         "ci95": [difference.low, difference.high],
         "p_value": difference.p_value,
         "greedy_p_value": mcnemar(sum(a and not b for a, b in greedy), sum(b and not a for a, b in greedy)),
         "conclusion": verdict(difference),
+        **({"pass@k_delta": wide.delta, "pass@k_ci95": [wide.low, wide.high]} if wide else {}),
     }
+
+
+def _wide(base: Evaluation, other: Evaluation) -> Paired | None:
+    """Return the paired difference of pass@k, k half of the fewest samples of any problem; None without samples."""
+    counts = [len(solved) for found in (base, other) for solved in found.sampled.values()]
+    if not min(counts, default=0):
+        return None
+    k = max(min(counts) // 2, 1)
+    before, after = (
+        [pass_at_k(len(found.sampled[key]), sum(found.sampled[key]), k) for key in base.sampled]
+        for found in (base, other)
+    )
+    return paired(before, after)
 
 
 def evaluate(
@@ -233,12 +249,24 @@ def success_function(recipe: Recipe, splits: Splits) -> Reward | None:
         return None
     function = import_function(name, key="success_func")
     if function is math_reward:
-        texts = [_reference(d) for d in splits.held_out]
-        graded = math_reward(prompts=texts, completions=texts, answer=texts)
-        for d, value in zip(splits.held_out, graded, strict=True):
-            if value != 1.0:
-                raise DataError(f"{d.problem.where}: math_reward does not accept the reference {_reference(d)[-60:]!r}")
+        check_references(splits.held_out)
     return function
+
+
+def check_references(demonstrations: Sequence[Demonstration]) -> None:
+    """Grade each reference answer against itself: one that is not its own solution would make every attempt wrong.
+
+    Raises DataError with the first that `math_reward` does not accept.
+    """
+    texts = [_reference(d) for d in demonstrations]
+    graded = math_reward(prompts=texts, completions=texts, answer=texts)
+    refused = [d for d, value in zip(demonstrations, graded, strict=True) if value != 1.0]
+    if refused:
+        more = f" (nor those of {len(refused) - 1} more rows)" if len(refused) > 1 else ""
+        raise DataError(
+            f"{refused[0].problem.where}: math_reward does not accept the reference {_reference(refused[0])[-60:]!r} "
+            f"as its own solution{more}: mend or remove it, or name other reward functions"
+        )
 
 
 def judge_success(success: Reward | None, asked: Sequence[Demonstration], texts: Sequence[str]) -> list[str]:
@@ -282,13 +310,18 @@ def _generate(policy: Policy, requests: Sequence[Request], *, label: str) -> dic
     engine = HFEngine(policy.model, pad_id=policy.renderer.tokenizer.pad_token_id)
     with sampling_mode(policy.model, autocast=policy.precision.autocast):
         actions = list(_watched(engine.generate(share), total=len(share), label=label if rank() == 0 else ""))
-    if world_size() > 1:
-        from accelerate import PartialState
-        from accelerate.utils import gather_object
+    return {action.key: action for action in gather(policy, actions)}
 
-        PartialState(cpu=policy.precision.device == "cpu")
-        actions = gather_object(actions)
-    return {action.key: action for action in actions}
+
+def gather(policy: Policy, items: list[Any]) -> list[Any]:
+    """Return the items of all processes, by process; every process must call it."""
+    if world_size() == 1:
+        return items
+    from accelerate import PartialState
+    from accelerate.utils import gather_object
+
+    PartialState(cpu=policy.precision.device == "cpu")
+    return list(gather_object(items))
 
 
 def _watched(actions: Iterable[Action], *, total: int, label: str) -> Iterable[Action]:

@@ -48,11 +48,11 @@ def _improve(
 
     rounds = Rounds(recipe, splits, directory, console, reward_funcs=reward_funcs)
     rounds.baseline()
-    for number in range(rounds.committed + 1, recipe["num_rounds"] + 1):
+    while number := rounds.next():
         # 1. Roll out: the policy attempts problems it may train on.
         trajectories = rounds.roll_out(number)
         # 2. Score: rewards, and success apart from reward.
-        scores = rounds.score(trajectories)
+        scores = rounds.score(number, trajectories)
         # 3. Select: one pure function says of each what becomes of it.
         rows = rounds.select(number, scores)
         # 4. Clone: the kept ones, as they were sampled, are the next demonstrations.

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from bcft.errors import CheckpointError, StorageError
 
 MANIFEST = "manifest.json"
+SEAL = "sealed.json"
 
 
 @contextmanager
@@ -51,26 +52,62 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     write_text(path, "".join(json.dumps(_plain(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
 
 
-def append_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Append rows to a journal and make them durable; a line that a kill tore off before is cut away first."""
-    with storage(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab+") as file:
-            file.truncate(_whole_lines(path.read_bytes()))
-            file.write("".join(json.dumps(_plain(row), ensure_ascii=False) + "\n" for row in rows).encode())
-            file.flush()
-            os.fsync(file.fileno())
+class Journal:
+    """Rows that are durable chunk by chunk: a chunk is one line with the hash of its rows, and counts only whole.
+
+    Opening a journal cuts away what a kill tore off. `rows` are those of all its chunks.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows, whole = _chunks(path)
+        if path.is_file() and whole < path.stat().st_size:
+            with storage(path):
+                os.truncate(path, whole)
+
+    def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Add a chunk; it is on the disk when this returns."""
+        line = json.dumps({"sha256": _digest(rows), "rows": rows}, ensure_ascii=False, allow_nan=False)
+        with storage(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            new = not self.path.exists()
+            with self.path.open("ab") as file:
+                file.write(f"{line}\n".encode())
+                file.flush()
+                os.fsync(file.fileno())
+            if new:
+                _sync_directory(self.path.parent)
+        self.rows += [dict(row) for row in rows]
 
 
-def _whole_lines(content: bytes) -> int:
-    """Return where the last whole line ends."""
-    return content.rfind(b"\n") + 1
+def read_journal(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a journal's whole chunks, and leave the file alone: another process may be writing it."""
+    return _chunks(path)[0]
+
+
+def _chunks(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """Return the rows of the whole chunks, and where the last of them ends: from a damaged one on nothing counts."""
+    rows: list[dict[str, Any]] = []
+    whole = 0
+    for line in path.read_bytes().splitlines(keepends=True) if path.is_file() else ():
+        try:
+            chunk = json.loads(line)
+            if not line.endswith(b"\n") or chunk["sha256"] != _digest(chunk["rows"]):
+                break
+        except (ValueError, KeyError, TypeError):
+            break
+        rows += chunk["rows"]
+        whole += len(line)
+    return rows, whole
+
+
+def _digest(rows: Any) -> str:
+    return hashlib.sha256(json.dumps(rows, ensure_ascii=False).encode()).hexdigest()
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Return the objects of a file this package wrote, one a line; a torn last line is none."""
-    content = path.read_bytes()
-    return [json.loads(line) for line in content[: _whole_lines(content)].split(b"\n") if line]
+    """Return the objects of a file this package wrote, one a line."""
+    return [json.loads(line) for line in path.read_bytes().split(b"\n") if line]
 
 
 def _plain(value: Any) -> Any:
@@ -92,7 +129,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def write_manifest(directory: Path, files: Iterable[Path], **facts: Any) -> None:
+def write_manifest(directory: Path, files: Iterable[Path], *, name: str = MANIFEST) -> None:
     """Commit files of a directory: their hashes, written last and durably."""
     with storage(directory):
         hashes = {}
@@ -101,16 +138,40 @@ def write_manifest(directory: Path, files: Iterable[Path], **facts: Any) -> None
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
             hashes[file.relative_to(directory).as_posix()] = _sha256(file)
-    write_json(directory / MANIFEST, {**facts, "files": hashes})
+    write_json(directory / name, {"files": hashes})
 
 
 def committed(directory: Path) -> bool:
     """Tell whether the directory's manifest is there and every file in it is as it was."""
     try:
         files: dict[str, str] = read_json(directory / MANIFEST)["files"]
-        return all(_sha256(directory / name) == digest for name, digest in files.items())
+        return all(_sha256(directory / file) == digest for file, digest in files.items())
     except (OSError, ValueError, KeyError):
         return False
+
+
+def seal(directory: Path, *names: str) -> None:
+    """Say that these files of a round that is not committed yet are whole; they take the place of those sealed before.
+
+    A file that was renamed into place is whole, but only a hash tells whether it still is what was written.
+    """
+    write_manifest(directory, [directory / name for name in names], name=SEAL)
+
+
+def commit_round(directory: Path) -> None:
+    """Commit all files of a round, the weights below it apart; the seal has served."""
+    write_manifest(directory, [file for file in directory.iterdir() if file.is_file() and file.name != SEAL])
+    (directory / SEAL).unlink(missing_ok=True)
+
+
+def sealed(directory: Path, name: str) -> bool:
+    """Tell whether a file was sealed, or committed with its round, and is as it was."""
+    for manifest in (MANIFEST, SEAL):
+        try:
+            return bool(read_json(directory / manifest)["files"][name] == _sha256(directory / name))
+        except (OSError, ValueError, KeyError):
+            continue
+    return False
 
 
 def finished(directory: Path) -> bool:

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 
 from bcft.config import Recipe
+from bcft.config_tables import TRAINING
 from bcft.errors import DataError, UsageError
 from bcft.processes import local_rank
 from bcft.rendering import Renderer
@@ -90,7 +91,7 @@ def load_renderer(recipe: Recipe) -> Renderer:
 
 def choose_precision(recipe: Recipe) -> Precision:
     """Choose device and precision from the hardware, or take the recipe's `bf16`, `fp16`, `dtype`, `use_cpu`."""
-    frozen = bool(recipe["use_peft"])
+    frozen = bool(recipe["use_peft"] or adapter_base(recipe["model_name_or_path"]))
     if recipe["bf16"] and recipe["fp16"]:
         raise UsageError("bf16 and fp16 are both true: set one of them")
     if torch.cuda.is_available() and not recipe["use_cpu"]:
@@ -189,10 +190,37 @@ def load_model(recipe: Recipe, precision: Precision, *, trainable: bool = True) 
     return model if recipe["load_in_4bit"] or precision.device == "cuda" else model.to(precision.device)
 
 
+def with_adapter(policy: Policy, recipe: Recipe) -> Policy:
+    """Return the policy as the recipe trains it: with `use_peft` and no adapter yet, behind one that changes nothing.
+
+    The adapter's weights are fp32 and a function of the recipe's seed alone.
+    """
+    if policy.adapter or not recipe["use_peft"]:
+        return policy
+    from peft import get_peft_model
+
+    torch.manual_seed(recipe["seed"])
+    return dataclasses.replace(policy, model=get_peft_model(policy.model, lora_config(recipe)))
+
+
+def restore(policy: Policy, recipe: Recipe, name: str) -> None:
+    """Give the policy the weights of another directory or model of its kind, in place: whoever holds it sees them.
+
+    name: an adapter directory for a policy with an adapter, else whatever `model_name_or_path` may be.
+    """
+    if policy.adapter:
+        from peft import load_peft_weights, set_peft_model_state_dict
+
+        refuse_pickles(name, stem="adapter_model")
+        set_peft_model_state_dict(policy.model, load_peft_weights(name, device=str(policy.model.device)))
+        return
+    there = dataclasses.replace(recipe, values={**recipe.values, "model_name_or_path": name})
+    weights = load_model(there, dataclasses.replace(policy.precision, device="cpu")).state_dict()
+    policy.model.load_state_dict(weights)
+
+
 def lora_config(recipe: Recipe) -> Any:
-    """Return the LoRA settings of the recipe, None without `use_peft`."""
-    if not recipe["use_peft"]:
-        return None
+    """Return the LoRA settings of the recipe."""
     from peft import LoraConfig
 
     targets = recipe["lora_target_modules"]
@@ -238,7 +266,8 @@ def refuse_pickles(name: str, *, stem: str = "") -> None:
 def _nf4(recipe: Recipe, precision: Precision) -> Any:
     from transformers import BitsAndBytesConfig
 
-    if recipe.command == "sft" and not recipe["use_peft"] and not adapter_base(recipe["model_name_or_path"]):
+    adapter = recipe["use_peft"] or adapter_base(recipe["model_name_or_path"])
+    if recipe.command in TRAINING and not adapter:
         raise UsageError("load_in_4bit: 4-bit weights cannot train by themselves: set use_peft: true")
     return BitsAndBytesConfig(
         load_in_4bit=True,

@@ -1,49 +1,51 @@
 """The rounds of filtered behaviour cloning: what each phase does, and what of it lies on the disk.
 
-Two things have state here, the weights and the run directory. A phase whose file is there already is read, not done
-again: rollouts chunk by chunk, the others as wholes. A round counts once its manifest is there, and the weights a
-resumed run goes on with are those of the last round that counts.
+Two things have state here, the weights and the run directory. A phase whose file is sealed is read, not done again:
+rollouts chunk by chunk, the others as wholes. A round counts once its manifest is there; one that was cut trains again
+from the weights it began with, on the rows it kept, to the same weights.
 """
 
 import dataclasses
 import shutil
-import time
 from collections.abc import Callable, Sequence
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from bcft.clock import Clock
 from bcft.config import Recipe
 from bcft.data import Splits
-from bcft.environments.single_turn import SingleTurn
 from bcft.errors import FaultError, UsageError
-from bcft.evaluation import Measured, measure, stored, success_function
-from bcft.generation.hf import HFEngine, sampling_mode
+from bcft.evaluation import Measured, check_references, gather, measure, stored, success_function
 from bcft.journal import (
-    append_jsonl,
-    committed,
-    read_json,
+    commit_round,
     read_jsonl,
+    seal,
+    sealed,
     storage,
     write_json,
     write_jsonl,
     write_manifest,
     write_text,
 )
-from bcft.model import Policy, load_policy, lora_config, save_policy
-from bcft.play import Attempt, play
-from bcft.processes import rank, world_size
-from bcft.rewards import import_function
+from bcft.ledger import Ledger
+from bcft.model import Policy, load_policy, restore, save_policy, with_adapter
+from bcft.probe import PROBLEMS, probe
+from bcft.problems.arithmetic import check_steps
+from bcft.processes import rank
+from bcft.rewards import import_function, math_reward
+from bcft.rollouts import draw, play_some, roll_out
 from bcft.run import RunDirectory
-from bcft.scoring import Score, score
+from bcft.scoring import Score, diversity, score, summary
 from bcft.selection import Rule, Selection, select
-from bcft.summary import conclusion, model_card, percent, print_table
-from bcft.types import IGNORED, Problem, Row, Sampling, Trajectory
+from bcft.summary import ROUNDS, conclusion, model_card, print_table, round_line
+from bcft.types import IGNORED, Problem, Row, Trajectory
 
-CHUNK = 128
-"""Trajectories written to the journal at once: what a kill can cost."""
+if TYPE_CHECKING:
+    from bcft.training import BCTrainer, Fit
+
 MOST_ERRORS = 0.05
 """The share of trajectories whose environment may fail before the run ends."""
 
@@ -63,87 +65,189 @@ class Rounds:
         if not splits.dev:
             raise UsageError("eval_dev_problems: dev problems choose the round to ship, and there are none: raise it")
         self.recipe, self.splits, self.directory, self.console = recipe, splits, directory, console
+        self.clock = Clock()
         self.problems: dict[str, Problem] = {d.problem.id: d.problem for d in splits.train}
         names = recipe["reward_funcs"]
         self.functions = list(reward_funcs or (import_function(name, key="reward_funcs") for name in names))
         self.weights = recipe["reward_weights"] or [1.0] * len(self.functions)
+        if len(self.weights) != len(self.functions):
+            raise UsageError(f"reward_weights: {len(self.weights)} weights for {len(self.functions)} reward functions")
         self.success = success_function(recipe, splits)
-        self.committed = 0
-        while committed(self.path(self.committed + 1)):
-            self.committed += 1
-        self.policy: Policy = self._load(self.committed)
-        self.trainer: Any = None
+        self.ledger = Ledger(recipe, directory.path)
+        self.path = self.ledger.path
+        self.policy = self._load()
+        self.trainer: BCTrainer | None = None
+        self.scored: dict[int, list[Score]] = {}
         self.selection: Selection | None = None
         self.record: dict[str, Any] = {}
         console.print(f"model: {recipe['model_name_or_path']} on {self.policy.precision.why}", markup=False)
         console.print(f"data: {splits}", markup=False)
-        directory.record(splits.held_out, splits.digest)
-
-    def path(self, number: int) -> Path:
-        """Return the directory of a round; 0 is before any training."""
-        return self.directory.path / f"round_{number:03d}"
+        if math_reward in self.functions:
+            check_references(splits.train)
+        else:
+            console.print("references: not graded against themselves, no reward function is known to read them")
+        directory.record([*splits.train, *splits.held_out], splits.digest)
 
     def baseline(self) -> None:
         """Evaluate the policy as it is, on dev and on test, and begin the table."""
         start = self.path(0)
         self.base_test = stored(start / "test") or self._measure(start / "test", "test")
-        dev = stored(start) or self._measure(start, "dev")
-        self.console.print(
-            f"\n{'round':>5} {'played':>7} {'success':>8} {'kept':>6} {'cutoff':>7}  dev greedy  dev sampled"
-        )
-        self._line(0, {}, dev)
-        for number in range(1, self.committed + 1):
-            done = stored(self.path(number))
-            assert done is not None
-            self._line(number, read_json(self.path(number) / "metrics.json"), done)
+        self.base_dev = stored(start) or self._measure(start, "dev")
+        self.ledger.records[0]["eval"] = dict(self.base_dev.summary)
+        self.clock.lap()
+        if not self.ledger.last:
+            self._probe()
+        self.console.print(f"\n{ROUNDS}")
+        for record in self.ledger.records:
+            self.console.print(round_line(record), markup=False)
+
+    def next(self) -> int:
+        """Return the round to play, its weights in the policy; 0 when there is none."""
+        ledger, number = self.ledger, self.ledger.last + 1
+        if number > self.recipe["num_rounds"] or ledger.stopped():
+            return 0
+        if ledger.begins(number) != ledger.after(number - 1):
+            restore(self.policy, self.recipe, ledger.weights(ledger.begins(number)))
+        self.record = {"round": number}
+        return number
 
     def roll_out(self, number: int) -> list[Trajectory]:
         """Attempt problems of training, drawn without replacement; return the trajectories in a fixed order."""
-        recipe, start = self.recipe, time.perf_counter()
-        drawn = sorted(self.problems, key=lambda key: sha256(f"{recipe['seed']}-{number}-{key}".encode()).digest())
-        attempts = [
-            Attempt(self.problems[key], number, sample)
-            for key in drawn[: recipe["prompts_per_round"]]
-            for sample in range(recipe["num_generations"])
-        ]
-        sealed = self.path(number) / "rollouts.jsonl"
-        if sealed.is_file():
-            played = [Trajectory.from_json(line) for line in read_jsonl(sealed)]
-        else:
-            played = self._play(number, attempts)
-            if rank() == 0:
-                write_jsonl(sealed, (trajectory.to_json() for trajectory in played))
-        tokens = sum(len(turn.action_ids) for trajectory in played for turn in trajectory.turns)
-        self.record = {"round": number, "rollout": {"played": len(played), "tokens": tokens}, "seconds": {}}
-        self._took("rollout", start)
-        return played
+        with self.clock.phase("rollout"):
+            attempts = draw(self.recipe, self.problems.values(), number)
+            return roll_out(self.recipe, self.policy, attempts, place=self.path(number), clock=self.clock)
 
-    def score(self, trajectories: Sequence[Trajectory]) -> list[Score]:
+    def score(self, number: int, trajectories: Sequence[Trajectory]) -> list[Score]:
         """Score what was played. Raises FaultError when too many environments failed."""
-        start = time.perf_counter()
-        errors = [trajectory for trajectory in trajectories if trajectory.ended == "error"]
-        if len(errors) > MOST_ERRORS * len(trajectories):
-            raise FaultError(
-                f"{len(errors)} of {len(trajectories)} trajectories failed; {errors[0].id}: {errors[0].error}"
-            )
-        scores = score(trajectories, self.problems, self.functions, weights=self.weights, success=self.success)
-        rewards = [found.reward for found in scores if found.graded]
-        self.record["rollout"] |= {
-            "success": sum(found.success == "yes" for found in scores) / len(scores),
-            "reward_mean": sum(rewards) / max(len(rewards), 1),
-            "reward_max": max(rewards, default=0.0),
-            "truncated": sum(trajectory.cut for trajectory in trajectories),
-            "ungraded": sum(not found.graded for found in scores),
-            "errors": len(errors),
-            "stop_rate": sum(not trajectory.cut for trajectory in trajectories) / len(trajectories),
-        }
-        self._took("score", start)
-        return scores
+        with self.clock.phase("score"):
+            errors = [trajectory for trajectory in trajectories if trajectory.ended == "error"]
+            if len(errors) > MOST_ERRORS * len(trajectories):
+                raise FaultError(
+                    f"{len(errors)} of {len(trajectories)} trajectories failed; {errors[0].id}: {errors[0].error}"
+                )
+            if sealed(self.path(number), "scores.jsonl"):
+                scores = self._stored_scores(number)
+            else:
+                scores = self._score(trajectories)
+            self.record |= {"rollout": summary(scores), "diversity": diversity(scores)}
+            return scores
 
     def select(self, number: int, scores: Sequence[Score]) -> list[Row]:
         """Select; return the kept trajectories as rows, the ids as they were sampled, loss on the actions alone."""
-        start, recipe = time.perf_counter(), self.recipe
-        rule = Rule(
+        with self.clock.phase("select"):
+            scope = self._scope(number, scores)
+            self.selection = select((found.candidate for found in scope), self._rule(number))
+            fates, cutoff = self.selection.fates, self.selection.cutoff
+            lines = [self._kept_line(found) for found in scope if fates[found.trajectory.id] == "kept"]
+            if rank() == 0:
+                with self.clock.phase("other"):
+                    place = self.path(number)
+                    write_jsonl(place / "scores.jsonl", (s.to_json(fates[s.trajectory.id], cutoff) for s in scope))
+                    write_jsonl(place / "kept.jsonl", lines)
+                    seal(place, "rollouts.jsonl", "scores.jsonl", "kept.jsonl")
+            self.record["selection"] = self._selected(lines)
+            return [
+                Row(line["problem_id"], tuple(line["input_ids"]), tuple(line["labels"]), line["id"]) for line in lines
+            ]
+
+    def clone(self, number: int, rows: Sequence[Row]) -> None:
+        """Train on the rows and save the weights; a warm-up round does not, nor one that kept nothing."""
+        assert self.selection is not None
+        self.record["train"] = {"rows": 0, "tokens_supervised": 0, "steps": 0, "loss": 0.0, "weights_changed": False}
+        if number <= self.recipe["warmup_rounds"]:
+            return
+        if not rows:
+            if self.recipe["on_empty"] == "stop":
+                raise FaultError(f"round {number} kept nothing: {self.selection.note}")
+            return
+        with self.clock.phase("train"):
+            fitted = self._fit(number, rows)
+            self.record["train"] = {name: getattr(fitted, name) for name in self.record["train"]}
+            self.record["diversity"]["entropy"] = fitted.entropy
+
+    def commit(self, number: int) -> None:
+        """Evaluate on dev, write the round's metrics and its manifest, add a line to the table, drop older weights."""
+        place = self.path(number)
+        self.ledger.records.append(self.record)
+        if self._due(number):
+            with self.clock.phase("evaluate"):
+                dev = self._measure(place, "dev")
+            versus = conclusion(self.base_dev, dev).get("vs_base", {})
+            self.record["eval"] = {**dev.summary, "vs_base": versus}
+        self.record["seconds"] = self.clock.lap()
+        if rank() == 0:
+            write_json(place / "metrics.json", self.record)
+            commit_round(place)
+            write_jsonl(self.directory.path / "metrics.jsonl", self.ledger.records[1:])
+            for past in set(range(number)) - self.ledger.needed():
+                shutil.rmtree(self.path(past) / "model", ignore_errors=True)
+        gather(self.policy, [])  # the others wait for the files
+        self.console.print(round_line(self.record), markup=False)
+
+    def conclude(self) -> dict[str, Any]:
+        """Test the best round, write it as `best/`; return what `metrics.json` holds."""
+        ledger, last = self.ledger, self.ledger.last
+        best = ledger.best(last)
+        if ledger.after(best) != ledger.after(last):
+            restore(self.policy, self.recipe, ledger.weights(ledger.after(best)))
+        tested = self.base_test
+        if best:
+            tested = stored(self.path(best) / "test") or self._measure(self.path(best) / "test", "test")
+        metrics = {"base": self.base_test.summary, "best": tested.summary, "best_round": best, "rounds": last}
+        metrics |= conclusion(self.base_test, tested)
+        if not best:
+            metrics["conclusion"] = f"no round was better on dev than the policy it began with; {metrics['conclusion']}"
+        if last < self.recipe["num_rounds"] and (reason := ledger.stopped()):
+            metrics["stopped"] = reason
+            self.console.print(f"stopped after round {last}: {reason}", markup=False)
+        if tested.summary:
+            print_table({"base": self.base_test.summary, f"round {best}": tested.summary}, self.console)
+        if rank() == 0:
+            self._ship(best, metrics)
+        target = self.directory.path / "best"
+        ask = f"bcft evaluate {self.recipe.path or 'RECIPE'} --model_name_or_path {target}"
+        self.console.print(f"The model is in {target}, from round {best}; next: {ask}", markup=False)
+        return metrics
+
+    # The phases' parts
+
+    def _probe(self) -> None:
+        """Play the first problems of round 1, which are then in its journal, and say whether anything can be learned.
+
+        Raises FaultError when nothing can.
+        """
+        attempts = draw(self.recipe, self.problems.values(), 1)[: PROBLEMS * self.recipe["num_generations"]]
+        with self.clock.phase("rollout"):
+            played = play_some(self.recipe, self.policy, attempts, place=self.path(1), clock=self.clock)
+        found = probe(self.recipe, self._score(played), self.problems, self.base_dev.summary)
+        self.console.print("\n".join(found.lines), markup=False)
+        if found.hopeless:
+            raise FaultError(f"nothing can be learned: {found.hopeless}")
+
+    def _score(self, trajectories: Sequence[Trajectory]) -> list[Score]:
+        """Ask the reward functions, on one process: asked twice they might answer twice."""
+        scores: list[Score] = []
+        if rank() == 0:
+            scores = score(trajectories, self.problems, self.functions, weights=self.weights, success=self.success)
+        return gather(self.policy, scores)
+
+    def _scope(self, number: int, scores: Sequence[Score]) -> list[Score]:
+        """Return what is selected from: this round's scores behind those of the earlier rounds that `history` takes."""
+        span = number if self.recipe["history"] == "all" else self.recipe["history"]
+        first = max(1, number - span + 1)
+        past = {n: self.scored.get(n) or self._stored_scores(n) for n in range(first, number)}
+        self.scored = past | {number: list(scores)} if span > 1 else {}
+        return [found for n in sorted(past) for found in past[n]] + list(scores)
+
+    def _stored_scores(self, number: int) -> list[Score]:
+        """Return the scores of a round's own trajectories from its files."""
+        played = {line["id"]: Trajectory.from_json(line) for line in read_jsonl(self.path(number) / "rollouts.jsonl")}
+        lines = read_jsonl(self.path(number) / "scores.jsonl")
+        return [Score.from_json(line, played[line["id"]]) for line in lines if line["id"] in played]
+
+    def _rule(self, number: int) -> Rule:
+        recipe = self.recipe
+        return Rule(
             keep_quantile=recipe["keep_quantile"],
             min_reward=recipe["min_reward"],
             require_success="auto" if recipe["require_success"] == "auto" else recipe["require_success"] == "true",
@@ -153,134 +257,6 @@ class Rounds:
             seed=recipe["seed"],
             round=number,
         )
-        self.selection = select((found.candidate for found in scores), rule)
-        kept = [found for found in scores if self.selection.fates[found.trajectory.id] == "kept"]
-        lines = [self._kept_line(found) for found in kept]
-        if rank() == 0:
-            fates, cutoff = self.selection.fates, self.selection.cutoff
-            write_jsonl(self.path(number) / "scores.jsonl", (s.to_json(fates[s.trajectory.id], cutoff) for s in scores))
-            write_jsonl(self.path(number) / "kept.jsonl", lines)
-        self.record["selection"] = {
-            "requested_fraction": self.selection.requested_fraction,
-            "cutoff": self.selection.cutoff,
-            "kept": len(kept),
-            "kept_fraction": self.selection.kept_fraction,
-            "problems_covered": self.selection.problems_covered,
-            "rejected": self.selection.rejected,
-            "note": self.selection.note,
-        }
-        self._took("select", start)
-        return [Row(line["problem_id"], tuple(line["input_ids"]), tuple(line["labels"]), line["id"]) for line in lines]
-
-    def clone(self, number: int, rows: Sequence[Row]) -> None:
-        """Train on the rows and save the weights; a round that kept nothing is skipped, or ends the run."""
-        start = time.perf_counter()
-        assert self.selection is not None
-        if not rows:
-            if self.recipe["on_empty"] == "stop":
-                raise FaultError(f"round {number} kept nothing: {self.selection.note}")
-            self.record["train"] = {
-                "rows": 0,
-                "tokens_supervised": 0,
-                "steps": 0,
-                "loss": 0.0,
-                "weights_changed": False,
-            }
-            return
-        from bcft.training import fit, next_round
-
-        self.trainer = next_round(self.trainer, self._new_trainer, rows, seed=self._seed(number))
-        self.policy = dataclasses.replace(self.policy, model=self.trainer.accelerator.unwrap_model(self.trainer.model))
-        fitted = fit(self.trainer, rows)
-        self.record["train"] = {
-            "rows": fitted.rows,
-            "tokens_supervised": fitted.tokens_supervised,
-            "steps": fitted.steps,
-            "loss": fitted.loss_last,
-            "weights_changed": fitted.weights_changed,
-        }
-        if rank() == 0:
-            target = self.path(number) / "model"
-            with storage(target):
-                target.mkdir(exist_ok=True)
-                write_manifest(target, save_policy(self.policy, target))
-        self._took("train", start)
-
-    def commit(self, number: int) -> None:
-        """Evaluate on dev, write the round's metrics and its manifest, add a line to the table, drop older weights."""
-        start, place = time.perf_counter(), self.path(number)
-        dev = self._measure(place, "dev")
-        self._took("evaluate", start)
-        self._line(number, self.record, dev)
-        if rank() == 0:
-            versus = conclusion(stored(self.path(0)) or dev, dev).get("vs_base", {})
-            self.record["eval"] = {**dev.summary, "vs_base": versus}
-            write_json(place / "metrics.json", self.record)
-            write_manifest(place, sorted(file for file in place.iterdir() if file.is_file()))
-            done = [read_json(self.path(n) / "metrics.json") for n in range(1, number + 1)]
-            write_jsonl(self.directory.path / "metrics.jsonl", done)
-            self._prune(number)
-        if world_size() > 1:
-            from accelerate import PartialState
-
-            PartialState().wait_for_everyone()
-
-    def conclude(self) -> dict[str, Any]:
-        """Test the best round, write it as `best/`; return what `metrics.json` holds."""
-        best = self._best(self.recipe["num_rounds"])
-        if best:
-            self.policy = self._load(best)
-            tested = stored(self.path(best) / "test") or self._measure(self.path(best) / "test", "test")
-        else:
-            tested = self.base_test
-        metrics = {"base": self.base_test.summary, "best": tested.summary, "best_round": best}
-        metrics |= conclusion(self.base_test, tested)
-        if not best:
-            metrics["conclusion"] = f"no round was better on dev than the policy it began with; {metrics['conclusion']}"
-        if tested.summary:
-            print_table({"base": self.base_test.summary, f"round {best}": tested.summary}, self.console)
-        if rank() == 0:
-            self._ship(best, metrics)
-        self.console.print(f"The model is in {self.directory.path / 'best'}, from round {best}", markup=False)
-        return metrics
-
-    def _play(self, number: int, attempts: Sequence[Attempt]) -> list[Trajectory]:
-        """Play this process's share of the attempts, each chunk journalled; return everybody's, in order."""
-        journal = self.path(number) / "journal"
-        known = {
-            line["id"]: Trajectory.from_json(line) for file in journal.glob("*.jsonl") for line in read_jsonl(file)
-        }
-        order = {f"{number}-{a.problem.id}-{a.sample}": a for a in attempts}
-        mine = [
-            a for i, a in enumerate(order.values()) if (i // self.recipe["num_generations"]) % world_size() == rank()
-        ]
-        left = [a for a in mine if f"{number}-{a.problem.id}-{a.sample}" not in known]
-        chunk: list[Trajectory] = []
-        with sampling_mode(self.policy.model, autocast=self.policy.precision.autocast):
-            for trajectory in play(
-                left,
-                SingleTurn,
-                self.policy.renderer,
-                HFEngine(self.policy.model, pad_id=self.policy.renderer.tokenizer.pad_token_id),
-                sampling=Sampling(**{f.name: self.recipe[f.name] for f in dataclasses.fields(Sampling)}),
-                max_new_tokens=self.recipe["max_completion_length"],
-                max_turns=1,
-                step_timeout=60.0,
-                seed=self.recipe["seed"],
-                phase="rollout",
-            ):
-                chunk.append(trajectory)
-                if len(chunk) == CHUNK:
-                    append_jsonl(journal / f"{rank():03d}.jsonl", (t.to_json() for t in chunk))
-                    known |= {t.id: t for t in chunk}
-                    chunk = []
-        append_jsonl(journal / f"{rank():03d}.jsonl", (t.to_json() for t in chunk))
-        known |= {t.id: t for t in chunk}
-        if world_size() > 1:
-            from accelerate.utils import gather_object
-
-            known |= {t.id: t for t in gather_object([known[i] for i in order if i in known])}
-        return [known[identity] for identity in order]
 
     def _kept_line(self, found: Score) -> dict[str, Any]:
         """Return a row of `kept.jsonl`: text to read, ids and labels to train on."""
@@ -299,91 +275,114 @@ class Rounds:
             "weight": 1.0,
         }
 
-    def _new_trainer(self, rows: Sequence[Row]) -> Any:
+    def _selected(self, kept: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Return `selection` of the round's metrics."""
+        assert self.selection is not None
+        found = {
+            "requested_fraction": self.selection.requested_fraction,
+            "cutoff": self.selection.cutoff,
+            "kept": len(kept),
+            "kept_fraction": self.selection.kept_fraction,
+            "problems_covered": self.selection.problems_covered,
+            "rejected": self.selection.rejected,
+            "note": self.selection.note,
+        }
+        if self.recipe["dataset_name"].startswith("bcft:arithmetic"):  # the only steps that can be checked
+            asked = [str(self.problems[line["problem_id"]].prompt) for line in kept]
+            wrong = [not check_steps(p, line["completion"]) for p, line in zip(asked, kept, strict=True)]
+            found["kept_with_wrong_step"] = sum(wrong)
+        return found
+
+    def _fit(self, number: int, rows: Sequence[Row]) -> "Fit":
+        """Train from the weights this round is to begin with; save what came of it."""
+        from bcft.training import fit, next_round, optimizer_state, release
+
+        if self.recipe["init_from"] == "base" and self.ledger.after(number - 1):
+            restore(self.policy, self.recipe, self.ledger.weights(0))
+        if self.trainer is None:
+            self.trainer = self._new_trainer(rows)
+        trainer, carries = self.trainer, not self.recipe["reset_optimizer"]
+        trainer.carried = self._carried(number) if carries else None
+        next_round(trainer, rows, seed=self._seed(number))
+        self.policy = dataclasses.replace(self.policy, model=trainer.accelerator.unwrap_model(trainer.model))
+        fitted = fit(trainer, rows)
+        state = optimizer_state(trainer) if carries else {}
+        release(trainer)
+        if rank() == 0:
+            with self.clock.phase("other"):
+                self._save(self.path(number) / "model", state)
+        return fitted
+
+    def _new_trainer(self, rows: Sequence[Row]) -> "BCTrainer":
         from bcft.training import BCTrainer, training_arguments
 
         values = {**self.recipe.values, "disable_tqdm": True, "save_strategy": "no", "eval_strategy": "no"}
+        values["logging_steps"] = self.recipe["logging_steps"] if "logging_steps" in self.recipe.given else 1
         arguments = training_arguments(
             values,
             output_dir=self.directory.path / "train",
             autocast=self.policy.precision.autocast,
             use_cpu=self.policy.precision.device == "cpu",
         )
-        return BCTrainer(
-            self.policy.model,
-            arguments,
-            rows=rows,
-            tokenizer=self.policy.renderer.tokenizer,
-            peft_config=None if self.policy.adapter else lora_config(self.recipe),
-        )
+        tokenizer = self.policy.renderer.tokenizer
+        return BCTrainer(self.policy.model, arguments, rows=rows, tokenizer=tokenizer, checkpoints=False)
 
-    def _load(self, number: int) -> Policy:
-        """Load the policy as it was after a round: of the last round up to it that trained, else the recipe's own."""
-        for past in range(number, 0, -1):
-            weights = self.path(past) / "model"
-            if committed(weights):
-                return load_policy(
-                    dataclasses.replace(self.recipe, values={**self.recipe.values, "model_name_or_path": str(weights)})
-                )
-        return load_policy(self.recipe)
+    # Weights
+
+    def _load(self) -> Policy:
+        """Load the policy as it was after the last committed round; an adapter made for this run is kept as round 0."""
+        name = self.ledger.weights(self.ledger.after(self.ledger.last))
+        there = dataclasses.replace(self.recipe, values={**self.recipe.values, "model_name_or_path": name})
+        loaded = load_policy(there)
+        policy = with_adapter(loaded, self.recipe)
+        if policy is not loaded and rank() == 0:
+            self._save(self.path(0) / "model", {}, policy)
+        return policy
+
+    def _save(self, target: Path, state: dict[str, Any], policy: Policy | None = None) -> None:
+        """Write weights, and the optimizer's state where it is carried on, and commit them."""
+        from safetensors.torch import save_file
+
+        with storage(target):
+            target.mkdir(parents=True, exist_ok=True)
+            files = save_policy(policy or self.policy, target)
+            if state:
+                files.append(target / "optimizer.safetensors")
+                save_file(state, files[-1])
+            write_manifest(target, files)
+
+    def _carried(self, number: int) -> dict[str, Any] | None:
+        """Return the optimizer's state at the end of the last round that trained; None before the first."""
+        from safetensors.torch import load_file
+
+        before = self.ledger.trained(number - 1)
+        return load_file(self.path(before) / "model" / "optimizer.safetensors") if before else None
+
+    # Evaluation and the end
+
+    def _due(self, number: int) -> bool:
+        """Tell whether a round is evaluated on dev."""
+        played = min(self.recipe["prompts_per_round"], len(self.problems)) * self.recipe["num_generations"]
+        each = 1 + (self.recipe["eval_dev_samples"] if self.success else 0)
+        return self.ledger.due(number, evaluated=len(self.splits.dev) * each, played=played)
 
     def _measure(self, place: Path, split: str) -> Measured:
         return measure(
             self.recipe, self.splits, self.policy, split=split, rows=[], directory=place, quiet=split == "dev"
         )
 
-    def _best(self, last: int) -> int:
-        """Return the round with the highest sampled pass@1 on dev, the earlier of equals; 0 if none beats the base."""
-
-        def level(number: int) -> float:
-            found = stored(self.path(number))
-            assert found is not None
-            kind = found.summary.get("sampled", found.summary.get("greedy", {}))
-            return float(kind.get("pass@1", kind.get("success", 0.0)))
-
-        return max(range(last + 1), key=lambda number: (level(number), -number))
-
-    def _prune(self, number: int) -> None:
-        """Remove the weights of rounds that are neither the last nor the best so far."""
-        keep = {self._best(number), number if (self.path(number) / "model").is_dir() else 0}
-        trained = [n for n in range(1, number + 1) if (self.path(n) / "model").is_dir()]
-        for past in trained[:-1]:
-            if past not in keep:
-                shutil.rmtree(self.path(past) / "model")
-
     def _ship(self, best: int, metrics: dict[str, Any]) -> None:
         """Write `best/` with its card, `metrics.json`, and the manifest that commits the run."""
         target = self.directory.path / "best"
         with storage(target):
             target.mkdir(exist_ok=True)
-            files = save_policy(self.policy if best else load_policy(self.recipe), target)
-        data = f"the policy's own attempts, round {best} of {self.recipe['num_rounds']}"
+            files = save_policy(self.policy, target)
+        data = f"the policy's own attempts, round {best} of {metrics['rounds']}"
         card = model_card(self.recipe, metrics, data, directory=target, adapter=self.policy.adapter)
         write_text(target / "README.md", card)
         write_json(self.directory.path / "metrics.json", metrics)
-        write_manifest(
-            self.directory.path, [*files, self.directory.path / "metrics.json", self.directory.path / "config.yaml"]
-        )
-
-    def _line(self, number: int, record: dict[str, Any], dev: Measured) -> None:
-        """Print one line of the table."""
-        rollout, chosen = record.get("rollout", {}), record.get("selection", {})
-        played = f"{rollout['played']:>7} {percent(rollout['success']):>8} " if rollout else " " * 17
-        kept = f"{chosen['kept']:>6} {chosen['cutoff']:>7.3g}" if chosen else " " * 14
-        greedy, sampled = dev.summary.get("greedy"), dev.summary.get("sampled")
-        shown = f"  {percent(greedy['success']):>10}" if greedy else ""
-        if sampled:
-            low, high = sampled["ci95"]
-            shown += f"  {percent(sampled['pass@1'])} [{100 * low:.1f}, {100 * high:.1f}]"
-        seconds = sum(record.get("seconds", {}).values())
-        self.console.print(
-            f"{number:>5} {played}{kept}{shown}" + (f"  {seconds:.1f} s" if seconds else ""), markup=False
-        )
-        if chosen.get("note"):
-            self.console.print(f"      {chosen['note']}", markup=False)
+        files += [self.directory.path / "metrics.json", self.directory.path / "config.yaml"]
+        write_manifest(self.directory.path, files)
 
     def _seed(self, number: int) -> int:
         return int.from_bytes(sha256(f"{self.recipe['seed']}-{number}-train".encode()).digest()[:4], "big")
-
-    def _took(self, phase: str, start: float) -> None:
-        self.record["seconds"][phase] = round(time.perf_counter() - start, 3)

@@ -27,6 +27,7 @@ MAY_DIFFER = frozenset(
     {
         *(
             "output_dir",
+            "against",
             "report_to",
             "run_name",
             "disable_tqdm",

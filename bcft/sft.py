@@ -102,7 +102,7 @@ def _train(
 ) -> "tuple[Policy, Fit]":
     """Fit the rows; return the policy with the trained weights, and what training did."""
     # trl takes longer to import than everything before: the first evaluation is not kept waiting for it.
-    from bcft.model import lora_config
+    from bcft.model import with_adapter
     from bcft.training import BCTrainer, fit, newest_checkpoint, training_arguments
 
     evaluates = recipe["eval_strategy"] != "no"
@@ -116,12 +116,11 @@ def _train(
         use_cpu=policy.precision.device == "cpu",
     )
     trainer = BCTrainer(
-        policy.model,
+        with_adapter(policy, recipe).model,
         arguments,
         rows=rows,
         held_out=dev_rows if evaluates else [],
         tokenizer=policy.renderer.tokenizer,
-        peft_config=None if policy.adapter else lora_config(recipe),
     )
     fitted = fit(trainer, rows, resume=newest_checkpoint(output))
     return dataclasses.replace(policy, model=trainer.accelerator.unwrap_model(trainer.model)), fitted

@@ -69,6 +69,23 @@ def conclusion(base: Measured, final: Measured, *, before: str = "before") -> di
     return {"vs_base": versus, "conclusion": words}
 
 
+ROUNDS = f"{'round':>5} {'played':>7} {'success':>8} {'kept':>6} {'cutoff':>7}  dev greedy  dev sampled"
+"""The head of the table that grows by a line a round."""
+
+
+def round_line(record: Mapping[str, Any]) -> str:
+    """Return a round's line, of its metrics; what it does not have (round 0 plays nothing) stays blank."""
+    rollout, chosen, dev = (record.get(part, {}) for part in ("rollout", "selection", "eval"))
+    played = f"{rollout['played']:>7} {percent(rollout['success']):>8} " if rollout else " " * 17
+    kept = f"{chosen['kept']:>6} {chosen['cutoff']:>7.3g}" if chosen else " " * 14
+    greedy = percent(dev["greedy"]["success"]) if "greedy" in dev else ""
+    seconds = sum(record.get("seconds", {}).values())
+    line = f"{record['round']:>5} {played}{kept}  {greedy:>10}  {_cell(dev, 'sampled', 'pass@1'):<23}"
+    line = f"{line}{seconds:.1f} s" if seconds else line.rstrip()
+    note = chosen.get("note", "")
+    return f"{line}\n      {note}" if note else line
+
+
 def level(measured: Measured) -> str:
     """Return in a line how well one policy does."""
     found = measured.summary

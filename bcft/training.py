@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,10 @@ class BCTrainer(SFTTrainer):  # type: ignore[misc]
     """SFTTrainer on rows of ids and labels; stops at the first loss that is not finite, commits its checkpoints.
 
     LoRA adapters are kept in fp32: TRL casts them to bf16 on a quantised base, where most small updates vanish.
+    `carried` is an optimizer state, as `optimizer_state` returns it, that the next optimizer begins with.
     """
+
+    carried: Mapping[str, torch.Tensor] | None = None
 
     def __init__(
         self,
@@ -42,26 +45,28 @@ class BCTrainer(SFTTrainer):  # type: ignore[misc]
         rows: Sequence[Row],
         tokenizer: Any,
         held_out: Sequence[Row] = (),
-        peft_config: Any = None,
+        checkpoints: bool = True,
     ) -> None:
+        # What TRL casts cannot be cast back: 16 of 24 bits of an adapter's weights are gone.
+        named = model.named_parameters() if hasattr(model, "peft_config") else ()
+        exact = {name: p.detach().clone() for name, p in named if p.requires_grad}
         super().__init__(
             model=model,
             args=args,
             train_dataset=to_dataset(rows),
             eval_dataset=to_dataset(held_out) if held_out else None,
             processing_class=tokenizer,
-            peft_config=peft_config,
         )
         # The Trainer's own callback prints every log as a dictionary.
         self.pop_callback(PrinterCallback)
         self.pop_callback(ProgressCallback)
         if not args.disable_tqdm:
             self.add_callback(Progress())
-        self.stop_gently = StopGently(self.accelerator)
+        self.stop_gently = StopGently(self.accelerator, checkpoints=checkpoints)
         self.add_callback(self.stop_gently)
-        for parameter in self.model.parameters():
+        for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
-                parameter.data = parameter.data.float()
+                parameter.data = exact.get(name, parameter.data).float()
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """Run one micro-batch; raise DivergedError, on every process, before a bad gradient reaches the weights."""
@@ -72,6 +77,17 @@ class BCTrainer(SFTTrainer):  # type: ignore[misc]
                 f"lower learning_rate (now {self._get_learning_rate():.2g}) or max_grad_norm, or set bf16 over fp16"
             )
         return loss
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """Create it, with the moments carried on from the round before where there are any."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self.carried:
+            state: dict[int, dict[str, torch.Tensor]] = {}
+            for key, tensor in self.carried.items():
+                index, _, name = key.partition(".")
+                state.setdefault(int(index), {})[name] = tensor
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+        return optimizer
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write none: TRL makes one at every checkpoint, ours comes with the figures at the end."""
@@ -129,10 +145,14 @@ class Progress(TrainerCallback):  # type: ignore[misc]
 
 
 class StopGently(TrainerCallback):  # type: ignore[misc]
-    """On SIGTERM or Ctrl-C end the step, save a checkpoint and stop; a second signal stops at once."""
+    """On SIGTERM or Ctrl-C end the step, save a checkpoint and stop; a second signal stops at once.
 
-    def __init__(self, accelerator: Any) -> None:
+    Rounds save none (`checkpoints` false): what they resume from is their sealed rows.
+    """
+
+    def __init__(self, accelerator: Any, *, checkpoints: bool) -> None:
         self.accelerator = accelerator
+        self.checkpoints = checkpoints
         self.asked = False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
@@ -141,7 +161,7 @@ class StopGently(TrainerCallback):  # type: ignore[misc]
             flag = torch.tensor(float(self.asked), device=self.accelerator.device)
             self.asked = bool(self.accelerator.reduce(flag, reduction="sum") > 0)
         if self.asked:
-            control.should_save = control.should_training_stop = True
+            control.should_save, control.should_training_stop = self.checkpoints, True
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -171,9 +191,13 @@ class Fit:
     steps: int
     loss_first: float
     loss_last: float
+    loss: float
+    """Mean of what was logged; exact with `logging_steps: 1`, as rounds have it."""
     seconds: float
     tokens_per_second: float
     weights_changed: bool
+    entropy: float
+    """Mean over the steps, in nats a token: of the policy on the rows it was trained on."""
 
 
 def to_dataset(rows: Sequence[Row]) -> Dataset:
@@ -221,7 +245,8 @@ def fit(trainer: BCTrainer, rows: Sequence[Row], *, resume: str = "") -> Fit:
         ) from error
     seconds = time.perf_counter() - start
     if trainer.stop_gently.asked:
-        raise Preempted(f"stopped and saved at step {trainer.state.global_step}; the same command goes on from here")
+        saved = "and saved " if trainer.stop_gently.checkpoints else ""
+        raise Preempted(f"stopped {saved}at step {trainer.state.global_step}; the same command goes on from here")
     after = _fingerprint(trainer.model)
     if not all(map(math.isfinite, after)):
         raise DivergedError(f"step {trainer.state.global_step}: a weight is not finite: lower learning_rate")
@@ -231,6 +256,7 @@ def fit(trainer: BCTrainer, rows: Sequence[Row], *, resume: str = "") -> Fit:
             f"now {trainer.args.learning_rate}"
         )
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    entropies = [entry["entropy"] for entry in trainer.state.log_history if "entropy" in entry]
     supervised = sum(row.supervised for row in rows)
     return Fit(
         rows=len(rows),
@@ -238,27 +264,43 @@ def fit(trainer: BCTrainer, rows: Sequence[Row], *, resume: str = "") -> Fit:
         steps=trainer.state.global_step,
         loss_first=losses[0] if losses else 0.0,
         loss_last=losses[-1] if losses else 0.0,
+        loss=round(sum(losses) / max(len(losses), 1), 6),
         seconds=round(seconds, 3),
         tokens_per_second=round(supervised * (trainer.state.epoch - resumed) / seconds, 1),
         weights_changed=True,
+        entropy=round(sum(entropies) / max(len(entropies), 1), 6),
     )
 
 
-def next_round(
-    trainer: BCTrainer | None, make: Callable[[Sequence[Row]], BCTrainer], rows: Sequence[Row], *, seed: int
-) -> BCTrainer:
-    """Return the one trainer of all rounds with this round's rows: a fresh optimizer and schedule, a seed of its own.
+def next_round(trainer: BCTrainer, rows: Sequence[Row], *, seed: int) -> None:
+    """Give the one trainer of all rounds this round's rows, a fresh schedule, and a seed of its own.
 
     A trainer a round would nest the model's forward, lose autocast from the second on and draw the same noise in each.
     """
-    if trainer is None:
-        trainer = make(rows)
-    else:
-        trainer.train_dataset = to_dataset(rows)
-        trainer.optimizer = trainer.lr_scheduler = None
+    trainer.train_dataset = to_dataset(rows)
     trainer.args.data_seed = seed % 2**31
     set_seed(seed)
-    return trainer
+
+
+def optimizer_state(trainer: BCTrainer) -> dict[str, torch.Tensor]:
+    """Return the optimizer's tensors on the CPU, as `PARAMETER.NAME`: `0.exp_avg` is the first parameter's.
+
+    Raises UsageError for an optimizer that keeps something else than tensors.
+    """
+    found: dict[str, torch.Tensor] = {}
+    for index, values in trainer.optimizer.state_dict()["state"].items():
+        for name, value in values.items():
+            if not isinstance(value, torch.Tensor):
+                raise UsageError(f"reset_optimizer: false carries tensors on, and {trainer.args.optim} keeps a {name}")
+            found[f"{index}.{name}"] = value.detach().cpu().contiguous()
+    return found
+
+
+def release(trainer: BCTrainer) -> None:
+    """Let go of optimizer and gradients, so that sampling has their memory."""
+    trainer.optimizer = trainer.lr_scheduler = None
+    trainer.model.zero_grad(set_to_none=True)
+    trainer.accelerator.free_memory()
 
 
 def _train(trainer: BCTrainer, resume: str) -> None:

@@ -7,16 +7,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bcft import filtered, rounds
+from bcft import filtered, rollouts, rounds
 from bcft.errors import FaultError, UsageError
-from bcft.journal import append_jsonl, committed, read_json, read_jsonl
+from bcft.journal import Journal, committed, read_journal, read_json, read_jsonl
 from bcft.types import IGNORED, Trajectory
 
 KEYS = {
     "model_name_or_path": "bcft:tiny-math", "dataset_name": "bcft:arithmetic", "dataset_train_split": "train[:200]",
     "num_rounds": 2, "prompts_per_round": 12, "num_generations": 3, "learning_rate": 2e-4, "num_train_epochs": 1,
     "per_device_train_batch_size": 4, "max_completion_length": 72, "eval_dev_problems": 8, "eval_dev_samples": 2,
-    "eval_test_problems": 8, "eval_test_samples": 2,
+    "eval_test_problems": 8, "eval_test_samples": 2, "eval_every": 1,
 }  # fmt: skip
 
 
@@ -87,9 +87,9 @@ class Power(Exception):  # noqa: N818
 
 
 CUTS = {
-    "journal": ("append_jsonl", "after", 2), "seal": ("roll_out", "after", 2), "score": ("score", "after", 1),
+    "journal": ("append", "after", 2), "seal": ("roll_out", "after", 2), "score": ("score", "after", 1),
     "kept": ("select", "after", 2), "trained": ("fit", "after", 2), "saved": ("clone", "after", 1),
-    "evaluated": ("_line", "after", 3), "committed": ("commit", "after", 1), "conclusion": ("conclude", "before", 1),
+    "evaluated": ("_due", "before", 2), "committed": ("commit", "after", 1), "conclusion": ("conclude", "before", 1),
 }  # fmt: skip
 
 
@@ -100,7 +100,7 @@ def test_a_run_cut_anywhere_goes_on_to_the_same_rows_and_weights(tmp_path, finis
     name, when, times = CUTS[cut]
     from bcft import training
 
-    holder = {"append_jsonl": rounds, "fit": training}.get(name, rounds.Rounds)
+    holder = {"append": Journal, "fit": training}.get(name, rounds.Rounds)
     original, calls = getattr(holder, name), iter(range(1, 100))
 
     def cutting(*args, **kwargs):
@@ -113,7 +113,7 @@ def test_a_run_cut_anywhere_goes_on_to_the_same_rows_and_weights(tmp_path, finis
         return found
 
     with monkeypatch.context() as patch:
-        patch.setattr(rounds, "CHUNK", 7)
+        patch.setattr(rollouts, "CHUNK", 7)
         patch.setattr(holder, name, cutting)
         with pytest.raises(Power):
             filtered.run(None, output_dir=str(tmp_path), **KEYS)
@@ -125,14 +125,19 @@ def test_a_run_cut_anywhere_goes_on_to_the_same_rows_and_weights(tmp_path, finis
     assert all(torch.equal(weights[key], expected[key]) for key in expected)
 
 
-def test_a_torn_line_of_a_journal_is_cut_away(tmp_path):
+def test_a_torn_or_damaged_chunk_of_a_journal_is_cut_away_with_what_follows_it(tmp_path):
     file = tmp_path / "journal.jsonl"
-    append_jsonl(file, [{"id": 1}])
+    Journal(file).append([{"id": 1}, {"id": 2}])
+    whole = file.read_bytes()
     with file.open("a") as torn:
-        torn.write('{"id": 2, "tu')
-    assert read_jsonl(file) == [{"id": 1}]
-    append_jsonl(file, [{"id": 3}])
-    assert read_jsonl(file) == [{"id": 1}, {"id": 3}]
+        torn.write('{"sha256": "ab", "ro')
+    assert read_journal(file) == [{"id": 1}, {"id": 2}]
+    assert Journal(file).rows == [{"id": 1}, {"id": 2}]
+    assert file.read_bytes() == whole
+    Journal(file).append([{"id": 3}])
+    assert [row["id"] for row in Journal(file).rows] == [1, 2, 3]
+    file.write_bytes(file.read_bytes().replace(b'"id": 2', b'"id": 7'))
+    assert Journal(file).rows == []
 
 
 def test_a_reward_function_of_ones_own_is_taken_from_python(tmp_path):
@@ -147,7 +152,7 @@ def test_a_reward_function_of_ones_own_is_taken_from_python(tmp_path):
 
 
 def test_a_round_that_keeps_nothing_is_skipped_with_its_reason_or_stops_the_run(tmp_path):
-    keys = KEYS | {"model_name_or_path": "bcft:tiny-init", "max_completion_length": 8, "num_rounds": 1}
+    keys = KEYS | {"min_reward": 2.0, "num_rounds": 1}
     metrics = filtered.run(None, output_dir=str(tmp_path / "skip"), **keys)
     assert metrics["best_round"] == 0
     assert "no round was better" in metrics["conclusion"]

@@ -9,13 +9,14 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "bcft"
 FLOORS = [
-    {"types", "errors", "processes"},
+    {"types", "errors", "processes", "clock"},
     {"config", "statistics", "judge", "journal", "selection"},
     {"rewards"},
     {"problems", "rendering", "environments", "play", "scoring"},
     {"data", "rows", "model", "generation", "training"},
-    {"run", "command", "evaluation"},
-    {"summary"},
+    {"run", "command", "evaluation", "ledger"},
+    {"summary", "rollouts"},
+    {"probe", "learning_curve", "dry_run"},
     {"rounds"},
     {"sft", "filtered", "evaluate", "preview", "cli"},
 ]
@@ -24,6 +25,7 @@ LIGHT = {
     "types",
     "errors",
     "processes",
+    "clock",
     "config",
     "statistics",
     "judge",
