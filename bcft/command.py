@@ -1,10 +1,8 @@
 """One place where a foreseen failure becomes its lines on stderr and its exit code."""
 
-import logging
 import os
 import signal
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
@@ -26,7 +24,7 @@ def execute(command: str, action: Callable[[Recipe], object], argv: Sequence[str
     # Read when torch is loaded: threads that spin while they wait are 25 times slower once anything shares the cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if "--debug" not in arguments:
-        _quiet_libraries()
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when it is loaded
     try:
         action(parse(command, arguments))
     except BcftError as error:
@@ -38,14 +36,6 @@ def execute(command: str, action: Callable[[Recipe], object], argv: Sequence[str
         _tell("", "bcft: stopped; the same command goes on from here")
         return Preempted.exit_code
     return 0
-
-
-def _quiet_libraries() -> None:
-    """Keep the libraries' notes to their own developers off the user's terminal; `--debug` shows them."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    warnings.simplefilter("ignore", FutureWarning)
-    warnings.simplefilter("ignore", UserWarning)
 
 
 def _tell(*lines: str) -> None:

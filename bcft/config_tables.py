@@ -96,9 +96,10 @@ OWN = (
     ),
     Key(
         name="success_func",
-        type="str",
-        default="bcft.rewards.math_reward",
-        meaning="dotted path of the function that says whether a completion solves its problem; '' for none",
+        type="str | null",
+        default=None,
+        meaning="dotted path of the function that returns 1.0 or more for a completion that solves its problem; "
+        "null: the first of reward_funcs; '' for none, as rewards without such a meaning need",
         group="evaluation",
         commands=("sft", "filtered", "evaluate"),
     ),
@@ -297,9 +298,9 @@ OWN = (
         name="reward_funcs",
         type="list[str]",
         default=["bcft.rewards.math_reward"],
-        meaning="dotted paths of reward functions in TRL's signature",
-        group="filtered",
-        commands=("filtered",),
+        meaning="dotted paths of reward functions in TRL's signature; the first also says what is solved",
+        group="evaluation",
+        commands=("sft", "filtered", "evaluate"),
     ),
     Key(
         name="preview_rows",

@@ -192,14 +192,22 @@ class Measured:
 
 
 def measure(
-    recipe: Recipe, splits: Splits, policy: Policy, *, split: str, rows: Sequence[Row], directory: Path, quiet: bool
+    recipe: Recipe,
+    splits: Splits,
+    policy: Policy,
+    *,
+    success: Reward | None,
+    split: str,
+    rows: Sequence[Row],
+    directory: Path,
+    quiet: bool,
 ) -> Measured:
     """Evaluate a policy on `dev` or `test` as the recipe says and write the result into a directory.
 
-    rows: held-out demonstrations as rows, for their loss; may be empty. The directory's name is what progress shows.
+    success: as `success_function` returns it; rows: held-out demonstrations as rows, for their loss; may be empty. The
+    directory's name is what progress shows.
     """
     problems = splits.test if split == "test" else splits.dev
-    success = success_function(recipe, splits)
     samples = recipe["eval_test_samples" if split == "test" else "eval_dev_samples"] if success else 0
     if not problems:
         return Measured(Evaluation(()), {})
@@ -239,16 +247,25 @@ def stored(directory: Path) -> Measured | None:
     return Measured(Evaluation(attempts), read_json(directory / "evaluation.json"))
 
 
-def success_function(recipe: Recipe, splits: Splits) -> Reward | None:
-    """Return the recipe's success function; None where the default one would find no reference answers.
+def success_function(recipe: Recipe, splits: Splits, rewards: Sequence[Reward] = ()) -> Reward | None:
+    """Return what says whether an attempt solved its problem: `success_func`, else the first reward function.
 
-    Raises DataError when `math_reward` does not accept a reference answer as its own solution.
+    rewards: functions that take the place of the recipe's `reward_funcs`. None where `success_func` is '', and where
+    `math_reward` is nobody's wish but the default's and would find no reference answers.
+
+    Raises DataError when `math_reward` does not accept a held-out reference answer as its own solution.
     """
     name = recipe["success_func"]
-    if not name or (not splits.reference and "success_func" not in recipe.given):
+    if name == "":
         return None
-    function = import_function(name, key="success_func")
+    if name is None and rewards:
+        function = rewards[0]
+    else:
+        key = "reward_funcs" if name is None else "success_func"
+        function = import_function(name or recipe["reward_funcs"][0], key=key)
     if function is math_reward:
+        if not splits.reference and not {"success_func", "reward_funcs"} & recipe.given:
+            return None
         check_references(splits.held_out)
     return function
 

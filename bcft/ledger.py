@@ -29,6 +29,11 @@ class Ledger:
         """The last round."""
         return len(self.records) - 1
 
+    @property
+    def tells_success(self) -> bool:
+        """Whether an evaluation can tell what is solved."""
+        return "greedy" in self.records[0]["eval"]
+
     def path(self, number: int) -> Path:
         """Return the directory of a round."""
         return self.directory / f"round_{number:03d}"
@@ -53,14 +58,19 @@ class Ledger:
         return number
 
     def best(self, last: int) -> int:
-        """Return the round up to `last` with the highest sampled pass@1 on dev, the earlier of equals."""
+        """Return the round up to `last` with the highest sampled pass@1 on dev, the earlier of equals.
+
+        Where success cannot be told there is nothing to choose by, and it is the last one.
+        """
 
         def level(number: int) -> float:
             found = self.records[number]["eval"]
-            kind = found.get("sampled", found.get("greedy", {}))
-            return float(kind.get("pass@1", kind.get("success", 0.0)))
+            return float(found["sampled"]["pass@1"] if "sampled" in found else found["greedy"]["success"])
 
-        return max((n for n in range(last + 1) if "eval" in self.records[n]), key=lambda n: (level(n), -n))
+        evaluated = [n for n in range(last + 1) if "eval" in self.records[n]]
+        if not self.tells_success:
+            return evaluated[-1]
+        return max(evaluated, key=lambda n: (level(n), -n))
 
     def due(self, number: int, *, evaluated: int, played: int) -> bool:
         """Tell whether a round is to be evaluated: when it is its turn or the last one, and the weights are new.

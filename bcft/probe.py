@@ -33,7 +33,9 @@ def probe(recipe: Recipe, scores: Sequence[Score], problems: Mapping[str, Proble
         "with a readable answer": sum(bool(extract_answer(answer)) for answer in answers),
         "cut": sum(trajectory.cut for trajectory in played),
     }
-    counted = ", ".join(f"{percent(n / len(scores))} {name}" for name, n in shares.items())
+    # Where success cannot be told, there are no answers to be read either.
+    told = shares if any(found.success != "unknown" for found in scores) else {n: shares[n] for n in ("graded", "cut")}
+    counted = ", ".join(f"{percent(n / len(scores))} {name}" for name, n in told.items())
     attempted = len({trajectory.problem_id for trajectory in played})
     lines = [f"probe: {len(scores)} attempts at {attempted} problems: {counted}"]
     for found in _different(scores):
@@ -61,9 +63,9 @@ def _hopeless(recipe: Recipe, scores: Sequence[Score], shares: Mapping[str, int]
     if not shares["solved"] and levels == {0.0} and (recipe["require_success"] != "false" or alike):
         readable = percent(shares["with a readable answer"] / n)
         return (
-            f"none of {n} attempts succeeded, nor any of the attempts at {dev['n']} dev problems ({readable} have a "
-            f"readable answer): begin with a policy that sometimes succeeds (bcft sft on demonstrations), or with "
-            f"easier problems"
+            f"none of {n} attempts succeeded, nor any at {dev['n']} dev problems ({readable} have a readable answer): "
+            f"begin with a policy that sometimes succeeds (bcft sft on demonstrations) or with easier problems; if "
+            f"your rewards do not say what is solved by being 1.0 or more, set success_func: ''"
         )
     if shares["solved"] == n and levels == {1.0} and alike:
         return f"all of {n} attempts succeeded, and all at {dev['n']} dev problems: there is nothing left to learn"

@@ -72,7 +72,7 @@ class Rounds:
         self.weights = recipe["reward_weights"] or [1.0] * len(self.functions)
         if len(self.weights) != len(self.functions):
             raise UsageError(f"reward_weights: {len(self.weights)} weights for {len(self.functions)} reward functions")
-        self.success = success_function(recipe, splits)
+        self.success = success_function(recipe, splits, self.functions)
         self.ledger = Ledger(recipe, directory.path)
         self.path = self.ledger.path
         self.policy = self._load()
@@ -81,7 +81,8 @@ class Rounds:
         self.selection: Selection | None = None
         self.record: dict[str, Any] = {}
         console.print(f"model: {recipe['model_name_or_path']} on {self.policy.precision.why}", markup=False)
-        console.print(f"data: {splits}", markup=False)
+        held = f"{len(splits.dev):,} dev and {len(splits.test):,} test problems held out"
+        console.print(f"data: {len(self.problems):,} problems to attempt, {held}", markup=False)
         if math_reward in self.functions:
             check_references(splits.train)
         else:
@@ -195,7 +196,7 @@ class Rounds:
             tested = stored(self.path(best) / "test") or self._measure(self.path(best) / "test", "test")
         metrics = {"base": self.base_test.summary, "best": tested.summary, "best_round": best, "rounds": last}
         metrics |= conclusion(self.base_test, tested)
-        if not best:
+        if not best and ledger.tells_success:
             metrics["conclusion"] = f"no round was better on dev than the policy it began with; {metrics['conclusion']}"
         if last < self.recipe["num_rounds"] and (reason := ledger.stopped()):
             metrics["stopped"] = reason
@@ -303,7 +304,7 @@ class Rounds:
             self.trainer = self._new_trainer(rows)
         trainer, carries = self.trainer, not self.recipe["reset_optimizer"]
         trainer.carried = self._carried(number) if carries else None
-        next_round(trainer, rows, seed=self._seed(number))
+        next_round(trainer, rows, seed=training_seed(self.recipe, number))
         self.policy = dataclasses.replace(self.policy, model=trainer.accelerator.unwrap_model(trainer.model))
         fitted = fit(trainer, rows)
         state = optimizer_state(trainer) if carries else {}
@@ -320,7 +321,7 @@ class Rounds:
         values["logging_steps"] = self.recipe["logging_steps"] if "logging_steps" in self.recipe.given else 1
         arguments = training_arguments(
             values,
-            output_dir=self.directory.path / "train",
+            output_dir=self.directory.path,
             autocast=self.policy.precision.autocast,
             use_cpu=self.policy.precision.device == "cpu",
         )
@@ -368,7 +369,14 @@ class Rounds:
 
     def _measure(self, place: Path, split: str) -> Measured:
         return measure(
-            self.recipe, self.splits, self.policy, split=split, rows=[], directory=place, quiet=split == "dev"
+            self.recipe,
+            self.splits,
+            self.policy,
+            success=self.success,
+            split=split,
+            rows=[],
+            directory=place,
+            quiet=self.console.quiet or split == "dev",
         )
 
     def _ship(self, best: int, metrics: dict[str, Any]) -> None:
@@ -384,5 +392,7 @@ class Rounds:
         files += [self.directory.path / "metrics.json", self.directory.path / "config.yaml"]
         write_manifest(self.directory.path, files)
 
-    def _seed(self, number: int) -> int:
-        return int.from_bytes(sha256(f"{self.recipe['seed']}-{number}-train".encode()).digest()[:4], "big")
+
+def training_seed(recipe: Recipe, number: int) -> int:
+    """Return the seed of a round's training: the order of its rows, and whatever a layer drops."""
+    return int.from_bytes(sha256(f"{recipe['seed']}-{number}-train".encode()).digest()[:4], "big")

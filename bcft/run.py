@@ -1,10 +1,12 @@
 """The run directory: one process at a time, one recipe, and what was run on what, beside the results."""
 
 import fcntl
+import logging
 import os
 import platform
 import socket
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
@@ -102,9 +104,15 @@ class RunDirectory:
             )
 
 
-def run_or_tell(recipe: Recipe, work: Callable[[Splits, RunDirectory, Console], dict[str, Any]]) -> dict[str, Any]:
+def run_or_tell(
+    recipe: Recipe,
+    work: Callable[[Splits, RunDirectory, Console], dict[str, Any]],
+    *,
+    report: Callable[[Path, Console], None] | None = None,
+) -> dict[str, Any]:
     """Do the work in the recipe's directory, or tell what it came to if it is finished; return its `metrics.json`.
 
+    report: called with a finished directory, the one that was finished before included; on one process.
     Raises UsageError when the directory was begun with another recipe or other data.
     """
     console = Console(quiet=rank() > 0 or "quiet" in recipe.flags, soft_wrap=True, highlight=False)
@@ -117,6 +125,8 @@ def run_or_tell(recipe: Recipe, work: Callable[[Splits, RunDirectory, Console], 
             console.print(f"{directory.path} is finished", markup=False)
         else:
             metrics = work(splits, directory, console)
+        if report and rank() == 0:
+            report(directory.path, console)
     if rank() == 0:
         print(metrics["conclusion"])
     return metrics
@@ -130,7 +140,8 @@ def open_run(recipe: Recipe, path: Path, *, writes: bool = True) -> Iterator[Run
     """
     run = RunDirectory(recipe, path, writes=writes)
     if not writes:
-        yield run
+        with _quiet_libraries(recipe):
+            yield run
         return
     with storage(run.path):
         run.path.mkdir(parents=True, exist_ok=True)
@@ -147,7 +158,8 @@ def open_run(recipe: Recipe, path: Path, *, writes: bool = True) -> Iterator[Run
         lock.flush()
         state, code, message = "failed", BcftError.exit_code, "an error nobody foresaw: see the traceback"
         try:
-            yield run
+            with _quiet_libraries(recipe):
+                yield run
             state, code, message = "done", 0, ""
         except BcftError as error:
             code, message = error.exit_code, str(error)
@@ -159,6 +171,22 @@ def open_run(recipe: Recipe, path: Path, *, writes: bool = True) -> Iterator[Run
             # A command that was refused says nothing of the run that is here already.
             if run.begun or not (run.path / "status.json").exists():
                 run.status("preempted" if code == Preempted.exit_code else state, exit_code=code, message=message)
+
+
+@contextmanager
+def _quiet_libraries(recipe: Recipe) -> Iterator[None]:
+    """Keep the libraries' notes to their own developers from the user's eyes; `--debug` shows them."""
+    logger = logging.getLogger("bitsandbytes")
+    before = logger.level
+    with warnings.catch_warnings():
+        if "debug" not in recipe.flags:
+            logger.setLevel(logging.ERROR)
+            warnings.simplefilter("ignore", FutureWarning)
+            warnings.simplefilter("ignore", UserWarning)
+        try:
+            yield
+        finally:
+            logger.setLevel(before)
 
 
 def versions() -> dict[str, Any]:

@@ -116,6 +116,7 @@ def summary(scores: Sequence[Score]) -> dict[str, Any]:
         "played": len(played),
         "tokens": sum(len(turn.action_ids) for trajectory in played for turn in trajectory.turns),
         "success": sum(found.success == "yes" for found in scores) / max(len(scores), 1),
+        "unknown": sum(found.success == "unknown" for found in scores),
         "reward_mean": sum(rewards) / max(len(rewards), 1),
         "reward_max": max(rewards, default=0.0),
         "truncated": sum(trajectory.cut for trajectory in played),

@@ -44,7 +44,7 @@ def clone(recipe: Recipe) -> dict[str, Any]:
 
 def _clone(recipe: Recipe, splits: Splits, directory: RunDirectory, console: Console) -> dict[str, Any]:
     # These load torch, which nothing above does.
-    from bcft.evaluation import measure, stored
+    from bcft.evaluation import measure, stored, success_function
     from bcft.model import load_policy
     from bcft.summary import before_and_after, conclusion, print_table
 
@@ -58,7 +58,8 @@ def _clone(recipe: Recipe, splits: Splits, directory: RunDirectory, console: Con
     directory.record(splits.held_out, splits.digest)
 
     # 2. The policy as it is, on problems that are not in training.
-    measured = partial(measure, recipe, splits, split="test", rows=test_rows, quiet=console.quiet)
+    success = success_function(recipe, splits)
+    measured = partial(measure, recipe, splits, success=success, split="test", rows=test_rows, quiet=console.quiet)
     kept = None if directory.drifted else stored(directory.path / "base")
     base = kept or measured(policy, directory=directory.path / "base")
 

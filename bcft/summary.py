@@ -74,9 +74,16 @@ ROUNDS = f"{'round':>5} {'played':>7} {'success':>8} {'kept':>6} {'cutoff':>7}  
 
 
 def round_line(record: Mapping[str, Any]) -> str:
-    """Return a round's line, of its metrics; what it does not have (round 0 plays nothing) stays blank."""
+    """Return a round's line, of its metrics; what it does not have (round 0 plays nothing) stays blank.
+
+    Where success is not known of any attempt, the mean reward stands in its place.
+    """
     rollout, chosen, dev = (record.get(part, {}) for part in ("rollout", "selection", "eval"))
-    played = f"{rollout['played']:>7} {percent(rollout['success']):>8} " if rollout else " " * 17
+    played = " " * 17
+    if rollout:
+        known = rollout["unknown"] < rollout["played"]
+        how = percent(rollout["success"]) if known else f"r {rollout['reward_mean']:.3g}"
+        played = f"{rollout['played']:>7} {how:>8} "
     kept = f"{chosen['kept']:>6} {chosen['cutoff']:>7.3g}" if chosen else " " * 14
     greedy = percent(dev["greedy"]["success"]) if "greedy" in dev else ""
     seconds = sum(record.get("seconds", {}).values())

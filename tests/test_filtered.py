@@ -144,11 +144,23 @@ def test_a_reward_function_of_ones_own_is_taken_from_python(tmp_path):
     def short(completions, **_):
         return [-float(len(text)) for text in completions]
 
-    filtered.run(None, output_dir=str(tmp_path), reward_funcs=[short], **KEYS | {"num_rounds": 1})
+    keys = KEYS | {"num_rounds": 1, "success_func": ""}
+    filtered.run(None, output_dir=str(tmp_path), reward_funcs=[short], **keys)
     scores = read_jsonl(tmp_path / "round_001" / "scores.jsonl")
     assert {row["rewards"][0]["name"] for row in scores} == {"short"}
     played = {line["id"]: line["turns"][0]["action"] for line in read_jsonl(tmp_path / "round_001" / "rollouts.jsonl")}
     assert all(row["reward"] == -len(played[row["id"]]) for row in scores)
+
+
+def test_the_first_reward_function_says_what_is_solved_unless_told(tmp_path):
+    def tens(completions, **_):
+        return [float(text.strip().endswith("0")) for text in completions]
+
+    filtered.run(None, output_dir=str(tmp_path), reward_funcs=[tens], **KEYS | {"num_rounds": 1})
+    for row in read_jsonl(tmp_path / "round_001" / "scores.jsonl"):
+        assert (row["success"] == "yes") == (row["reward"] >= 1.0)
+    for row in read_jsonl(tmp_path / "round_000" / "evaluation.jsonl"):
+        assert (row["success"] == "yes") == row["completion"].strip().endswith("0")
 
 
 def test_a_round_that_keeps_nothing_is_skipped_with_its_reason_or_stops_the_run(tmp_path):
