@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import signal
 
 import pytest
 import torch
@@ -119,6 +121,38 @@ def test_a_run_cut_anywhere_goes_on_to_the_same_rows_and_weights(tmp_path, finis
             filtered.run(None, output_dir=str(tmp_path), **KEYS)
     assert not committed(tmp_path)
     assert filtered.run(None, output_dir=str(tmp_path), **KEYS) == finished[1]
+    texts, weights = what_counts(tmp_path)
+    expected_texts, expected = what_counts(finished[0])
+    assert texts == expected_texts
+    assert all(torch.equal(weights[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("phase", ["roll out", "train"])
+def test_a_signal_ends_the_run_resumably_and_the_same_command_goes_on(tmp_path, finished, monkeypatch, phase, number):
+    from bcft import training
+
+    holder, name, times = (
+        (rollouts.Journal, "append", 2) if phase == "roll out" else (training.BCTrainer, "training_step", 3)
+    )
+    original, calls = getattr(holder, name), iter(range(1, 1000))
+
+    def signalled(*args, **kwargs):
+        if next(calls) == times:
+            os.kill(os.getpid(), number)
+        return original(*args, **kwargs)
+
+    arguments = [f"{key}={value}" for key, value in (KEYS | {"output_dir": tmp_path}).items()]
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch:
+        patch.setattr(rollouts, "CHUNK", 7)
+        patch.setattr(holder, name, signalled)
+        assert filtered.main(arguments) == 75
+    assert read_json(tmp_path / "status.json")["state"] == "preempted"
+    assert not list(tmp_path.glob("**/checkpoint-*"))  # a round trains again from its rows
+    assert filtered.main(arguments) == 0
+    signal.signal(signal.SIGTERM, before[0])
+    assert signal.getsignal(signal.SIGINT) == before[1]
     texts, weights = what_counts(tmp_path)
     expected_texts, expected = what_counts(finished[0])
     assert texts == expected_texts

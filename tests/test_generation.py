@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from bcft.generation import hf
 from bcft.generation.hf import HFEngine, sampling_mode
 from bcft.generation.noise import gumbel, identity_seed
 from bcft.types import Request, Sampling
@@ -37,10 +38,25 @@ def tokens(model, asked, **settings):
         return {action.key: (action.ids, action.stop) for action in engine.generate(asked)}
 
 
-@pytest.mark.parametrize("rows", [1, 2, 7, 64])
+@pytest.mark.parametrize("rows", [1, 2, 4, 7, 8, 32, 64])
 def test_batch_size_changes_no_token(model, rows):
     asked = requests()
     assert tokens(model, asked, rows=rows) == tokens(model, asked, rows=16)
+
+
+@pytest.mark.parametrize("every", [1, 3, 10_000])
+def test_dropping_finished_rows_or_keeping_them_to_the_end_changes_no_token(model, monkeypatch, every):
+    asked = requests(stop=(1, 4, 9))
+    expected = tokens(model, asked, rows=16)
+    assert len({len(ids) for ids, _ in expected.values()}) > 5  # rows end at different times
+    monkeypatch.setattr(hf, "_COMPACT_EVERY", every)
+    assert tokens(model, asked, rows=16) == expected
+
+
+def test_a_prefill_shared_by_all_samples_gives_the_tokens_of_one_for_each(model):
+    asked = requests(n=8, samples=4)
+    alone = {key: found for request in asked for key, found in tokens(model, [request]).items()}
+    assert tokens(model, asked) == alone
 
 
 def test_the_order_of_requests_changes_no_token(model):

@@ -1,5 +1,6 @@
 """Two processes under torchrun do one run: the same attempts as one process, one model, one set of files."""
 
+import json
 import os
 import subprocess
 import sys
@@ -20,9 +21,12 @@ KEYS = {
 
 def launch(command, keys):
     """Run a command in two processes; return what it printed."""
+    return torchrun("-m", f"bcft.{command}", *(f"{key}={value}" for key, value in keys.items()))
+
+
+def torchrun(*what):
     found = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611",
-         "-m", f"bcft.{command}", *(f"{key}={value}" for key, value in keys.items())],
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611", *what],
         cwd=ROOT, capture_output=True, text=True, check=False,
         env=os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
@@ -55,3 +59,17 @@ def test_two_processes_play_and_keep_what_one_does(tmp_path):
         one, two = ((tmp_path / run / "round_001" / name).read_text() for run in ("one", "two"))
         assert one == two, name
     assert committed(tmp_path / "two")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
+def test_two_processes_have_the_same_weights_after_every_round(tmp_path, adapter):
+    keys = {k: v for k, v in KEYS.items() if k not in ("max_steps", "train_sampling_strategy")} | {
+        "num_rounds": 3, "prompts_per_round": 24, "num_generations": 3, "eval_dev_problems": 4, "eval_dev_samples": 2,
+        "per_device_train_batch_size": 4,
+    }  # fmt: skip
+    keys |= {"use_peft": True, "lora_target_modules": ["all-linear"]} if adapter else {}
+    torchrun(str(ROOT / "tests" / "ranks.py"), str(tmp_path), json.dumps(keys))
+    one, two = (json.loads((tmp_path / f"rank_{rank}.json").read_text()) for rank in (0, 1))
+    assert one == two
+    assert len(set(one)) == len(one) == 3

@@ -1,0 +1,31 @@
+"""A run of `bcft.filtered` that notes a hash of this process's weights after each round; started by torchrun.
+
+torchrun --nproc_per_node 2 tests/ranks.py DIRECTORY KEYS_JSON
+"""
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+from bcft import filtered, rounds
+from bcft.processes import rank
+
+hashes = []
+commit = rounds.Rounds.commit
+
+
+def noting(self: rounds.Rounds, number: int) -> None:
+    """Commit the round, and note the weights."""
+    commit(self, number)
+    found = hashlib.sha256()
+    for name, tensor in self.policy.model.named_parameters():
+        found.update(name.encode() + tensor.detach().float().numpy().tobytes())
+    hashes.append(found.hexdigest())
+
+
+if __name__ == "__main__":
+    root = Path(sys.argv[1])
+    rounds.Rounds.commit = noting  # type: ignore[method-assign]
+    filtered.run(None, output_dir=str(root / "run"), **json.loads(sys.argv[2]))
+    (root / f"rank_{rank()}.json").write_text(json.dumps(hashes))
