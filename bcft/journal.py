@@ -48,8 +48,8 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write one JSON object a line."""
-    write_text(path, "".join(json.dumps(_plain(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
+    """Write one JSON object a line. What users bring goes through `plain` first."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
 
 
 class Journal:
@@ -67,12 +67,13 @@ class Journal:
 
     def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Add a chunk; it is on the disk when this returns."""
-        line = json.dumps({"sha256": _digest(rows), "rows": rows}, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(rows, ensure_ascii=False, allow_nan=False)
+        line = f'{{"sha256": "{_sha256_of(text)}", "rows": {text}}}\n'
         with storage(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             new = not self.path.exists()
             with self.path.open("ab") as file:
-                file.write(f"{line}\n".encode())
+                file.write(line.encode())
                 file.flush()
                 os.fsync(file.fileno())
             if new:
@@ -92,7 +93,7 @@ def _chunks(path: Path) -> tuple[list[dict[str, Any]], int]:
     for line in path.read_bytes().splitlines(keepends=True) if path.is_file() else ():
         try:
             chunk = json.loads(line)
-            if not line.endswith(b"\n") or chunk["sha256"] != _digest(chunk["rows"]):
+            if not line.endswith(b"\n") or chunk["sha256"] != _sha256_of(json.dumps(chunk["rows"], ensure_ascii=False)):
                 break
         except (ValueError, KeyError, TypeError):
             break
@@ -101,8 +102,8 @@ def _chunks(path: Path) -> tuple[list[dict[str, Any]], int]:
     return rows, whole
 
 
-def _digest(rows: Any) -> str:
-    return hashlib.sha256(json.dumps(rows, ensure_ascii=False).encode()).hexdigest()
+def _sha256_of(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -110,12 +111,12 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_bytes().split(b"\n") if line]
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Return a value as files hold it: no nulls (absent text is ""), and as text what JSON has no form for."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if value is None:
         return ""
     if isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value)):

@@ -19,7 +19,7 @@ from rich.console import Console
 from bcft.config import Recipe
 from bcft.data import Splits, load_splits
 from bcft.errors import BcftError, LockedError, Preempted, UsageError
-from bcft.journal import finished, read_json, storage, write_json, write_jsonl, write_text
+from bcft.journal import finished, plain, read_json, storage, write_json, write_jsonl, write_text
 from bcft.processes import rank, world_size
 from bcft.types import Demonstration
 
@@ -78,14 +78,14 @@ class RunDirectory:
             )
         self.drifted = self.drifted or bool(drift)
 
-    def record(self, held_out: Sequence[Demonstration], digest: str) -> None:
-        """Write what the results will stand on: recipe, versions, hardware, and the problems kept from training."""
+    def record(self, problems: Sequence[Demonstration], digest: str) -> None:
+        """Write what the results will stand on: recipe, versions, hardware, and the problems that are attempted."""
         if not self.writes:
             return
         write_text(self.path / "config.yaml", yaml.safe_dump(self.recipe.resolved(), allow_unicode=True))
         write_json(self.path / "versions.json", {**versions(), "data": digest})
-        rows = ({**d.problem.columns, "problem_id": d.problem.id, "prompt": d.problem.prompt} for d in held_out)
-        write_jsonl(self.path / "problems.jsonl", rows)
+        rows = ({**d.problem.columns, "problem_id": d.problem.id, "prompt": d.problem.prompt} for d in problems)
+        write_jsonl(self.path / "problems.jsonl", map(plain, rows))
         self.status("running")
 
     def status(self, state: str, *, exit_code: int = 0, message: str = "") -> None:
