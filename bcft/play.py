@@ -110,8 +110,24 @@ def play(
             f"not {max_turns}, {max_new_tokens} and {step_timeout}"
         )
     calls = _Calls(step_timeout)
-    games = [_Game(attempt, renderer, max_turns, (seed, phase)) for attempt in attempts]
+    rendered: dict[str, tuple[int, ...]] = {}  # what many attempts read first is tokenised once
+    games = [_Game(attempt, renderer, max_turns, (seed, phase), rendered) for attempt in attempts]
 
+    try:
+        yield from _waves(games, calls, make, engine, sampling=sampling, max_new_tokens=max_new_tokens)
+    finally:
+        calls.close()
+
+
+def _waves(
+    games: Sequence["_Game"],
+    calls: "_Calls",
+    make: Callable[[], Environment],
+    engine: Engine,
+    *,
+    sampling: Sampling,
+    max_new_tokens: int,
+) -> Iterator[Trajectory]:
     # 1. Every attempt gets an environment, and that its first observation.
     for game in games:
         calls.start(game, partial(game.open, make))
@@ -120,7 +136,7 @@ def play(
     # 2. Wave by wave, all that go on take a turn; the environments answer while the engine is still at work.
     while live := {game.key: game for game in games if not game.ended}:
         requests = [
-            Request(key, game.context, sampling, renderer.stop_ids, max_new_tokens) for key, game in live.items()
+            Request(key, game.context, sampling, game.renderer.stop_ids, max_new_tokens) for key, game in live.items()
         ]
         for action in engine.generate(requests):
             game = live.pop(action.key)
@@ -145,6 +161,7 @@ class _Game:
     renderer: Rendering
     max_turns: int
     identity: tuple[int, str]
+    rendered: dict[str, tuple[int, ...]]
     environment: Environment | None = None
     history: list[Message] = field(default_factory=list)
     turns: list[Turn] = field(default_factory=list)
@@ -179,7 +196,9 @@ class _Game:
             return self._fail(f"reset {answer.reason}")
         try:
             self.history = messages(answer)
-            self.context = self.added = tuple(self.renderer.prompts([answer])[0])
+            if (shown := repr(answer)) not in self.rendered:
+                self.rendered[shown] = tuple(self.renderer.prompts([answer])[0])
+            self.context = self.added = self.rendered[shown]
         except (ValueError, DataError) as error:
             self._fail(f"reset's observation cannot be shown: {_one_line(error)}")
         return None
@@ -253,10 +272,15 @@ class _Game:
 
 
 class _Calls:
-    """Calls of users' code, each in a daemon thread and none longer than a limit; the rest wait for their turn."""
+    """Calls of users' code, in daemon threads and none longer than a limit; the rest wait for their turn.
+
+    A thread that has answered takes the next call; one that hangs is given up, and another takes its place.
+    """
 
     def __init__(self, limit: float) -> None:
         self.limit = limit
+        self.idle = 0  # threads that wait for work
+        self.work: SimpleQueue[tuple[_Game, Callable[[], Any]] | None] = SimpleQueue()
         self.waiting: deque[tuple[_Game, Callable[[], Any]]] = deque()
         self.deadlines: dict[_Game, float] = {}  # of those that run, the earliest first
         self.done: SimpleQueue[tuple[_Game, float, Any]] = SimpleQueue()
@@ -278,6 +302,7 @@ class _Calls:
                         continue
                     return
                 game, finished, answer = next(iter(self.deadlines)), math.inf, None
+            self.idle += finished < math.inf
             if game not in self.deadlines:
                 continue  # it was given up before it answered
             late = finished > self.deadlines.pop(game)
@@ -288,15 +313,25 @@ class _Calls:
         while self.waiting and len(self.deadlines) < MOST_AT_ONCE:
             game, call = self.waiting.popleft()
             self.deadlines[game] = monotonic() + self.limit
-            name = f"environment of {game.attempt.problem.id}, sample {game.attempt.sample}"
-            Thread(target=self._run, args=(game, call), name=name, daemon=True).start()
+            self.work.put((game, call))
+            if self.idle:
+                self.idle -= 1
+            else:
+                Thread(target=self._run, name="environments", daemon=True).start()
 
-    def _run(self, game: _Game, call: Callable[[], Any]) -> None:
-        try:
-            answer = call()
-        except BaseException as error:  # users' code: whatever it does, `sys.exit` included, is this attempt's failure
-            answer = _Failure(f"raised {_one_line(error)}")
-        self.done.put((game, monotonic(), answer))
+    def close(self) -> None:
+        """Let every thread end that is not in a call; the others end after it."""
+        for _ in range(self.idle + len(self.deadlines)):
+            self.work.put(None)
+
+    def _run(self) -> None:
+        while (work := self.work.get()) is not None:
+            game, call = work
+            try:
+                answer = call()
+            except BaseException as error:  # users' code: whatever it does, `sys.exit` included, fails one attempt
+                answer = _Failure(f"raised {_one_line(error)}")
+            self.done.put((game, monotonic(), answer))
 
 
 def _ended(answers: Iterator[tuple[_Game, Any]], take: Callable[[_Game, Any], None]) -> Iterator[Trajectory]:

@@ -17,6 +17,7 @@ from rich.console import Console
 from bcft.command import execute
 from bcft.config import Recipe, load
 from bcft.data import Splits
+from bcft.dry_run import dry_run
 from bcft.errors import UsageError
 from bcft.journal import storage, write_json, write_manifest, write_text
 from bcft.processes import rank
@@ -148,7 +149,7 @@ def _next(recipe: Recipe) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
-    return execute("sft", clone, argv)
+    return execute("sft", lambda recipe: (dry_run if "dry-run" in recipe.flags else clone)(recipe), argv)
 
 
 if __name__ == "__main__":

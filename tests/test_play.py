@@ -1,8 +1,8 @@
 """The loop: exactly what was asked for comes back, as it was sampled, whatever the environments do."""
 
 import json
-import threading
-from threading import Barrier, Event
+from queue import SimpleQueue
+from threading import Barrier, Event, Semaphore
 
 import pytest
 from tiny import llama_tokenizer
@@ -191,17 +191,24 @@ def test_all_attempts_that_go_on_are_asked_for_in_one_call(renderer):
     assert [len(wave) for wave in engine.waves] == [6, 4, 2]
 
 
-def test_an_attempt_comes_back_while_the_engine_is_still_at_work(renderer):
+def test_an_attempt_comes_back_while_the_engine_is_still_at_work(renderer, monkeypatch):
     """So that a journal can write it: the last action is sampled only after a trajectory was read."""
-    read = []
+    read, answered = [], Semaphore(0)
+
+    class Telling(SimpleQueue):
+        def put(self, item):
+            super().put(item)
+            if item is not None and len(item) == 3:  # an answer, not a call
+                answered.release()
+
+    monkeypatch.setattr("bcft.play.SimpleQueue", Telling)
 
     class Slow(Scripted):
         def generate(self, requests):
             first, second, third = super().generate(requests)
             yield first
-            for thread in threading.enumerate():
-                if thread.name.startswith("environment"):
-                    thread.join()
+            for _ in range(4):  # three resets and the first step
+                answered.acquire()
             yield second
             assert read
             yield third
