@@ -68,7 +68,7 @@ class Flag(NamedTuple):
 
 
 FLAGS = {
-    "dry-run": Flag(("sft", "filtered"), "print what the run would be (rows, steps, evaluation, memory); train nothing"),
+    "dry-run": Flag(("sft", "filtered"), "print what the run would be: rows, steps, evaluation, memory; train nothing"),
     "json": Flag(("evaluate", "preview"), "print JSON"),
     "html": Flag(("preview",), "print one self-contained HTML page"),
     "quiet": Flag(("sft", "filtered", "evaluate"), "print the conclusion only"),

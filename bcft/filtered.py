@@ -16,6 +16,7 @@ from rich.console import Console
 from bcft.command import execute
 from bcft.config import Recipe, load
 from bcft.data import Splits
+from bcft.dry_run import dry_run
 from bcft.run import RunDirectory, run_or_tell
 
 
@@ -63,7 +64,7 @@ def _improve(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
-    return execute("filtered", improve, argv)
+    return execute("filtered", lambda recipe: (dry_run if "dry-run" in recipe.flags else improve)(recipe), argv)
 
 
 if __name__ == "__main__":

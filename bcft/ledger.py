@@ -77,12 +77,9 @@ class Ledger:
 
         evaluated, played: attempts of an evaluation, and of a round.
         """
-        every = self.recipe["eval_every"]
-        if every == "auto":  # evaluated / (evaluated + every x played) is at most a third
-            every = max(1, math.ceil(2 * evaluated / played))
         before = max(n for n in range(number) if "eval" in self.records[n])
-        turn = number % every == 0 or number == self.recipe["num_rounds"]
-        return bool(turn and self.after(number) != self.after(before))
+        turn = its_turn(self.recipe, number, evaluated=evaluated, played=played)
+        return turn and self.after(number) != self.after(before)
 
     def stopped(self) -> str:
         """Return why no further round is played before `num_rounds`; '' while there is no reason."""
@@ -103,3 +100,11 @@ class Ledger:
         """Return the rounds whose weights a resumed run, or the end of this one, may still read."""
         carried = set() if self.recipe["reset_optimizer"] else {self.trained(self.last)}
         return {0, self.after(self.last), self.after(self.best(self.last))} | carried
+
+
+def its_turn(recipe: Recipe, number: int, *, evaluated: int, played: int) -> bool:
+    """Tell whether a round is one to be evaluated; evaluated, played: attempts of an evaluation, and of a round."""
+    every = recipe["eval_every"]
+    if every == "auto":  # evaluated / (evaluated + every x played) is at most a third
+        every = max(1, math.ceil(2 * evaluated / played))
+    return bool(number % every == 0 or number == recipe["num_rounds"])

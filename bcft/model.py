@@ -67,12 +67,16 @@ def load_policy(recipe: Recipe, *, trainable: bool = True) -> Policy:
 
 def longest_row(recipe: Recipe) -> int:
     """Return the most tokens a row may have: `max_length`, and no more than the model has positions."""
+    positions = int(base_config(recipe).get_text_config().max_position_embeddings)
+    return min(recipe["max_length"] or positions, positions)
+
+
+def base_config(recipe: Recipe) -> Any:
+    """Load the configuration of a recipe's model; of an adapter's base."""
     from transformers import AutoConfig
 
     name = locate(recipe["model_name_or_path"])
-    config = _from_pretrained(AutoConfig, adapter_base(name) or name, recipe)
-    positions = int(config.get_text_config().max_position_embeddings)
-    return min(recipe["max_length"] or positions, positions)
+    return _from_pretrained(AutoConfig, adapter_base(name) or name, recipe)
 
 
 def load_renderer(recipe: Recipe) -> Renderer:
@@ -263,12 +267,17 @@ def refuse_pickles(name: str, *, stem: str = "") -> None:
         raise DataError(f"{path / pickles[0]}: pickled weights can run code: convert them to safetensors")
 
 
+def check_four_bits(recipe: Recipe) -> None:
+    """Raise UsageError for 4-bit weights that a run would have to train without an adapter."""
+    adapter = recipe["use_peft"] or adapter_base(recipe["model_name_or_path"])
+    if recipe["load_in_4bit"] and recipe.command in TRAINING and not adapter:
+        raise UsageError("load_in_4bit: 4-bit weights cannot train by themselves: set use_peft: true")
+
+
 def _nf4(recipe: Recipe, precision: Precision) -> Any:
     from transformers import BitsAndBytesConfig
 
-    adapter = recipe["use_peft"] or adapter_base(recipe["model_name_or_path"])
-    if recipe.command in TRAINING and not adapter:
-        raise UsageError("load_in_4bit: 4-bit weights cannot train by themselves: set use_peft: true")
+    check_four_bits(recipe)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=recipe["bnb_4bit_quant_type"],

@@ -140,7 +140,7 @@ def open_run(recipe: Recipe, path: Path, *, writes: bool = True) -> Iterator[Run
     """
     run = RunDirectory(recipe, path, writes=writes)
     if not writes:
-        with _quiet_libraries(recipe):
+        with quiet_libraries(recipe):
             yield run
         return
     with storage(run.path):
@@ -158,7 +158,7 @@ def open_run(recipe: Recipe, path: Path, *, writes: bool = True) -> Iterator[Run
         lock.flush()
         state, code, message = "failed", BcftError.exit_code, "an error nobody foresaw: see the traceback"
         try:
-            with _quiet_libraries(recipe):
+            with quiet_libraries(recipe):
                 yield run
             state, code, message = "done", 0, ""
         except BcftError as error:
@@ -174,7 +174,7 @@ def open_run(recipe: Recipe, path: Path, *, writes: bool = True) -> Iterator[Run
 
 
 @contextmanager
-def _quiet_libraries(recipe: Recipe) -> Iterator[None]:
+def quiet_libraries(recipe: Recipe) -> Iterator[None]:
     """Keep the libraries' notes to their own developers from the user's eyes; `--debug` shows them."""
     logger = logging.getLogger("bitsandbytes")
     before = logger.level

@@ -15,7 +15,7 @@ FLOORS = [
     {"problems", "rendering", "environments", "play", "scoring"},
     {"data", "rows", "model", "generation", "training"},
     {"run", "command", "evaluation", "ledger"},
-    {"summary", "rollouts"},
+    {"summary", "rollouts", "memory"},
     {"probe", "learning_curve", "dry_run"},
     {"rounds"},
     {"sft", "filtered", "evaluate", "preview", "cli"},

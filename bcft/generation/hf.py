@@ -302,10 +302,19 @@ class HFEngine:
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         tokens = max(min(len(r.context_ids) + r.max_new_tokens, self.context) for r in requests)
-        # Twice the cache, since growing it copies; six fp32 rows of the vocabulary for warpers and noise.
-        each = 2 * 2 * config.num_hidden_layers * heads * size * tokens * 4 + 6 * 4 * config.vocab_size
         free = torch.cuda.mem_get_info()[0] // 2 if self.model.device.type == "cuda" else 2**30
-        return max(1, min(_MOST_ROWS, int(free // each)))
+        cached = 2 * config.num_hidden_layers * heads * size
+        return rows_that_fit(cached=cached, vocabulary=config.vocab_size, tokens=tokens, free=free)
+
+
+def rows_that_fit(*, cached: int, vocabulary: int, tokens: int, free: int) -> int:
+    """Return how many attempts are decoded together: of so many tokens each, with so many bytes free for them.
+
+    cached: numbers that the keys and values of one token are.
+    """
+    # Twice the cache, since growing it copies; six fp32 rows of the vocabulary for warpers and noise.
+    each = 2 * cached * tokens * 4 + 6 * 4 * vocabulary
+    return max(1, min(_MOST_ROWS, free // each))
 
 
 def _warpers(sampling: Sampling) -> LogitsProcessorList:
