@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -16,8 +17,13 @@ from rich.console import Console
 from bcft.command import execute
 from bcft.config import Recipe, load
 from bcft.data import Splits
-from bcft.dry_run import dry_run
+from bcft.dry_run import command, dry_run
+from bcft.errors import UsageError
+from bcft.processes import rank
 from bcft.run import RunDirectory, run_or_tell
+
+LONG_ROUND = 60.0
+"""Seconds of a round after which the learning curve is drawn at once: that costs less than a hundredth of it."""
 
 
 def run(
@@ -35,7 +41,10 @@ def run(
 
 def improve(recipe: Recipe, *, reward_funcs: Sequence[Callable[..., Any]] | None = None) -> dict[str, Any]:
     """Run a parsed recipe, or tell what it came to if it is finished; return what `metrics.json` holds."""
-    return run_or_tell(recipe, partial(_improve, recipe, reward_funcs))
+    against = recipe["against"]
+    if against and not (Path(against) / "metrics.jsonl").is_file():
+        raise UsageError(f"against: {against} is no run of bcft filtered: its rounds are in DIR/metrics.jsonl")
+    return run_or_tell(recipe, partial(_improve, recipe, reward_funcs), report=partial(_report, recipe))
 
 
 def _improve(
@@ -58,8 +67,17 @@ def _improve(
         rows = rounds.select(number, scores)
         # 4. Clone: the kept ones, as they were sampled, are the next demonstrations.
         rounds.clone(number, rows)
-        rounds.commit(number)
+        seconds = rounds.commit(number)
+        if seconds > LONG_ROUND and rank() == 0:
+            _report(recipe, directory.path)
     return rounds.conclude()
+
+
+def _report(recipe: Recipe, directory: Path) -> Path:
+    from bcft.learning_curve import write_report
+
+    against = Path(recipe["against"]) if recipe["against"] else None
+    return write_report(directory, command=command(recipe), against=against)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

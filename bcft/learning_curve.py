@@ -5,7 +5,6 @@ any figure that is not in the files already but the paired comparison of two run
 """
 
 import io
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +15,10 @@ import yaml
 from bcft.clock import PHASES
 from bcft.errors import UsageError
 from bcft.evaluation import Measured, stored
-from bcft.journal import read_json, read_jsonl, storage, write_text
+from bcft.journal import read_json, read_jsonl, write_bytes, write_text
 from bcft.run import MAY_DIFFER
 from bcft.selection import REASONS
-from bcft.summary import _cell, conclusion, percent, table_rows
+from bcft.summary import cell, conclusion, percent, table_rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,6 +41,7 @@ FILES = {
     "problems.jsonl": "every problem with its id: those attempted, dev, and test",
     "metrics.jsonl": "a round a line; the picture and the table of rounds are made from it",
     "metrics.json": "the test figures and the conclusion",
+    "manifest.json": "written last: with it the run is finished",
     "round_000": "the policy before any training: `evaluation.json` on dev, `test/` on test, each with every attempt",
     "round_001": "and so on, a round each: `rollouts.jsonl` what was played, `scores.jsonl` what became of it, "
     "`kept.jsonl` what was trained on, `evaluation.jsonl` the attempts at dev problems",
@@ -64,7 +64,7 @@ class _Run:
 
     @classmethod
     def read(cls, path: Path) -> "_Run":
-        """Raises UsageError when it is no filtered run."""
+        """Read the files there are. Raises UsageError when they are not those of a filtered run."""
         file = path / "config.yaml"
         config = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
         if "num_rounds" not in config:
@@ -86,7 +86,7 @@ class _Run:
     @property
     def name(self) -> str:
         """What the picture calls the run beside another."""
-        return "random control" if self.config.get("control") == "random" else self.path.name
+        return "random control" if self.config["control"] == "random" else self.path.name
 
     def curve(self, kind: str) -> list[tuple[int, float, list[float]]]:
         """Return round, solved share and interval wherever dev was evaluated."""
@@ -106,7 +106,7 @@ def write_report(directory: Path, *, command: str, against: Path | None = None) 
     either may still be running. Raises StorageError, and UsageError when either is no filtered run.
     """
     run, other = _Run.read(directory), _Run.read(against) if against else None
-    _write_bytes(directory / PICTURE, _png(_figure(run, other)))
+    write_bytes(directory / PICTURE, _picture(run, other))
     parts = [
         f"# {run.path.name}",
         *_conclusion(run),
@@ -124,6 +124,18 @@ def write_report(directory: Path, *, command: str, against: Path | None = None) 
 
 
 # The picture
+
+
+def _picture(run: _Run, other: _Run | None) -> bytes:
+    """Return the picture as a PNG, the same whatever a user's own matplotlibrc says."""
+    import matplotlib
+
+    content = io.BytesIO()
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams["text.parse_math"] = False  # a directory's name may hold dollars
+        _figure(run, other).savefig(content, format="png", metadata={"Software": None})  # None: matplotlib's version
+    return content.getvalue()
 
 
 def _figure(run: _Run, other: _Run | None) -> "Figure":
@@ -165,7 +177,7 @@ def _draw_success(axes: "Axes", run: _Run, other: _Run | None) -> None:
         axes.scatter([shown], [at[shown]], 110, facecolors="none", edgecolors="black", zorder=5, label=ring)
     axes.axhline(at[0], color=QUIET, linestyle="--", linewidth=1, zorder=1, label="before training")
     if other and other.curve(main):
-        _draw_curve(axes, other, main, OTHER, label=f"{_short(other.name)}, {main}")
+        _draw_curve(axes, other, main, OTHER, label=f"{main}, {_short(other.name)}")
     after = f", {percent(at[shown])} after round {shown}" if shown else ", no round is better" if run.metrics else ""
     _title(axes, f"Dev success, {main}: {percent(at[0])} before training{after}")
     axes.set_ylim(0, 1.03)
@@ -183,10 +195,11 @@ def _draw_curve(axes: "Axes", run: _Run, kind: str, colour: str, *, label: str) 
 
 
 def _draw_reward(axes: "Axes", run: _Run, other: _Run | None) -> None:
-    for one, colour, whose in ((run, OWN, ""), (other, OTHER, f"{_short(other.name)}, " if other else "")):
+    for one, colour in ((run, OWN), (other, OTHER)):
         if one and one.rounds:
             means = [record["rollout"]["reward_mean"] for record in one.rounds]
-            _line(axes, [record["round"] for record in one.rounds], means, colour, f"{whose}mean reward")
+            label = "mean reward" if one is run else f"mean reward, {_short(one.name)}"
+            _line(axes, [record["round"] for record in one.rounds], means, colour, label)
             _legend(axes)
     _title(axes, "Mean reward of the attempts in training; success cannot be told")
 
@@ -210,9 +223,7 @@ def _draw_fates(axes: "Axes", run: _Run, *, span: int) -> None:
         label, colour = fate.replace("_", " "), COLOURS[fate]
         axes.bar(numbers, heights, width, bottom, label=label, color=colour, edgecolor="white", linewidth=0.4)
         bottom = [sum(pair) for pair in zip(bottom, heights, strict=True)]
-    scope = "" if run.config.get("history", 1) == 1 else ", counted again in every round that selects from them"
-    words = f"{sum(counts['kept']):,} of {sum(bottom):,} kept{scope}"
-    _title(axes, f"What became of the attempts: {words}")
+    _title(axes, f"What became of the attempts: {sum(counts['kept']):,} of {sum(bottom):,} kept")
     axes.yaxis.set_major_formatter("{x:,.0f}")
     _legend(axes, reverse=True)
 
@@ -223,25 +234,6 @@ def _title(axes: "Axes", words: str) -> None:
 
 def _legend(axes: "Axes", *, reverse: bool = False) -> None:
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, fontsize=9, reverse=reverse)
-
-
-def _png(figure: "Figure") -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})  # which would be another with each version
-    return buffer.getvalue()
-
-
-def _write_bytes(path: Path, content: bytes) -> None:
-    with storage(path):
-        temporary = path.with_name(path.name + ".tmp")
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-
-
-# The text
 
 
 def _conclusion(run: _Run) -> list[str]:
@@ -261,11 +253,13 @@ def _test_figures(columns: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def _caption(run: _Run) -> str:
-    parts = ["Dev problems choose the round; they are not the test problems of the table above."]
+    parts = ["Dev problems choose the round; test problems are others."]
     if "sampled" in run.base:
         parts.append(f"{run.base['n']} dev problems, {run.base['sampled']['n']} samples each; intervals at 95 %.")
     if any("eval" not in record for record in run.rounds):
         parts.append("Rounds without a mark were not evaluated.")
+    if run.config.get("history", 1) != 1:
+        parts.append("An attempt counts again in each round that selects from it, as `history` has it.")
     return " ".join(parts)
 
 
@@ -286,8 +280,8 @@ def _rounds(run: _Run) -> list[str]:
         "kept of graded": column("selection", "kept_fraction", percent),
         "asked for": column("selection", "requested_fraction", percent),
         "kept by wrong steps": column("selection", "kept_with_wrong_step"),
-        "dev greedy": [_cell(record.get("eval", {}), "greedy", "success") for record in run.records],
-        "dev sampled": [_cell(record.get("eval", {}), "sampled", "pass@1") for record in run.records],
+        "dev greedy": [cell(record.get("eval", {}), "greedy", "success") for record in run.records],
+        "dev sampled": [cell(record.get("eval", {}), "sampled", "pass@1") for record in run.records],
         "distinct solved a problem": column("diversity", "unique_correct_per_problem", "{:.2f}".format),
         "distinct-2": column("diversity", "distinct_2", "{:.3f}".format),
         "entropy": column("diversity", "entropy", "{:.3f}".format),
@@ -296,8 +290,8 @@ def _rounds(run: _Run) -> list[str]:
     }
     shown = {name: cells for name, cells in columns.items() if any(cells)}
     lines = [list(cells) for cells in zip(*shown.values(), strict=True)]
-    notes = [(r["round"], r["selection"]["note"]) for r in run.rounds if r["selection"].get("note")]
-    return ["## Rounds", _table(list(shown), lines), *[f"Round {number}: {note}" for number, note in notes]]
+    notes = [f"- Round {r['round']}: {r['selection']['note']}" for r in run.rounds if r["selection"].get("note")]
+    return ["## Rounds", _table(list(shown), lines), *(["\n".join(notes)] if notes else [])]
 
 
 def _success(rollout: Mapping[str, Any]) -> str:

@@ -167,8 +167,11 @@ class Rounds:
             self.record["train"] = {name: getattr(fitted, name) for name in self.record["train"]}
             self.record["diversity"]["entropy"] = fitted.entropy
 
-    def commit(self, number: int) -> None:
-        """Evaluate on dev, write the round's metrics and its manifest, add a line to the table, drop older weights."""
+    def commit(self, number: int) -> float:
+        """Evaluate on dev, write the round's metrics and its manifest, add a line to the table, drop older weights.
+
+        Returns the seconds the round took.
+        """
         place = self.path(number)
         self.ledger.records.append(self.record)
         if self._due(number):
@@ -185,6 +188,7 @@ class Rounds:
                 shutil.rmtree(self.path(past) / "model", ignore_errors=True)
         gather(self.policy, [])  # the others wait for the files
         self.console.print(round_line(self.record), markup=False)
+        return float(sum(self.record["seconds"].values()))
 
     def conclude(self) -> dict[str, Any]:
         """Test the best round, write it as `best/`; return what `metrics.json` holds."""

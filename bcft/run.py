@@ -108,11 +108,12 @@ def run_or_tell(
     recipe: Recipe,
     work: Callable[[Splits, RunDirectory, Console], dict[str, Any]],
     *,
-    report: Callable[[Path, Console], None] | None = None,
+    report: Callable[[Path], Path] | None = None,
 ) -> dict[str, Any]:
     """Do the work in the recipe's directory, or tell what it came to if it is finished; return its `metrics.json`.
 
-    report: called with a finished directory, the one that was finished before included; on one process.
+    report: makes a page of a finished directory, of one that was finished before as well; on one process.
+
     Raises UsageError when the directory was begun with another recipe or other data.
     """
     console = Console(quiet=rank() > 0 or "quiet" in recipe.flags, soft_wrap=True, highlight=False)
@@ -126,7 +127,7 @@ def run_or_tell(
         else:
             metrics = work(splits, directory, console)
         if report and rank() == 0:
-            report(directory.path, console)
+            console.print(f"What happened, with a picture: {report(directory.path)}", markup=False)
     if rank() == 0:
         print(metrics["conclusion"])
     return metrics

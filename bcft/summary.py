@@ -31,12 +31,12 @@ def table_rows(columns: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
     samples, k = (some["sampled"]["n"], some["sampled"]["k"]) if "sampled" in some else (0, 0)
     lines = {
         "problems": [f"{c['n']}" for c in columns.values()],
-        "solved, greedy": [_cell(c, "greedy", "success") for c in columns.values()],
-        f"solved, sampled x {samples}": [_cell(c, "sampled", "pass@1") for c in columns.values()],
-        f"pass@{k}": [_cell(c, "sampled", "pass@k", interval=False) for c in columns.values()],
-        f"maj@{k}": [_cell(c, "sampled", "maj@k", interval=False) for c in columns.values()],
+        "solved, greedy": [cell(c, "greedy", "success") for c in columns.values()],
+        f"solved, sampled x {samples}": [cell(c, "sampled", "pass@1") for c in columns.values()],
+        f"pass@{k}": [cell(c, "sampled", "pass@k", interval=False) for c in columns.values()],
+        f"maj@{k}": [cell(c, "sampled", "maj@k", interval=False) for c in columns.values()],
         "stopped by itself": [percent(c["stop_rate"]) for c in columns.values()],
-        "harder problems, sampled": [_cell(c.get("harder", {}), "sampled", "pass@1") for c in columns.values()],
+        "harder problems, sampled": [cell(c.get("harder", {}), "sampled", "pass@1") for c in columns.values()],
         "held-out loss, nats a token": [f"{c['loss']:.4f}" if "loss" in c else "" for c in columns.values()],
     }
     return [[name, *cells] for name, cells in lines.items() if any(cells)]
@@ -87,7 +87,7 @@ def round_line(record: Mapping[str, Any]) -> str:
     kept = f"{chosen['kept']:>6} {chosen['cutoff']:>7.3g}" if chosen else " " * 14
     greedy = percent(dev["greedy"]["success"]) if "greedy" in dev else ""
     seconds = sum(record.get("seconds", {}).values())
-    line = f"{record['round']:>5} {played}{kept}  {greedy:>10}  {_cell(dev, 'sampled', 'pass@1'):<23}"
+    line = f"{record['round']:>5} {played}{kept}  {greedy:>10}  {cell(dev, 'sampled', 'pass@1'):<23}"
     line = f"{line}{seconds:.1f} s" if seconds else line.rstrip()
     note = chosen.get("note", "")
     return f"{line}\n      {note}" if note else line
@@ -98,8 +98,8 @@ def level(measured: Measured) -> str:
     found = measured.summary
     if "greedy" not in found:
         return f"{percent(found['stop_rate'])} of attempts stopped by themselves; success cannot be told"
-    sampled = f", {_cell(found, 'sampled', 'pass@1')} of sampled attempts" if "sampled" in found else ""
-    return f"solved {_cell(found, 'greedy', 'success')} of {found['n']} problems by greedy decoding{sampled}"
+    sampled = f", {cell(found, 'sampled', 'pass@1')} of sampled attempts" if "sampled" in found else ""
+    return f"solved {cell(found, 'greedy', 'success')} of {found['n']} problems by greedy decoding{sampled}"
 
 
 def before_and_after(base: Evaluation, final: Evaluation, asked: Sequence[Demonstration]) -> str:
@@ -157,7 +157,8 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
-def _cell(column: Mapping[str, Any], kind: str, figure: str, *, interval: bool = True) -> str:
+def cell(column: Mapping[str, Any], kind: str, figure: str, *, interval: bool = True) -> str:
+    """Return a figure of an evaluation's summary with its 95 % interval; '' where the summary has no such figure."""
     if kind not in column:
         return ""
     shown = percent(column[kind][figure])

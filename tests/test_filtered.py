@@ -52,6 +52,22 @@ def test_a_run_leaves_every_round_whole_and_the_best_one_to_load(finished):
     assert "filtered behaviour cloning" in (path / "best" / "README.md").read_text()
 
 
+def test_a_run_leaves_a_report_and_is_compared_with_its_control_afterwards(tmp_path, finished):
+    path = finished[0]
+    assert (path / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
+    report = (path / "report.md").read_text()
+    assert finished[1]["conclusion"] in report
+    assert "## Against" not in report
+    control = tmp_path / "control"
+    filtered.run(None, output_dir=str(control), control="random", **KEYS)
+    filtered.run(None, output_dir=str(path), against=str(control), **KEYS)
+    report = (path / "report.md").read_text()
+    assert "## Against `control`" in report
+    assert "The recipes differ in `control` (none here, random there)." in report
+    with pytest.raises(UsageError, match="against: /nowhere is no run of bcft filtered"):
+        filtered.run(None, output_dir=str(tmp_path / "other"), against="/nowhere", **KEYS)
+
+
 def test_what_is_trained_is_what_was_sampled_with_loss_on_the_action_alone(finished):
     place = finished[0] / "round_001"
     played = {line["id"]: Trajectory.from_json(line) for line in read_jsonl(place / "rollouts.jsonl")}
