@@ -15,14 +15,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from rich.console import Console
-
 from bcft.config import Recipe, load
 from bcft.data import SUFFIXES, Splits, load_splits
 from bcft.errors import BcftError, DataError, UsageError
 from bcft.ledger import its_turn
 from bcft.processes import rank, world_size
-from bcft.run import quiet_libraries
+from bcft.run import plain_console, quiet_libraries
 
 if TYPE_CHECKING:
     from bcft.memory import Lengths, Outline
@@ -66,7 +64,7 @@ def dry_run(recipe: Recipe) -> None:
     why = f"{precision.why}; bf16=true plans for a GPU that has it" if large else precision.why
     lines += [("model", f"{recipe['model_name_or_path']}: {shape}"), ("precision", why)]
     lines += [("memory", shape)] if isinstance(shape, Missing) else _memory_lines(recipe, shape, precision, lengths)
-    console = Console(soft_wrap=True, highlight=False)
+    console = plain_console()
     for name, value in [*lines, ("to run it", command(recipe))]:
         console.print(f"{name:<12}{value}", markup=False)
 

@@ -10,8 +10,6 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from bcft.command import execute
 from bcft.config import Recipe, load
 from bcft.errors import DataError
@@ -35,10 +33,10 @@ def measure_recipe(recipe: Recipe) -> dict[str, Any]:
     from bcft.journal import write_json
     from bcft.model import load_policy
     from bcft.processes import rank
-    from bcft.run import open_run
+    from bcft.run import open_run, plain_console
     from bcft.summary import conclusion, level, print_table
 
-    console = Console(quiet=rank() > 0 or bool({"quiet", "json"} & recipe.flags), soft_wrap=True, highlight=False)
+    console = plain_console(quiet=bool({"quiet", "json"} & recipe.flags))
     names = {"model": recipe["model_name_or_path"], "against": recipe["against"]}
     with open_run(recipe, Path(recipe["output_dir"]) / "evaluate", writes=rank() == 0) as directory:
         splits = load_splits(recipe)

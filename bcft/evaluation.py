@@ -353,7 +353,7 @@ def _watched(actions: Iterable[Action], *, total: int, label: str) -> Iterable[A
             yield action
     if label:
         seconds = time.perf_counter() - start
-        print(f"{label}: {total:,} attempts in {seconds:.0f} s, {tokens / seconds:,.0f} tokens/s", file=sys.stderr)
+        print(f"{label}: {total:,} attempts in {seconds:.0f} s, {tokens / seconds:,.0f} tokens/s", flush=True)
 
 
 def _batches(rows: Sequence[Row], *, most_tokens: int) -> Iterable[list[Row]]:

@@ -116,7 +116,7 @@ def run_or_tell(
 
     Raises UsageError when the directory was begun with another recipe or other data.
     """
-    console = Console(quiet=rank() > 0 or "quiet" in recipe.flags, soft_wrap=True, highlight=False)
+    console = plain_console(quiet="quiet" in recipe.flags)
     with open_run(recipe, Path(recipe["output_dir"]), writes=rank() == 0) as directory:
         directory.check_recipe()
         splits = load_splits(recipe)
@@ -131,6 +131,11 @@ def run_or_tell(
     if rank() == 0:
         print(metrics["conclusion"])
     return metrics
+
+
+def plain_console(*, quiet: bool = False) -> Console:
+    """Return where a command prints: text as it is, in a notebook as well; of several processes rank 0 alone prints."""
+    return Console(quiet=quiet or rank() > 0, soft_wrap=True, highlight=False, force_jupyter=False)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set_seed
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTConfig, SFTTrainer
@@ -57,9 +58,9 @@ class BCTrainer(SFTTrainer):  # type: ignore[misc]
             eval_dataset=to_dataset(held_out) if held_out else None,
             processing_class=tokenizer,
         )
-        # The Trainer's own callback prints every log as a dictionary.
-        self.pop_callback(PrinterCallback)
-        self.pop_callback(ProgressCallback)
+        # The Trainer's own callbacks print every log as a dictionary, or draw a table of them into a notebook.
+        for callback in (PrinterCallback, ProgressCallback, DEFAULT_PROGRESS_CALLBACK):
+            self.pop_callback(callback)
         if not args.disable_tqdm:
             self.add_callback(Progress())
         self.stop_gently = StopGently(self.accelerator, checkpoints=checkpoints)
@@ -137,7 +138,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         elif state.global_step >= self.told + state.max_steps / 10:
             self.told = state.global_step
             losses = ", ".join(f"{key} {value}" for key, value in shown.items())
-            print(f"train: step {state.global_step} of {state.max_steps}, {losses}", file=sys.stderr)
+            print(f"train: step {state.global_step} of {state.max_steps}, {losses}", flush=True)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """Close the bar."""

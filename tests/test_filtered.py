@@ -143,8 +143,14 @@ def test_a_run_cut_anywhere_goes_on_to_the_same_rows_and_weights(tmp_path, finis
     assert all(torch.equal(weights[key], expected[key]) for key in expected)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("phase", ["roll out", "train"])
+@pytest.mark.parametrize(
+    ("phase", "number"),
+    [
+        ("roll out", signal.SIGTERM), ("train", signal.SIGINT),
+        pytest.param("roll out", signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param("train", signal.SIGTERM, marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
 def test_a_signal_ends_the_run_resumably_and_the_same_command_goes_on(tmp_path, finished, monkeypatch, phase, number):
     from bcft import training
 

@@ -57,7 +57,7 @@ def state(module):
     return digest.hexdigest()
 
 
-@pytest.mark.parametrize("recipe", ["filtered_bc.yaml", "filtered_bc_qlora.yaml"])
+@pytest.mark.parametrize("recipe", [pytest.param("filtered_bc.yaml", marks=pytest.mark.slow), "filtered_bc_qlora.yaml"])
 def test_two_rounds_train_one_fp32_adapter_and_leave_the_base_as_it_was(tmp_path, small, monkeypatch, recipe):
     held = []
     monkeypatch.setattr(rounds, "load_policy", lambda found: held.append(load_policy(found)) or held[-1])
@@ -77,6 +77,7 @@ def test_two_rounds_train_one_fp32_adapter_and_leave_the_base_as_it_was(tmp_path
         assert train["steps"] == -(-train["rows"] // 4) > 0
 
 
+@pytest.mark.slow
 def test_the_shipped_adapter_loads_with_peft_and_computes_what_the_run_did(tmp_path, small, monkeypatch):
     from peft import AutoPeftModelForCausalLM
 
@@ -101,6 +102,7 @@ def test_an_adapter_begins_as_the_same_noise_with_the_same_seed_alone(small):
     assert not torch.equal(adapter(1), adapter(2))
 
 
+@pytest.mark.slow
 def test_bc_math_and_what_it_hands_to_filtered_with_an_adapter(tmp_path, small):
     """The README's hand-off: an adapter that sft trained is continued, not stacked and not merged."""
     sft.run(RECIPES / "bc_math.yaml", output_dir=str(tmp_path / "sft"), max_steps=3, **small)
@@ -121,6 +123,7 @@ def greedy(place):
     return {row["problem_id"]: row["completion"] for row in rows if row["sample"] == -1}
 
 
+@pytest.mark.slow
 def test_what_sft_hands_to_filtered_as_a_full_model(tmp_path, small):
     sft.run(None, output_dir=str(tmp_path / "sft"), max_steps=3, **full(small))
     keys = full(small) | {"model_name_or_path": str(tmp_path / "sft")} | LOOP | {"num_rounds": 1}
@@ -142,7 +145,9 @@ def test_four_bits_without_an_adapter_are_refused_by_every_command_that_trains(t
         filtered.run(None, output_dir=str(tmp_path), load_in_4bit=True, **full(small))
 
 
-@pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    "adapter", [pytest.param(False, id="full", marks=pytest.mark.slow), pytest.param(True, id="lora")]
+)
 def test_with_bf16_every_phase_of_every_round_computes_in_bf16(tmp_path, small, monkeypatch, adapter):
     """A trainer's model is under autocast from its first `train()` on only; rounds before and after must not differ."""
     seen = set()

@@ -105,6 +105,7 @@ def test_history_selects_from_the_trajectories_of_earlier_rounds_too(tmp_path, b
     assert record(tmp_path, 2)["rollout"]["played"] == 48
 
 
+@pytest.mark.slow
 def test_a_resumed_run_with_history_reads_what_earlier_rounds_scored(tmp_path, monkeypatch):
     keys = {"history": 2, "num_rounds": 2}
     run(tmp_path / "whole", **keys)
@@ -149,6 +150,7 @@ def test_from_best_a_round_that_made_things_worse_is_taken_back(tmp_path, by_bas
     assert all(torch.equal(shipped[name], base[name]) for name in shipped)
 
 
+@pytest.mark.slow
 def test_a_carried_optimizer_goes_on_counting_and_a_resumed_run_carries_the_same(tmp_path, plain, monkeypatch):
     keys = {"reset_optimizer": False}
     run(tmp_path / "whole", **keys)
@@ -177,6 +179,7 @@ def test_the_run_stops_early_when_the_policy_collapses(tmp_path):
     assert metrics["best_round"] == 0
 
 
+@pytest.mark.slow
 def test_a_round_is_evaluated_in_its_turn_and_the_last_one_always(tmp_path):
     run(tmp_path, eval_every=2, num_rounds=3)
     assert ["eval" in record(tmp_path, n) for n in (1, 2, 3)] == [False, True, True]
