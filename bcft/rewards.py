@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from numbers import Number
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsFloat
 
 from bcft.errors import BcftError, DataError, FaultError, UsageError
 from bcft.judge import LONGEST, default_judge
@@ -57,10 +57,13 @@ def ask(
 ) -> list[float | None]:
     """Call somebody's reward function with TRL's arguments: prompts, completions, and the problems' other columns.
 
-    Raises FaultError, with the function's name, when it raises or returns another number of values.
+    Raises FaultError, with the function's name, when it raises, returns another number of values, or something else
+    than finite numbers and None.
     """
+    if not problems:
+        return []
     name = getattr(function, "__name__", type(function).__name__)
-    columns = {key: [p.columns.get(key) for p in problems] for key in (problems[0].columns if problems else ())}
+    columns = {key: [p.columns.get(key) for p in problems] for key in problems[0].columns}
     try:
         values = list(function(prompts=[p.prompt for p in problems], completions=completions, **columns))
     except BcftError:
@@ -69,7 +72,12 @@ def ask(
         raise FaultError(f"{name} raised {type(error).__name__}: {error} (--debug shows where)") from error
     if len(values) != len(problems):
         raise FaultError(f"{name} returned {len(values)} values for {len(problems)} completions")
-    return values
+    for value, problem in zip(values, problems, strict=True):
+        if value is not None and not (isinstance(value, SupportsFloat) and math.isfinite(float(value))):
+            raise FaultError(
+                f"{name} returned {value!r} for {problem.where}: a finite number, or None where it can't tell"
+            )
+    return [None if value is None else float(value) for value in values]
 
 
 def import_function(path: str, *, key: str) -> Callable[..., Any]:

@@ -75,6 +75,8 @@ class Rounds:
         self.success = success_function(recipe, splits, self.functions)
         self.ledger = Ledger(recipe, directory.path)
         self.path = self.ledger.path
+        if directory.drifted and rank() == 0:  # what the next round has so far was made by another recipe
+            shutil.rmtree(self.path(self.ledger.last + 1), ignore_errors=True)
         self.policy = self._load()
         self.trainer: BCTrainer | None = None
         self.scored: dict[int, list[Score]] = {}
@@ -140,7 +142,8 @@ class Rounds:
             scope = self._scope(number, scores)
             self.selection = select((found.candidate for found in scope), self._rule(number))
             fates, cutoff = self.selection.fates, self.selection.cutoff
-            lines = [self._kept_line(found) for found in scope if fates[found.trajectory.id] == "kept"]
+            kept = [found for found in scope if fates[found.trajectory.id] == "kept"]
+            lines = [self._kept_line(found) for found in kept if found.trajectory.turns[0].action.strip()]
             if rank() == 0:
                 with self.clock.phase("other"):
                     place = self.path(number)
@@ -148,6 +151,8 @@ class Rounds:
                     write_jsonl(place / "kept.jsonl", lines)
                     seal(place, "rollouts.jsonl", "scores.jsonl", "kept.jsonl")
             self.record["selection"] = self._selected(lines)
+            if silent := len(kept) - len(lines):  # labels of a stop token alone would teach to say nothing
+                self.record["selection"]["note"] += f" {silent} kept attempts say nothing and are not trained on."
             return [
                 Row(line["problem_id"], tuple(line["input_ids"]), tuple(line["labels"]), line["id"]) for line in lines
             ]
@@ -160,7 +165,7 @@ class Rounds:
             return
         if not rows:
             if self.recipe["on_empty"] == "stop":
-                raise FaultError(f"round {number} kept nothing: {self.selection.note}")
+                raise FaultError(f"round {number} kept nothing: {self.record['selection']['note']}")
             return
         with self.clock.phase("train"):
             fitted = self._fit(number, rows)
@@ -287,7 +292,7 @@ class Rounds:
         found = {
             "requested_fraction": self.selection.requested_fraction,
             "cutoff": self.selection.cutoff,
-            "kept": len(kept),
+            "kept": len(self.selection.kept),
             "kept_fraction": self.selection.kept_fraction,
             "problems_covered": self.selection.problems_covered,
             "rejected": self.selection.rejected,

@@ -32,8 +32,8 @@ class Score:
         return Candidate(
             id=played.id,
             problem_id=played.problem_id,
-            reward=0.0 if errored else self.reward,
-            graded=self.graded and not errored,
+            reward=self.reward,
+            graded=self.graded,
             success=self.success,
             status="errored" if errored else "truncated" if played.cut else "done",
             digest=digest,
@@ -77,25 +77,33 @@ def score(
 
     Raises FaultError when a function raises or returns another number of values than it was given completions.
     """
-    asked = [problems[played.problem_id] for played in trajectories]
-    completions = [_completion(played, problem) for played, problem in zip(trajectories, asked, strict=True)]
+    whole = [played for played in trajectories if played.ended != "error"]
+    asked = [problems[played.problem_id] for played in whole]
+    completions = [_completion(played, problem) for played, problem in zip(whole, asked, strict=True)]
     columns = [ask(function, asked, completions) for function in functions]
     # A success function that is also a reward is asked once.
     told = columns[functions.index(success)] if success in functions else None
     if told is None:
         told = ask(success, asked, completions) if success else [None] * len(asked)
-    scores = []
-    for index, played in enumerate(trajectories):
-        values = [column[index] for column in columns]
-        given = [weight * value for weight, value in zip(weights, values, strict=True) if value is not None]
-        own = played.environment_reward
-        given += [] if own is None else [own]
-        value = told[index]
-        known: Success = "unknown" if value is None else "yes" if value >= 1.0 else "no"
-        named = tuple((function.__name__, found) for function, found in zip(functions, values, strict=True))
-        solved = known if played.success == "unknown" else played.success
-        scores.append(Score(played, named, bool(given), float(sum(given)), solved))
-    return scores
+    names = [function.__name__ for function in functions]
+    values = {played.id: found for played, *found in zip(whole, told, *columns, strict=True)}
+    nothing: list[float | None] = [None] * (1 + len(functions))
+    return [_score(played, names, weights, values.get(played.id, nothing)) for played in trajectories]
+
+
+def _score(played: Trajectory, names: Sequence[str], weights: Sequence[float], values: Sequence[float | None]) -> Score:
+    """Return the score of one trajectory; values: what the success function said, then each reward function."""
+    solved, *rewards = values
+    named = tuple(zip(names, rewards, strict=True))
+    if played.ended == "error":  # it was never finished: not a reward of 0, and no failure of the policy's
+        return Score(played, named, graded=False, reward=0.0, success="unknown")
+    given = [weight * value for weight, value in zip(weights, rewards, strict=True) if value is not None]
+    own = played.environment_reward
+    given += [] if own is None else [own]
+    known: Success = "unknown" if solved is None else "yes" if solved >= 1.0 else "no"
+    return Score(
+        played, named, bool(given), float(sum(given)), known if played.success == "unknown" else played.success
+    )
 
 
 def _completion(played: Trajectory, problem: Problem) -> str | list[Message]:

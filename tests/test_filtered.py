@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from bcft import filtered, rollouts, rounds
+from bcft.config import load
 from bcft.errors import FaultError, UsageError
 from bcft.journal import Journal, committed, read_journal, read_json, read_jsonl
 from bcft.types import IGNORED, Trajectory
@@ -179,6 +180,24 @@ def test_a_signal_ends_the_run_resumably_and_the_same_command_goes_on(tmp_path, 
     expected_texts, expected = what_counts(finished[0])
     assert texts == expected_texts
     assert all(torch.equal(weights[key], expected[key]) for key in expected)
+
+
+def test_what_another_recipe_played_of_a_round_is_not_mixed_in(tmp_path, monkeypatch):
+    def cutting(self, rows):
+        append(self, rows)
+        raise Power
+
+    append, hotter = Journal.append, KEYS | {"temperature": 1.5, "num_rounds": 1}
+    filtered.run(None, output_dir=str(tmp_path / "hotter"), **hotter)
+    with monkeypatch.context() as patch:
+        patch.setattr(rollouts, "CHUNK", 7)
+        patch.setattr(Journal, "append", cutting)
+        with pytest.raises(Power):
+            filtered.run(None, output_dir=str(tmp_path / "cut"), **KEYS | {"num_rounds": 1})
+    recipe = load("filtered", None, hotter | {"output_dir": str(tmp_path / "cut")}, flags={"allow-drift"})
+    filtered.improve(recipe)
+    one, two = ((tmp_path / run / "round_001" / "rollouts.jsonl").read_text() for run in ("hotter", "cut"))
+    assert one == two
 
 
 def test_a_torn_or_damaged_chunk_of_a_journal_is_cut_away_with_what_follows_it(tmp_path):

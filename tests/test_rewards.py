@@ -8,14 +8,16 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bcft import rewards
-from bcft.errors import DataError
+from bcft.errors import DataError, FaultError
 from bcft.judge import Verdict
-from bcft.rewards import answer_key, extract_answer, math_reward
+from bcft.rewards import answer_key, ask, extract_answer, math_reward
+from bcft.types import Problem
 
 LAW = settings(max_examples=60, deadline=None)
 GSM8K = Path(__file__).parent / "data" / "gsm8k_50.jsonl"
@@ -373,3 +375,20 @@ def test_all_references_of_gsm8k_are_right_for_themselves_alone(split: str, rows
     answers = gsm8k(Path(ELSEWHERE) / "gsm8k" / f"{split}.jsonl")
     assert len(answers) == rows
     check_references(answers)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), "1.0", [1.0], object()])
+def test_a_reward_that_is_no_finite_number_is_told_with_its_function_and_row(value):
+    def odd(**_):
+        return [1.0, value]
+
+    asked = [Problem("a", "?", where="rows.jsonl:1"), Problem("b", "?", where="rows.jsonl:2")]
+    with pytest.raises(FaultError, match=r"^odd returned .+ for rows.jsonl:2: a finite number"):
+        ask(odd, asked, ["", ""])
+
+
+def test_whatever_counts_as_a_number_is_one_and_none_stays_none():
+    found = ask(lambda **_: [np.float32(0.5), True, 1, None], [Problem(str(n), "?") for n in range(4)], [""] * 4)
+    assert found == [0.5, 1.0, 1.0, None]
+    assert [type(value) for value in found] == [float, float, float, type(None)]
+    assert ask(lambda **_: 1 / 0, [], []) == []
