@@ -9,6 +9,10 @@ class BcftError(Exception):
 
     exit_code = 1
 
+    def _render_traceback_(self) -> list[str]:
+        """Return what IPython shows in a notebook: the lines, as on a command line."""
+        return [f"bcft: error: {line}" for line in str(self).splitlines()]
+
 
 class UsageError(BcftError):
     """The command line, the recipe, or a run directory that another recipe made."""

@@ -7,6 +7,7 @@ the same command goes on where it was stopped, to the same weights.
 
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -20,6 +21,7 @@ from bcft.data import Splits
 from bcft.dry_run import command, dry_run
 from bcft.errors import UsageError
 from bcft.processes import rank
+from bcft.rewards import described
 from bcft.run import RunDirectory, run_or_tell
 
 LONG_ROUND = 60.0
@@ -41,6 +43,9 @@ def run(
 
 def improve(recipe: Recipe, *, reward_funcs: Sequence[Callable[..., Any]] | None = None) -> dict[str, Any]:
     """Run a parsed recipe, or tell what it came to if it is finished; return what `metrics.json` holds."""
+    if reward_funcs:  # on record, so that a run does not go on with another reward
+        named = {"reward_funcs": [described(function) for function in reward_funcs]}
+        recipe = replace(recipe, values={**recipe.values, **named}, given=recipe.given | named.keys())
     against = recipe["against"]
     if against and not (Path(against) / "metrics.jsonl").is_file():
         raise UsageError(f"against: {against} is no run of bcft filtered: its rounds are in DIR/metrics.jsonl")

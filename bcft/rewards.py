@@ -5,7 +5,9 @@ Numbers and words are compared here, exactly; everything else goes to `bcft.judg
 somewhere: credit for format or for showing work, numbers from the middle of a reply, rounding.
 """
 
+import hashlib
 import importlib
+import inspect
 import math
 import os
 import re
@@ -62,7 +64,7 @@ def ask(
     """
     if not problems:
         return []
-    name = getattr(function, "__name__", type(function).__name__)
+    name = name_of(function)
     columns = {key: [p.columns.get(key) for p in problems] for key in problems[0].columns}
     try:
         values = list(function(prompts=[p.prompt for p in problems], completions=completions, **columns))
@@ -78,6 +80,21 @@ def ask(
                 f"{name} returned {value!r} for {problem.where}: a finite number, or None where it can't tell"
             )
     return [None if value is None else float(value) for value in values]
+
+
+def name_of(function: Reward) -> str:
+    """Return what a reward function is called; of an object that is called like one, its class."""
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def described(function: Reward) -> str:
+    """Return a function's name and a hash of its text, where that can be read: two that differ are told apart."""
+    name = f"{function.__module__}.{name_of(function)}"
+    try:
+        source = inspect.getsource(function)
+    except (OSError, TypeError):  # typed into a bare interpreter, or no function
+        return name
+    return f"{name}@{hashlib.sha256(source.encode()).hexdigest()[:8]}"
 
 
 def import_function(path: str, *, key: str) -> Callable[..., Any]:

@@ -6,7 +6,7 @@ from hashlib import sha256
 from itertools import pairwise
 from typing import Any
 
-from bcft.rewards import Reward, ask
+from bcft.rewards import Reward, ask, name_of
 from bcft.selection import Candidate
 from bcft.types import Message, Problem, Success, Trajectory
 
@@ -85,7 +85,7 @@ def score(
     told = columns[functions.index(success)] if success in functions else None
     if told is None:
         told = ask(success, asked, completions) if success else [None] * len(asked)
-    names = [function.__name__ for function in functions]
+    names = [name_of(function) for function in functions]
     values = {played.id: found for played, *found in zip(whole, told, *columns, strict=True)}
     nothing: list[float | None] = [None] * (1 + len(functions))
     return [_score(played, names, weights, values.get(played.id, nothing)) for played in trajectories]

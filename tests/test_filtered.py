@@ -227,6 +227,22 @@ def test_a_reward_function_of_ones_own_is_taken_from_python(tmp_path):
     assert all(row["reward"] == -len(played[row["id"]]) for row in scores)
 
 
+def test_another_function_from_python_is_another_recipe(tmp_path):
+    def right(completions, answer, **_):
+        return [float(text.endswith(f"#### {wanted}")) for text, wanted in zip(completions, answer, strict=True)]
+
+    keys = KEYS | {"num_rounds": 1, "output_dir": str(tmp_path)}
+    filtered.run(None, reward_funcs=[right], **keys)
+    assert "right@" in (tmp_path / "config.yaml").read_text()
+    assert filtered.run(None, reward_funcs=[right], **keys)["rounds"] == 1
+
+    def right(completions, **_):  # the same name, and another text
+        return [0.0] * len(completions)
+
+    with pytest.raises(UsageError, match=r"was begun with another recipe \(reward_funcs was"):
+        filtered.run(None, reward_funcs=[right], **keys)
+
+
 def test_the_first_reward_function_says_what_is_solved_unless_told(tmp_path):
     def tens(completions, **_):
         return [float(text.strip().endswith("0")) for text in completions]
