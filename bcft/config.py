@@ -236,6 +236,8 @@ def _together(values: Mapping[str, Any], given: Collection[str], flags: Collecti
         yield "fp16", "bf16 is on too; a run has one precision"
     if values["warmup_rounds"] >= values["num_rounds"]:
         yield "warmup_rounds" if "warmup_rounds" in given else "num_rounds", "warm-up rounds leave none that trains"
+    if values["ties"] == "sample" and values["keep_quantile"] == 1:
+        yield "ties" if "ties" in given else "keep_quantile", "ties: sample with keep_quantile: 1 would keep nothing"
     if "use_peft" not in given:
         for key in sorted(given):
             if key.startswith("lora_") or key in ("use_dora", "use_rslora"):

@@ -17,7 +17,7 @@ from rich.console import Console
 from bcft.clock import Clock
 from bcft.config import Recipe
 from bcft.data import Splits
-from bcft.errors import FaultError, UsageError
+from bcft.errors import DataError, FaultError, UsageError
 from bcft.evaluation import Measured, check_references, gather, measure, stored, success_function
 from bcft.journal import (
     commit_round,
@@ -38,7 +38,7 @@ from bcft.processes import rank
 from bcft.rewards import import_function, math_reward
 from bcft.rollouts import draw, play_some, roll_out
 from bcft.run import RunDirectory
-from bcft.scoring import Score, diversity, score, summary
+from bcft.scoring import Score, diversity, score, tally
 from bcft.selection import Rule, Selection, select
 from bcft.summary import ROUNDS, conclusion, model_card, print_table, round_line
 from bcft.types import IGNORED, Problem, Row, Trajectory
@@ -67,6 +67,8 @@ class Rounds:
         self.recipe, self.splits, self.directory, self.console = recipe, splits, directory, console
         self.clock = Clock()
         self.problems: dict[str, Problem] = {d.problem.id: d.problem for d in splits.train}
+        if not self.problems:
+            raise DataError("no problems to attempt: the training split is empty once dev and test are taken out")
         names = recipe["reward_funcs"]
         self.functions = list(reward_funcs or (import_function(name, key="reward_funcs") for name in names))
         self.weights = recipe["reward_weights"] or [1.0] * len(self.functions)
@@ -133,7 +135,7 @@ class Rounds:
                 scores = self._stored_scores(number)
             else:
                 scores = self._score(trajectories)
-            self.record |= {"rollout": summary(scores), "diversity": diversity(scores)}
+            self.record |= {"rollout": tally(scores), "diversity": diversity(scores)}
             return scores
 
     def select(self, number: int, scores: Sequence[Score]) -> list[Row]:
@@ -152,7 +154,8 @@ class Rounds:
                     seal(place, "rollouts.jsonl", "scores.jsonl", "kept.jsonl")
             self.record["selection"] = self._selected(lines)
             if silent := len(kept) - len(lines):  # labels of a stop token alone would teach to say nothing
-                self.record["selection"]["note"] += f" {silent} kept attempts say nothing and are not trained on."
+                told = f"{self.selection.note} {silent} kept attempts say nothing and are not trained on."
+                self.record["selection"]["note"] = told.strip()
             return [
                 Row(line["problem_id"], tuple(line["input_ids"]), tuple(line["labels"]), line["id"]) for line in lines
             ]

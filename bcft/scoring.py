@@ -116,7 +116,7 @@ def _completion(played: Trajectory, problem: Problem) -> str | list[Message]:
     return said
 
 
-def summary(scores: Sequence[Score]) -> dict[str, Any]:
+def tally(scores: Sequence[Score]) -> dict[str, Any]:
     """Return how a round's attempts did: `rollout` of its metrics."""
     played = [found.trajectory for found in scores]
     rewards = [found.reward for found in scores if found.graded]

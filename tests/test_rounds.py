@@ -201,6 +201,18 @@ def test_warm_up_alone_is_refused(tmp_path):
         run(tmp_path, warmup_rounds=2)
 
 
+@pytest.mark.parametrize(
+    ("keys", "error", "words"),
+    [
+        ({"dataset_train_split": "train[5:5]"}, DataError, "no problems to attempt"),
+        ({"ties": "sample", "keep_quantile": 1}, UsageError, "ties: sample with keep_quantile: 1 would keep nothing"),
+    ],
+)
+def test_what_could_never_keep_anything_is_refused_at_once(tmp_path, keys, error, words):
+    with pytest.raises(error, match=words):
+        run(tmp_path / "run", **keys)
+
+
 def test_as_many_weights_as_reward_functions(tmp_path):
     with pytest.raises(UsageError, match="reward_weights: 2 weights for 1 reward functions"):
         run(tmp_path, reward_weights=[1.0, 2.0])
