@@ -41,7 +41,7 @@ from bcft.run import RunDirectory
 from bcft.scoring import Score, diversity, score, tally
 from bcft.selection import Rule, Selection, select
 from bcft.summary import ROUNDS, conclusion, model_card, print_table, round_line
-from bcft.types import IGNORED, Problem, Row, Trajectory
+from bcft.types import Problem, Row, Trajectory
 
 if TYPE_CHECKING:
     from bcft.training import BCTrainer, Fit
@@ -145,7 +145,11 @@ class Rounds:
             self.selection = select((found.candidate for found in scope), self._rule(number))
             fates, cutoff = self.selection.fates, self.selection.cutoff
             kept = [found for found in scope if fates[found.trajectory.id] == "kept"]
-            lines = [self._kept_line(found) for found in kept if found.trajectory.turns[0].action.strip()]
+            lines = [
+                found.kept_line(self.policy.renderer.text(self.problems[found.trajectory.problem_id].prompt))
+                for found in kept
+                if found.trajectory.turns[0].action.strip()
+            ]
             if rank() == 0:
                 with self.clock.phase("other"):
                     place = self.path(number)
@@ -271,23 +275,6 @@ class Rounds:
             seed=recipe["seed"],
             round=number,
         )
-
-    def _kept_line(self, found: Score) -> dict[str, Any]:
-        """Return a row of `kept.jsonl`: text to read, ids and labels to train on."""
-        played = found.trajectory
-        context, turn = played.contexts[0], played.turns[0]
-        return {
-            "id": played.id,
-            "problem_id": played.problem_id,
-            "turn": 0,
-            "source": "self",
-            "prompt": self.policy.renderer.text(self.problems[played.problem_id].prompt),
-            "completion": turn.action,
-            "input_ids": [*context, *turn.action_ids],
-            "labels": [*[IGNORED] * len(context), *turn.action_ids],
-            "reward": found.reward,
-            "weight": 1.0,
-        }
 
     def _selected(self, kept: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Return `selection` of the round's metrics."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from bcft.rewards import Reward, ask, name_of
 from bcft.selection import Candidate
-from bcft.types import Message, Problem, Success, Trajectory
+from bcft.types import IGNORED, Message, Problem, Success, Trajectory
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +53,22 @@ class Score:
             "success": self.success,
             "fate": fate,
             "cutoff": cutoff,
+        }
+
+    def kept_line(self, prompt: str) -> dict[str, Any]:
+        """Return a row of `kept.jsonl`: text to read; to train on, the ids as sampled, labels on the action alone."""
+        context, turn = self.trajectory.contexts[0], self.trajectory.turns[0]
+        return {
+            "id": self.trajectory.id,
+            "problem_id": self.trajectory.problem_id,
+            "turn": 0,
+            "source": "self",
+            "prompt": prompt,
+            "completion": turn.action,
+            "input_ids": [*context, *turn.action_ids],
+            "labels": [*[IGNORED] * len(context), *turn.action_ids],
+            "reward": self.reward,
+            "weight": 1.0,
         }
 
     @classmethod
