@@ -238,6 +238,11 @@ def _together(values: Mapping[str, Any], given: Collection[str], flags: Collecti
         yield "warmup_rounds" if "warmup_rounds" in given else "num_rounds", "warm-up rounds leave none that trains"
     if values["ties"] == "sample" and values["keep_quantile"] == 1:
         yield "ties" if "ties" in given else "keep_quantile", "ties: sample with keep_quantile: 1 would keep nothing"
+    band = values["pass_rate"]
+    if band is not None and not (len(band) == 2 and 0 <= band[0] <= band[1] <= 1):
+        yield "pass_rate", f"wants two numbers in [0, 1], the lower first, such as [0.1, 0.9], not {show(str(band))}"
+    if values["environment"] is not None and not DOTTED.fullmatch(values["environment"]):
+        yield "environment", f"wants a dotted path such as package.module.Class, not {show(values['environment'])}"
     if "use_peft" not in given:
         for key in sorted(given):
             if key.startswith("lora_") or key in ("use_dora", "use_rslora"):

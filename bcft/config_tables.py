@@ -51,12 +51,22 @@ COMMANDS = {
         "Success of a model, an adapter or a run on held-out problems, paired against another with --against.",
         "bcft evaluate recipes/bc_math.yaml --model_name_or_path runs/bc_math --against bcft:tiny-math",
     ),
+    "collect": Command(
+        "Play a policy, or a stronger teacher, score what it did and keep the best as demonstrations for bcft sft.",
+        "bcft collect recipes/filtered_bc.yaml --model_name_or_path runs/bc_math --prompts_per_round 200",
+    ),
+    "refilter": Command(
+        "Score and select saved rollouts again, by other rewards or another rule, without generating anything.",
+        "bcft refilter recipes/filtered_bc.yaml --rollouts runs/filtered_bc --keep_quantile 0.5",
+    ),
     "preview": Command(
         "Show, for the first rows of a recipe, exactly which tokens carry loss.",
         "bcft preview recipes/bc_math.yaml --preview_rows 5",
     ),
 }
 TRAINING = ("sft", "filtered")
+PLAYING = ("sft", "filtered", "evaluate", "collect")
+SELECTING = ("filtered", "collect", "refilter")
 REQUIRED = ("model_name_or_path", "dataset_name")
 
 
@@ -71,9 +81,9 @@ FLAGS = {
     "dry-run": Flag(("sft", "filtered"), "print what the run would be: rows, steps, evaluation, memory; train nothing"),
     "json": Flag(("evaluate", "preview"), "print JSON"),
     "html": Flag(("preview",), "print one self-contained HTML page"),
-    "quiet": Flag(("sft", "filtered", "evaluate"), "print the conclusion only"),
+    "quiet": Flag(("sft", "filtered", "evaluate", "collect", "refilter"), "print the conclusion only"),
     "debug": Flag(tuple(COMMANDS), "show the traceback of an error"),
-    "allow-drift": Flag(("sft", "filtered"), "go on with a run that was begun with another recipe"),
+    "allow-drift": Flag(("sft", "filtered", "collect"), "go on with a run that was begun with another recipe"),
     "allow-remote-code": Flag(tuple(COMMANDS), "let `trust_remote_code: true` count, with a pinned model_revision"),
 }
 
@@ -102,7 +112,7 @@ OWN = (
         meaning="dotted path of the function that returns 1.0 or more for a completion that solves its problem; "
         "null: the first of reward_funcs; '' for none, as rewards without such a meaning need",
         group="evaluation",
-        commands=("sft", "filtered", "evaluate"),
+        commands=("sft", "filtered", "evaluate", "collect", "refilter"),
     ),
     Key(
         name="eval_split",
@@ -159,6 +169,50 @@ OWN = (
         commands=("evaluate", "filtered"),
     ),
     Key(
+        name="environment",
+        type="str | null",
+        default=None,
+        meaning="dotted path of what makes an environment, such as bcft.environments.grid_walk.GridWalk; null: one "
+        "question, one answer",
+        group="environment",
+        commands=PLAYING,
+    ),
+    Key(
+        name="environment_args",
+        type="dict",
+        default={},
+        meaning="what it is called with",
+        group="environment",
+        commands=PLAYING,
+    ),
+    Key(
+        name="max_turns",
+        type="int",
+        default=20,
+        meaning="actions of an attempt in an environment; who reaches it has a low return, and is not cut",
+        group="environment",
+        commands=PLAYING,
+        limits=">= 1",
+    ),
+    Key(
+        name="step_timeout",
+        type="float",
+        default=60.0,
+        meaning="seconds an environment may take to answer; one that takes longer makes its attempt an error",
+        group="environment",
+        commands=PLAYING,
+        limits="> 0",
+    ),
+    Key(
+        name="train_on",
+        type="str",
+        default="all_turns",
+        meaning="which of a conversation's actions carry loss",
+        group="environment",
+        commands=("sft", "filtered", "collect", "refilter", "preview"),
+        choices=("all_turns", "last_turn"),
+    ),
+    Key(
         name="num_rounds",
         type="int",
         default=10,
@@ -173,7 +227,7 @@ OWN = (
         default=256,
         meaning="training problems attempted in a round, drawn anew without replacement",
         group="filtered",
-        commands=("filtered",),
+        commands=("filtered", "collect"),
         limits=">= 1",
     ),
     Key(
@@ -239,7 +293,7 @@ OWN = (
         default=0.9,
         meaning="the cutoff is this quantile of the graded rewards; what reaches it may be kept",
         group="filtered",
-        commands=("filtered",),
+        commands=SELECTING,
         limits=">= 0 and <= 1",
     ),
     Key(
@@ -248,7 +302,7 @@ OWN = (
         default=None,
         meaning="no trajectory below it is kept",
         group="filtered",
-        commands=("filtered",),
+        commands=SELECTING,
     ),
     Key(
         name="require_success",
@@ -256,8 +310,17 @@ OWN = (
         default="auto",
         meaning="auto: where success is known only successes are kept; false: by reward alone, the origin's rule",
         group="filtered",
-        commands=("filtered",),
+        commands=SELECTING,
         choices=("auto", "true", "false"),
+    ),
+    Key(
+        name="pass_rate",
+        type="list[float] | null",
+        default=None,
+        meaning="least and greatest share of a problem's attempts that are solved, such as [0.1, 0.9]: what is never "
+        "or always solved teaches little, and is not kept",
+        group="filtered",
+        commands=SELECTING,
     ),
     Key(
         name="max_per_problem",
@@ -265,7 +328,7 @@ OWN = (
         default=None,
         meaning="most trajectories kept of one problem in a round",
         group="filtered",
-        commands=("filtered",),
+        commands=SELECTING,
         limits=">= 1",
     ),
     Key(
@@ -274,7 +337,7 @@ OWN = (
         default="include",
         meaning="include keeps all at the cutoff; sample keeps round((1 - keep_quantile) x graded)",
         group="filtered",
-        commands=("filtered",),
+        commands=SELECTING,
         choices=("include", "sample"),
     ),
     Key(
@@ -287,6 +350,32 @@ OWN = (
         choices=("none", "random"),
     ),
     Key(
+        name="learning_rate_decay",
+        type="float",
+        default=1.0,
+        meaning="the learning rate of round n is learning_rate x learning_rate_decay ** (n - 1)",
+        group="filtered",
+        commands=("filtered",),
+        limits="> 0 and <= 1",
+    ),
+    Key(
+        name="replay_dataset",
+        type="str | null",
+        default=None,
+        meaning="demonstrations to train on beside what a round kept, at most as many rows, drawn anew each round; "
+        "named as dataset_name is, of which the train split is taken",
+        group="filtered",
+        commands=("filtered",),
+    ),
+    Key(
+        name="rollouts",
+        type="str | null",
+        default=None,
+        meaning="the saved rollouts to select from: a rollouts.jsonl, a round, or the directory of a run",
+        group="refilter",
+        commands=("refilter",),
+    ),
+    Key(
         name="on_empty",
         type="str",
         default="skip",
@@ -297,11 +386,12 @@ OWN = (
     ),
     Key(
         name="reward_funcs",
-        type="list[str]",
-        default=["bcft.rewards.math_reward"],
-        meaning="dotted paths of reward functions in TRL's signature; the first also says what is solved",
+        type="list[str] | null",
+        default=None,
+        meaning="dotted paths of reward functions in TRL's signature; the first also says what is solved; null: "
+        "bcft.rewards.math_reward, and none where there is an environment",
         group="evaluation",
-        commands=("sft", "filtered", "evaluate"),
+        commands=("sft", "filtered", "evaluate", "collect", "refilter"),
     ),
     Key(
         name="preview_rows",
@@ -429,8 +519,7 @@ REFUSED = {
     **_each("do_sample greedy", "evaluation reports greedy and sampled success, always both"),
     "generation_kwargs": "every sampling parameter is a key of its own: temperature, top_p, top_k, min_p",
     # what other commands and later versions have
-    **_each("environment environment_args reward_args max_turns step_timeout train_on", _LATER),
-    **_each("replay_dataset rollouts", _LATER),
+    "reward_args": _LATER,
     "num_generations_eval": "an evaluation has eval_dev_samples and eval_test_samples",
     **_each(
         "engine use_vllm vllm_mode vllm_model_impl vllm_enable_sleep_mode vllm_gpu_memory_utilization "
@@ -521,9 +610,11 @@ RECORDED = frozenset(
 
 
 def _used_by(name: str, group: str) -> tuple[str, ...]:
-    if name in ("num_generations", "reward_weights"):
-        return ("filtered",)
-    return ("sft", "filtered", "evaluate") if group == "GRPOConfig" else tuple(COMMANDS)
+    if name == "reward_weights":
+        return SELECTING
+    if name == "num_generations":
+        return ("filtered", "collect")
+    return PLAYING if group == "GRPOConfig" else tuple(COMMANDS)
 
 
 def _table() -> Mapping[str, Key]:

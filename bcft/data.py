@@ -1,32 +1,48 @@
 """Datasets to demonstrations and held-out problems.
 
 A source is a name of this package (`bcft:arithmetic`), a json, jsonl, csv or parquet file, a directory with one
-such file a split, or whatever `datasets.load_dataset` takes. Rows have `prompt` and `completion`, as strings or
-messages, or `question` and `answer` as GSM8K ships them. Nothing is guessed: a row of another shape ends the run
+such file a split, whatever `datasets.load_dataset` takes, or what `collect`, `refilter` or a round kept: then the
+held-out problems are those of the run that kept it. Rows have `prompt` and `completion`, as strings or messages,
+`messages`, or `question` and `answer` as GSM8K ships them. Nothing is guessed: a row of another shape ends the run
 with its file and line.
 """
 
-import csv
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from bcft.config import Recipe
 from bcft.errors import DataError
-from bcft.problems import arithmetic
-from bcft.types import Demonstration, Message, Problem, Prompt, bucket, problem_id
+from bcft.files import READERS, read_json_rows, shown
+from bcft.grading import REFERENCES
+from bcft.journal import MANIFEST, read_json
+from bcft.problems import arithmetic, grid_walk, guess_number, twenty_questions
+from bcft.types import Demonstration, Message, Problem, Prompt, Row, bucket, problem_id
+from bcft.types import messages as as_messages
 
-REFERENCES = ("answer", "solution", "ground_truth")
-"""Columns that hold a reference answer, in the order a reward looks for them."""
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+SUFFIXES = tuple(READERS)
 TEST_SHARE, DEV_SHARE = 0.05, 0.05
 HARDER_PROBLEMS = 200
 EMBEDDED_ROWS = 20_000
 """Length of the `train` split of an embedded dataset; a slice such as `train[:2000]` takes fewer."""
+
+EMBEDDED: dict[str, Callable[..., Sequence[Mapping[str, Any]]]] = {
+    "bcft:arithmetic": partial(arithmetic.items, demonstrator="expert"),
+    "bcft:arithmetic-apprentice": partial(arithmetic.items, demonstrator="apprentice"),
+    "bcft:grid-walk": grid_walk.items,
+    "bcft:guess-number": guess_number.items,
+    "bcft:twenty-questions": twenty_questions.items,
+}
+KEPT = "kept.jsonl"
+SOURCE = ("dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split")
+"""Keys that say where a run's problems came from."""
 
 _SPLIT = re.compile(r"([\w.-]+)(?:\[(\d*):(\d*)\])?")
 
@@ -60,11 +76,6 @@ class Splits:
         held = f"{len(self.dev):,} dev and {len(self.test):,} test problems held out"
         return f"{len(self.train):,} demonstrations to train on, {held}"
 
-    @property
-    def reference(self) -> bool:
-        """Whether every held-out problem has a reference answer, so that success can be told."""
-        return bool(self.held_out) and all(any(n in d.problem.columns for n in REFERENCES) for d in self.held_out)
-
 
 def load_splits(recipe: Recipe) -> Splits:
     """Load the recipe's dataset and take dev and test out of training.
@@ -75,13 +86,31 @@ def load_splits(recipe: Recipe) -> Splits:
     train_split, train_slice = _parse_split(recipe["dataset_train_split"])
     if name.startswith("bcft:"):
         return _embedded(name, train_slice, *sizes)
+    if (kept := _kept_file(name)) is not None:
+        return _kept(recipe, kept, train_slice)
     found = [_demonstration(row, where) for row, where in _read(recipe, train_split)[train_slice]]
     test_split, test_slice = _parse_split(recipe["dataset_test_split"])
     own_test = _has_split(recipe, test_split)
     train, dev, test = _by_hash(found, test=not own_test)
     if own_test:
         test = [_demonstration(row, where, problem_only=True) for row, where in _read(recipe, test_split)[test_slice]]
-    held_out = {d.problem.id: d for d in (*dev, *test)}
+    shared = _shared(recipe, train, (*dev, *test))
+    return Splits(tuple(train), _first(dev, sizes[0]), _first(test, sizes[1]), shared_prompts=shared)
+
+
+def replayed(recipe: Recipe, splits: Splits) -> tuple[Demonstration, ...]:
+    """Return the demonstrations of `replay_dataset`, without those of held-out problems; none without the key."""
+    if recipe["replay_dataset"] is None:
+        return ()
+    there = {**recipe.values, "dataset_name": recipe["replay_dataset"], "allow_overlap": True}
+    held_out = {d.problem.id for d in splits.held_out}
+    found = load_splits(replace(recipe, values=there, given=recipe.given - {"dataset_test_split"})).train
+    return tuple(d for d in found if d.problem.id not in held_out and (d.completion or d.sampled))
+
+
+def _shared(recipe: Recipe, train: Sequence[Demonstration], held: Sequence[Demonstration]) -> int:
+    """Return how many training prompts are held-out ones too. Raises DataError where there may be none."""
+    held_out = {d.problem.id: d for d in held}
     shared = [d for d in train if d.problem.id in held_out]
     if shared and not recipe["allow_overlap"]:
         first = shared[0].problem
@@ -89,24 +118,51 @@ def load_splits(recipe: Recipe) -> Splits:
             f"{first.where}: {len(shared)} of {len(train)} training prompts are also in dev or test "
             f"(this one is {held_out[first.id].problem.where}): remove them, or set allow_overlap: true"
         )
-    return Splits(tuple(train), _first(dev, sizes[0]), _first(test, sizes[1]), shared_prompts=len(shared))
+    return len(shared)
+
+
+def _kept_file(name: str) -> Path | None:
+    """Return the rows that a run kept, where the name is that file or the directory with it."""
+    path = Path(name)
+    file = path / KEPT if path.is_dir() else path
+    return file if file.name == KEPT and file.is_file() else None
+
+
+def _kept(recipe: Recipe, file: Path, train: slice) -> Splits:
+    """Return rows that a run kept, and what that run held out: its recipe is beside them, or above its rounds."""
+    configs = [folder / "config.yaml" for folder in (file.parent, file.parent.parent)]
+    config = next((path for path in configs if path.is_file()), None)
+    if config is None:
+        raise DataError(f"{file}: no config.yaml beside it says what was held out: give the run it was made by")
+    run = yaml.safe_load(config.read_text(encoding="utf-8"))
+    values = {**recipe.values, **{key: run[key] for key in SOURCE if key in run}}
+    if _kept_file(values["dataset_name"]) is not None:
+        raise DataError(f"{config}: made from {values['dataset_name']}, which is itself what a run kept")
+    source = load_splits(replace(recipe, values=values))
+    made = read_json(file.parent / MANIFEST) if (file.parent / MANIFEST).is_file() else {}
+    rows = [_demonstration(row, where) for row, where in read_json_rows(file)][train]
+    found = tuple(replace(d, tokenizer=str(made.get("tokenizer", ""))) for d in rows)
+    if not found:
+        raise DataError(f"{file}: no rows: nothing was kept")
+    return replace(source, train=found, shared_prompts=_shared(recipe, found, source.held_out))
 
 
 def _embedded(name: str, train: slice, dev: int, test: int) -> Splits:
-    demonstrators: dict[str, arithmetic.Demonstrator] = {
-        "bcft:arithmetic": "expert",
-        "bcft:arithmetic-apprentice": "apprentice",
-    }
-    if name not in demonstrators:
-        raise DataError(f"dataset_name: {name!r} is not embedded; there are {', '.join(sorted(demonstrators))}")
+    if name not in EMBEDDED:
+        raise DataError(f"dataset_name: {name!r} is not embedded; there are {', '.join(sorted(EMBEDDED))}")
 
-    def take(split: arithmetic.Split, n: int, level: arithmetic.Level = "standard") -> tuple[Demonstration, ...]:
-        rows = arithmetic.items(split, n, level=level, demonstrator=demonstrators[name])
+    def take(split: arithmetic.Split, n: int, **level: Any) -> tuple[Demonstration, ...]:
+        rows = EMBEDDED[name](split, n, **level)
         return tuple(_demonstration(dict(row), f"{name} {split} row {i}") for i, row in enumerate(rows))
 
+    def hold(split: arithmetic.Split, n: int) -> tuple[Demonstration, ...]:
+        """Take distinct problems: a split may have fewer than are asked for."""
+        return tuple({d.problem.id: d for d in take(split, n)}.values())
+
     start, stop, _ = train.indices(EMBEDDED_ROWS)
-    harder = take("test", min(test, HARDER_PROBLEMS), level="harder")
-    return Splits(take("train", stop)[start:], take("dev", dev), take("test", test), harder)
+    worked = name.startswith("bcft:arithmetic")
+    harder = take("test", min(test, HARDER_PROBLEMS), level="harder") if worked else ()
+    return Splits(take("train", stop)[start:], hold("dev", dev), hold("test", test), harder)
 
 
 def _by_hash(
@@ -184,8 +240,7 @@ def _read(recipe: Recipe, split: str) -> list[tuple[dict[str, Any], str]]:
         return [(dict(row), f"{name} {split} row {i}") for i, row in enumerate(splits[split])]
     if not path.is_file():
         raise DataError(f"dataset_name: {path} does not exist")
-    readers = {".jsonl": _read_json, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
-    rows = list(readers[path.suffix](path))
+    rows = list(READERS[path.suffix](path))
     if not rows:
         raise DataError(f"{path}: no rows")
     return rows
@@ -205,75 +260,20 @@ def _hub(recipe: Recipe) -> Any:
         ) from error
 
 
-def _read_json(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
-    raw = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
-    if raw.lstrip()[:1] == b"[":
-        rows = _parse_json(raw, str(path))
-        yield from ((_mapping(row, f"{path}: row {i}"), f"{path}: row {i}") for i, row in enumerate(rows))
-        return
-    for number, line in enumerate(raw.split(b"\n"), 1):
-        if line.strip():
-            where = f"{path}:{number}"
-            yield _mapping(_parse_json(line, where), where), where
-
-
-def _parse_json(raw: bytes, where: str) -> Any:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise DataError(f"{where}: key {key!r} stands twice")
-        return dict(pairs)
-
-    def refuse(constant: str) -> None:
-        raise DataError(f"{where}: {constant} is no JSON number")
-
-    try:
-        return json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where}: not UTF-8 (byte {error.start}): save the file as UTF-8") from error
-    except RecursionError as error:
-        raise DataError(f"{where}: nested too deeply") from error
-    except json.JSONDecodeError as error:
-        place = where if error.lineno == 1 else f"{where}:{error.lineno}"
-        raise DataError(f"{place}: not JSON: {error.msg} at column {error.colno}") from error
-
-
-def _mapping(row: Any, where: str) -> dict[str, Any]:
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: expected an object with columns, found {type(row).__name__}")
-    return row
-
-
-def _read_csv(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, strict=True)
-            for row in reader:
-                where = f"{path}:{reader.line_num}"
-                if None in row or None in row.values():
-                    raise DataError(f"{where}: not as many fields as the header has ({len(reader.fieldnames or ())})")
-                yield row, where
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not readable as UTF-8 CSV: {error}") from error
-
-
-def _read_parquet(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        rows = pyarrow.parquet.read_table(path).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not readable as parquet: {error}") from error
-    yield from ((row, f"{path}: row {i}") for i, row in enumerate(rows))
-
-
 # Rows to demonstrations
 
 
 def _demonstration(row: dict[str, Any], where: str, *, problem_only: bool = False) -> Demonstration:
     """Return a row as a demonstration; with `problem_only` the completion may be missing."""
+    columns = {k: v for k, v in row.items() if k not in ("prompt", "question", "completion", "messages")}
+    for key in REFERENCES:
+        if key in columns and columns[key] is None:
+            raise DataError(f"{where}: {key}: null: every row needs its reference answer, or none has one")
+    if "messages" in row:
+        said = _messages(row["messages"], f"{where}: messages")
+        first = next((i for i, message in enumerate(said) if message["role"] == "assistant"), len(said))
+        prompt = _prompt(row["prompt"], f"{where}: prompt") if "prompt" in row else said[:first]
+        return _conversation(problem_id(prompt), prompt, columns, said, where)
     if "prompt" in row:
         prompt_key, completion_key = "prompt", "completion"
     elif "question" in row and "answer" in row:
@@ -281,17 +281,41 @@ def _demonstration(row: dict[str, Any], where: str, *, problem_only: bool = Fals
     else:
         raise DataError(
             f"{where}: columns {', '.join(sorted(map(str, row))) or 'none'}: "
-            f"expected prompt and completion, or question and answer"
+            f"expected prompt and completion, messages, or question and answer"
         )
     if completion_key not in row and not problem_only:
         raise DataError(f"{where}: no completion: a demonstration is a prompt and a completion")
     prompt = _prompt(row[prompt_key], f"{where}: {prompt_key}")
-    completion = _completion(row[completion_key], f"{where}: {completion_key}") if completion_key in row else ""
-    columns = {k: v for k, v in row.items() if k not in ("prompt", "question", "completion")}
-    for key in REFERENCES:
-        if key in columns and columns[key] is None:
-            raise DataError(f"{where}: {key}: null: every row needs its reference answer, or none has one")
+    if {"input_ids", "labels", "problem_id"} <= row.keys():
+        return _sampled(row, prompt, where)
+    answer = row.get(completion_key, "")
+    if isinstance(answer, list) and len(answer) > 1:
+        said = [*as_messages(prompt), *_messages(answer, f"{where}: {completion_key}")]
+        return _conversation(problem_id(prompt), prompt, columns, said, where)
+    completion = _completion(answer, f"{where}: {completion_key}")
     return Demonstration(Problem(problem_id(prompt), prompt, columns, where), completion)
+
+
+def _conversation(
+    identity: str, prompt: Prompt, columns: Mapping[str, Any], said: Sequence[Message], where: str
+) -> Demonstration:
+    """Return a demonstration of several turns, as the policy reads them."""
+    if said[-1]["role"] != "assistant":
+        raise DataError(
+            f"{where}: the last message is the {said[-1]['role']}'s: a demonstration ends with the assistant"
+        )
+    return Demonstration(Problem(identity, prompt, columns, where), said[-1]["content"], tuple(said))
+
+
+def _sampled(row: Mapping[str, Any], prompt: Prompt, where: str) -> Demonstration:
+    """Return a row that a run kept: its text, and the ids that were sampled."""
+    said = [*as_messages(prompt), *_messages(row["completion"], f"{where}: completion")]
+    found = _conversation(str(row["problem_id"]), prompt, {}, said, where)
+    try:
+        sampled = Row(found.problem.id, tuple(map(int, row["input_ids"])), tuple(map(int, row["labels"])), where)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{where}: input_ids and labels are no row: {error}") from error
+    return replace(found, sampled=sampled)
 
 
 def _prompt(value: Any, where: str) -> Prompt:
@@ -315,15 +339,15 @@ def _completion(value: Any, where: str) -> str:
 
 def _messages(value: Any, where: str) -> list[Message]:
     if not isinstance(value, list) or not value:
-        raise DataError(f"{where}: expected a string or a list of messages, found {_shown(value)}")
+        raise DataError(f"{where}: expected a string or a list of messages, found {shown(value)}")
     messages: list[Message] = []
     for i, message in enumerate(value):
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            raise DataError(f"{where}: message {i}: expected role and content, found {_shown(message)}")
+            raise DataError(f"{where}: message {i}: expected role and content, found {shown(message)}")
         if message["role"] not in ("system", "user", "assistant"):
             raise DataError(f"{where}: message {i}: role {message['role']!r} is not system, user or assistant")
         if not isinstance(message["content"], str):
-            raise DataError(f"{where}: message {i}: content must be text, found {_shown(message['content'])}")
+            raise DataError(f"{where}: message {i}: content must be text, found {shown(message['content'])}")
         messages.append({"role": message["role"], "content": _text(message["content"], f"{where}: message {i}")})
     return messages
 
@@ -336,8 +360,3 @@ def _text(value: str, where: str, *, empty: bool = True) -> str:
     except UnicodeEncodeError as error:
         raise DataError(f"{where}: half of a surrogate pair at character {error.start}: not valid text") from error
     return value
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 60 else text[:57] + "..."

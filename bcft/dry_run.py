@@ -82,7 +82,13 @@ def _sft(recipe: Recipe, splits: Splits | Missing, renderer: Any) -> "tuple[list
         trained, rows = len(splits.train), renderer
         if not isinstance(renderer, Missing):
             limit = longest_row(recipe)
-            made, rows = make_rows(splits.train, renderer, max_length=limit, overlength=recipe["overlength"])
+            made, rows = make_rows(
+                splits.train,
+                renderer,
+                max_length=limit,
+                overlength=recipe["overlength"],
+                train_on=recipe["train_on"],
+            )
             prompts = renderer.prompts([d.problem.prompt for d in (*splits.test, *splits.harder)])
             sampled = max(map(len, prompts), default=0) + recipe["max_completion_length"]
             trained, word, lengths = len(made), "", (max(len(row.input_ids) for row in made), sampled)
@@ -169,16 +175,19 @@ def evaluated_rounds(recipe: Recipe, *, evaluated: int, played: int) -> int:
 
 def _tells_success(recipe: Recipe, splits: Splits | Missing) -> bool:
     """Say whether evaluations can tell what is solved, with functions and references checked as the run does."""
-    from bcft.evaluation import check_references, success_function
+    from bcft.grading import check_references, reward_names, success_function
     from bcft.rewards import import_function, math_reward
 
-    names = recipe["reward_funcs"] if recipe.command == "filtered" else []
+    names = reward_names(recipe) if recipe.command == "filtered" else []
     functions = [import_function(name, key="reward_funcs") for name in names]
     if isinstance(splits, Missing):
         return bool(recipe["success_func"] != "")
     if math_reward in functions:
-        check_references(splits.train)
-    return success_function(recipe, splits, functions) is not None
+        check_references([d.problem for d in splits.train])
+    return (
+        success_function(recipe, [d.problem for d in splits.held_out], functions) is not None
+        or recipe["environment"] is not None
+    )
 
 
 def _attempts(recipe: Recipe, splits: Splits | Missing, split: str, *, success: bool) -> tuple[int, str]:

@@ -29,7 +29,8 @@ def measure_recipe(recipe: Recipe) -> dict[str, Any]:
     import dataclasses
 
     from bcft.data import load_splits
-    from bcft.evaluation import measure, success_function
+    from bcft.evaluation import measure
+    from bcft.grading import success_function
     from bcft.journal import write_json
     from bcft.model import load_policy
     from bcft.processes import rank
@@ -42,7 +43,7 @@ def measure_recipe(recipe: Recipe) -> dict[str, Any]:
         splits = load_splits(recipe)
         if not (splits.test if recipe["eval_split"] == "test" else splits.dev):
             raise DataError(f"{recipe['dataset_name']} has no {recipe['eval_split']} problems to evaluate")
-        success, found = success_function(recipe, splits), {}
+        success, found = success_function(recipe, [d.problem for d in splits.held_out]), {}
         for part, name in names.items():
             if name:
                 policy = load_policy(dataclasses.replace(recipe, values={**recipe.values, "model_name_or_path": name}))

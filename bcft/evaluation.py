@@ -1,44 +1,46 @@
 """Held-out evaluation: one function for every model, split and command, so that figures can be compared.
 
-Greedy decoding gives one attempt a problem, sampling several. An attempt is solved when it stopped by itself and
-the success function says so; what cannot be graded is counted and never solved. Attempts are keyed by their
-identity, so two models answer the same problems with the same noise and comparisons are paired.
+Greedy decoding gives one attempt a problem, sampling several. An attempt is solved when it stopped by itself and its
+environment or the success function says so; what cannot be graded is counted and never solved. Where an environment
+gives rewards, the return of an attempt is measured as well, and is what policies are compared by. Attempts are keyed
+by their identity, so two models answer the same problems with the same noise and comparisons are paired.
 """
 
 import dataclasses
-import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from bcft.config import Recipe
-from bcft.data import REFERENCES, Splits
-from bcft.errors import DataError
-from bcft.generation.hf import HFEngine, sampling_mode
+from bcft.data import Splits
+from bcft.environments import environment_factory
+from bcft.environments.single_turn import SingleTurn
+from bcft.generation.hf import sampling_mode
+from bcft.grading import reference
 from bcft.journal import read_json, read_jsonl, write_json, write_jsonl
 from bcft.model import Policy
-from bcft.processes import rank, world_size
-from bcft.rewards import Reward, answer_key, ask, extract_answer, import_function, math_reward
+from bcft.play import GREEDY, Attempt
+from bcft.playing import gather, played, share
+from bcft.processes import rank
+from bcft.rewards import Reward, answer_key, extract_answer
+from bcft.scoring import Score, revision, score
 from bcft.statistics import Paired, majority, mcnemar, mean_interval, paired, pass_at_k, verdict, wilson
-from bcft.types import IGNORED, Action, Demonstration, Message, Request, Row, Sampling
+from bcft.types import IGNORED, Demonstration, Environment, Row, Sampling
 
 HARDER_SAMPLES = 4
-
-GREEDY = -1
-"""The `sample` of an attempt without noise."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """Every attempt of an evaluation, one mapping each, and what follows from them.
 
-    attempts: `problem_id, sample` (-1: greedy)`, prompt, completion, answer, success: yes|no|unknown, stop, tokens`.
+    attempts: `problem_id, sample` (-1: greedy)`, prompt, completion, answer, success: yes|no|unknown, stop, tokens`;
+    of an environment also `graded, return, turns, first: yes|no|unknown` (success after the first turn)`, messages`.
     """
 
     attempts: tuple[Mapping[str, Any], ...]
@@ -66,10 +68,22 @@ class Evaluation:
         """The share of sampled attempts that solved each problem."""
         return [sum(solved) / len(solved) for solved in self.sampled.values() if solved]
 
-    def summary(self) -> dict[str, Any]:
-        """Return `{n, stop_rate, ungraded, greedy, sampled}` as the files hold it, intervals at 95 %.
+    @cached_property
+    def returns(self) -> dict[str, float]:
+        """The mean return of each problem's sampled attempts, of the greedy one without; empty without an environment
+        that gives rewards."""
+        found = {}
+        for key, attempts in self.problems.items():
+            given = [a["return"] for a in attempts[1:] or attempts if a.get("graded")]
+            if given:
+                found[key] = sum(given) / len(given)
+        return found
 
-        Without success function there is neither `greedy` nor `sampled`, without samples no `sampled`.
+    def summary(self) -> dict[str, Any]:
+        """Return `{n, stop_rate, ungraded, greedy, sampled, return, revision}` as the files hold it, intervals at 95 %.
+
+        Without success there is neither `greedy` nor `sampled`, without samples no `sampled`; `return` there is of an
+        environment that gives rewards, `revision` of one that tells success after each of always two turns.
         """
         n, solved = len(self.problems), sum(self.greedy.values())
         found: dict[str, Any] = {
@@ -77,6 +91,20 @@ class Evaluation:
             "stop_rate": sum(a["stop"] == "stop_token" for a in self.attempts) / max(len(self.attempts), 1),
             "ungraded": sum(a["success"] == "unknown" for a in self.attempts),
         }
+        if self.returns:
+            means = list(self.returns.values())
+            low, high = mean_interval(means, scale=(min(means), max(means)))
+            sampled = [a for attempts in self.problems.values() for a in attempts[1:] or attempts]
+            greedy = [attempts[0]["return"] for attempts in self.problems.values() if attempts[0]["graded"]]
+            found["return"] = {
+                "greedy": sum(greedy) / max(len(greedy), 1),
+                "mean": sum(self.returns.values()) / len(self.returns),
+                "ci95": [low, high],
+                "turns": sum(a["turns"] for a in sampled) / len(sampled),
+            }
+        if {a.get("turns", 1) for a in self.attempts} == {2}:
+            twice = [(a["first"], a["success"]) for a in self.attempts if a["first"] != "unknown"]
+            found |= {"revision": revision(twice)} if twice else {}
         if found["ungraded"] == len(self.attempts):
             return found
         found["greedy"] = {"success": solved / n, "ci95": list(wilson(solved, n))}
@@ -102,9 +130,15 @@ class Evaluation:
 def compare(base: Evaluation, other: Evaluation) -> dict[str, Any]:
     """Return `{delta, ci95, p_value, greedy_p_value, conclusion}` of other against base, problem by problem.
 
-    The verdict is the paired difference of sampled pass@1; without samples, of greedy. With samples of both there are
+    The verdict is the paired difference of sampled pass@1; without samples, of greedy; of mean returns where an
+    environment gives rewards, which are then `return_delta` and `return_ci95`. With samples of both there are
     `pass@k_delta` and `pass@k_ci95` as well: a policy that narrows loses there first.
     """
+    both = [key for key in base.returns if key in other.returns]
+    returned = None
+    if both:
+        old, new = ([found.returns[key] for key in both] for found in (base, other))
+        returned = paired(old, new, scale=(min(*old, *new), max(*old, *new)))
     greedy = [(base.greedy[key], other.greedy[key]) for key in base.greedy]
     before, after = base.rates, other.rates
     if not before:
@@ -116,7 +150,8 @@ def compare(base: Evaluation, other: Evaluation) -> dict[str, Any]:
         "ci95": [difference.low, difference.high],
         "p_value": difference.p_value,
         "greedy_p_value": mcnemar(sum(a and not b for a, b in greedy), sum(b and not a for a, b in greedy)),
-        "conclusion": verdict(difference),
+        "conclusion": verdict(returned or difference),
+        **({"return_delta": returned.delta, "return_ci95": [returned.low, returned.high]} if returned else {}),
         **({"pass@k_delta": wide.delta, "pass@k_ci95": [wide.low, wide.high]} if wide else {}),
     }
 
@@ -145,42 +180,65 @@ def evaluate(
     seed: int,
     phase: str,
     label: str,
+    make: Callable[[], Environment] = SingleTurn,
+    max_turns: int = 1,
+    step_timeout: float = 60.0,
 ) -> Evaluation:
     """Attempt every problem once greedily and `samples` times with `sampling`; judge the attempts.
 
-    phase: `dev` or `test`, part of the noise's identity; label: what the progress bar says; none without.
+    phase: `dev` or `test`, part of the noise's identity; label: what the progress bar says; none without; make,
+    max_turns, step_timeout: the environment, as `bcft.play.play` takes them.
     """
-    contexts = policy.renderer.prompts([d.problem.prompt for d in demonstrations])
-    requests = [
-        Request(
-            key=(seed, phase, 0, d.problem.id, sample, 0),
-            context_ids=tuple(context),
-            sampling=Sampling(temperature=0.0) if sample == GREEDY else sampling,
-            stop_ids=policy.renderer.stop_ids,
+    attempts = [Attempt(d.problem, 0, sample) for d in demonstrations for sample in range(GREEDY, samples)]
+    begun = time.perf_counter()
+    mine = list(
+        played(
+            policy,
+            share(attempts),
+            make,
+            sampling=sampling,
             max_new_tokens=max_new_tokens,
-        )
-        for d, context in zip(demonstrations, contexts, strict=True)
-        for sample in range(GREEDY, samples)
-    ]
-    actions = _generate(policy, requests, label=label)
-    texts = [policy.renderer.decode(actions[request.key].ids) for request in requests]
-    asked = [d for d in demonstrations for _ in range(GREEDY, samples)]
-    verdicts = judge_success(success, asked, texts)
-    return Evaluation(
-        tuple(
-            {
-                "problem_id": d.problem.id,
-                "sample": request.key[4],
-                "prompt": policy.renderer.text(d.problem.prompt),
-                "completion": text,
-                "answer": _reference(d),
-                "success": "no" if solved == "yes" and actions[request.key].stop != "stop_token" else solved,
-                "stop": actions[request.key].stop,
-                "tokens": len(actions[request.key].ids),
-            }
-            for d, request, text, solved in zip(asked, requests, texts, verdicts, strict=True)
+            max_turns=max_turns,
+            step_timeout=step_timeout,
+            seed=seed,
+            phase=phase,
+            label=label,
         )
     )
+    if label and rank() == 0:
+        seconds, tokens = time.perf_counter() - begun, sum(len(turn.action_ids) for t in mine for turn in t.turns)
+        print(f"{label}: {len(mine):,} attempts in {seconds:.0f} s, {tokens / seconds:,.0f} tokens/s", flush=True)
+    found = {trajectory.id: trajectory for trajectory in gather(policy, mine)}
+    problems = {d.problem.id: d.problem for d in demonstrations}
+    ordered = [found[f"{a.round}-{a.problem.id}-{a.sample}"] for a in attempts]
+    scores = score(ordered, problems, [], weights=[], success=success)
+    asked = [d for d in demonstrations for _ in range(GREEDY, samples)]
+    alone = make is SingleTurn
+    return Evaluation(tuple(_attempt(policy, d, s, alone=alone) for d, s in zip(asked, scores, strict=True)))
+
+
+def _attempt(policy: Policy, demonstration: Demonstration, found: Score, *, alone: bool) -> dict[str, Any]:
+    """Return an attempt as `evaluation.jsonl` holds it; alone: one question and one answer, nothing of turns."""
+    trajectory, prompt = found.trajectory, demonstration.problem.prompt
+    line: dict[str, Any] = {
+        "problem_id": trajectory.problem_id,
+        "sample": trajectory.sample,
+        "prompt": policy.renderer.text(list(trajectory.opening) or prompt),
+        "completion": trajectory.turns[-1].action if trajectory.turns else "",
+        "answer": reference(demonstration.problem),
+        "success": "no" if found.success == "yes" and trajectory.cut else found.success,
+        "stop": next((turn.stop for turn in trajectory.turns if turn.stop != "stop_token"), "stop_token"),
+        "tokens": sum(len(turn.action_ids) for turn in trajectory.turns),
+    }
+    if alone:
+        return line
+    return line | {
+        "graded": trajectory.environment_reward is not None and trajectory.ended != "error",
+        "return": trajectory.environment_reward or 0.0,
+        "turns": len(trajectory.turns),
+        "first": trajectory.turns[0].success if len(trajectory.turns) > 1 else "unknown",
+        "messages": [dict(message) for message in trajectory.messages],
+    }
 
 
 @dataclass(frozen=True)
@@ -201,16 +259,19 @@ def measure(
     rows: Sequence[Row],
     directory: Path,
     quiet: bool,
+    make: Callable[[], Environment] | None = None,
 ) -> Measured:
     """Evaluate a policy on `dev` or `test` as the recipe says and write the result into a directory.
 
-    success: as `success_function` returns it; rows: held-out demonstrations as rows, for their loss; may be empty. The
-    directory's name is what progress shows.
+    success: as `success_function` returns it; rows: held-out demonstrations as rows, for their loss; may be empty;
+    make: an environment in the place of the recipe's. The directory's name is what progress shows.
     """
     problems = splits.test if split == "test" else splits.dev
-    samples = recipe["eval_test_samples" if split == "test" else "eval_dev_samples"] if success else 0
+    told = success or recipe["environment"]
+    samples = recipe["eval_test_samples" if split == "test" else "eval_dev_samples"] if told else 0
     if not problems:
         return Measured(Evaluation(()), {})
+    playing = turns_of(recipe, make)
 
     def attempt(which: Sequence[Demonstration], most: int, name: str) -> Evaluation:
         """Evaluate some problems by the recipe, with at most so many samples each."""
@@ -218,12 +279,13 @@ def measure(
             policy,
             which,
             success=success,
-            sampling=Sampling(**{f.name: recipe[f.name] for f in dataclasses.fields(Sampling)}),
+            sampling=sampling_of(recipe),
             samples=min(samples, most),
             max_new_tokens=recipe["max_completion_length"],
             seed=recipe["seed"],
             phase=split,
             label=name,
+            **playing,
         )
 
     label = "" if quiet else directory.name
@@ -239,64 +301,24 @@ def measure(
     return Measured(evaluation, summary)
 
 
+def sampling_of(recipe: Recipe) -> Sampling:
+    """Return how a recipe samples."""
+    return Sampling(**{f.name: recipe[f.name] for f in dataclasses.fields(Sampling)})
+
+
+def turns_of(recipe: Recipe, make: Callable[[], Environment] | None = None) -> dict[str, Any]:
+    """Return `make, max_turns, step_timeout` of a recipe: one turn without an environment."""
+    factory = make or environment_factory(recipe["environment"], recipe["environment_args"])
+    turns = 1 if factory is SingleTurn else recipe["max_turns"]
+    return {"make": factory, "max_turns": turns, "step_timeout": recipe["step_timeout"]}
+
+
 def stored(directory: Path) -> Measured | None:
     """Return what `measure` wrote into a directory, None if it did not get to the end."""
     if not (directory / "evaluation.json").is_file():
         return None
     attempts = tuple(read_jsonl(directory / "evaluation.jsonl"))
     return Measured(Evaluation(attempts), read_json(directory / "evaluation.json"))
-
-
-def success_function(recipe: Recipe, splits: Splits, rewards: Sequence[Reward] = ()) -> Reward | None:
-    """Return what says whether an attempt solved its problem: `success_func`, else the first reward function.
-
-    rewards: functions that take the place of the recipe's `reward_funcs`. None where `success_func` is '', and where
-    `math_reward` is nobody's wish but the default's and would find no reference answers.
-
-    Raises DataError when `math_reward` does not accept a held-out reference answer as its own solution.
-    """
-    name = recipe["success_func"]
-    if name == "":
-        return None
-    if name is None and rewards:
-        function = rewards[0]
-    else:
-        key = "reward_funcs" if name is None else "success_func"
-        function = import_function(name or recipe["reward_funcs"][0], key=key)
-    if function is math_reward:
-        if not splits.reference and not {"success_func", "reward_funcs"} & recipe.given:
-            return None
-        check_references(splits.held_out)
-    return function
-
-
-def check_references(demonstrations: Sequence[Demonstration]) -> None:
-    """Grade each reference answer against itself: one that is not its own solution would make every attempt wrong.
-
-    Raises DataError with the first that `math_reward` does not accept.
-    """
-    texts = [_reference(d) for d in demonstrations]
-    graded = math_reward(prompts=texts, completions=texts, answer=texts)
-    refused = [d for d, value in zip(demonstrations, graded, strict=True) if value != 1.0]
-    if refused:
-        more = f" (nor those of {len(refused) - 1} more rows)" if len(refused) > 1 else ""
-        raise DataError(
-            f"{refused[0].problem.where}: math_reward does not accept the reference {_reference(refused[0])[-60:]!r} "
-            f"as its own solution{more}: mend or remove it, or name other reward functions"
-        )
-
-
-def judge_success(success: Reward | None, asked: Sequence[Demonstration], texts: Sequence[str]) -> list[str]:
-    """Return `yes`, `no` or `unknown` for each attempt; the function gets TRL's arguments, in the prompt's form."""
-    if success is None or not asked:
-        return ["unknown"] * len(asked)
-    chat = [not isinstance(d.problem.prompt, str) for d in asked]
-    completions: list[str | list[Message]] = [
-        [{"role": "assistant", "content": text}] if as_messages else text
-        for text, as_messages in zip(texts, chat, strict=True)
-    ]
-    values = ask(success, [d.problem for d in asked], completions)
-    return ["unknown" if value is None else "yes" if value >= 1.0 else "no" for value in values]
 
 
 @torch.no_grad()
@@ -318,44 +340,6 @@ def held_out_loss(policy: Policy, rows: Sequence[Row]) -> float:
     return total / max(count, 1)
 
 
-def _generate(policy: Policy, requests: Sequence[Request], *, label: str) -> dict[tuple[str | int, ...], Action]:
-    """Run the engine on this process's share of the requests and gather everybody's actions."""
-    # Whole problems go to one process, so that their samples share a prefill.
-    problems = list(dict.fromkeys(request.context_ids for request in requests))
-    mine = set(problems[rank() :: world_size()])
-    share = [request for request in requests if request.context_ids in mine]
-    engine = HFEngine(policy.model, pad_id=policy.renderer.tokenizer.pad_token_id)
-    with sampling_mode(policy.model, autocast=policy.precision.autocast):
-        actions = list(_watched(engine.generate(share), total=len(share), label=label if rank() == 0 else ""))
-    return {action.key: action for action in gather(policy, actions)}
-
-
-def gather(policy: Policy, items: list[Any]) -> list[Any]:
-    """Return the items of all processes, by process; every process must call it."""
-    if world_size() == 1:
-        return items
-    from accelerate import PartialState
-    from accelerate.utils import gather_object
-
-    PartialState(cpu=policy.precision.device == "cpu")
-    return list(gather_object(items))
-
-
-def _watched(actions: Iterable[Action], *, total: int, label: str) -> Iterable[Action]:
-    """Show attempts done, tokens a second and time left; nothing without a label."""
-    tokens, start = 0, time.perf_counter()
-    with tqdm(total=total, desc=label, unit="attempt", disable=not (label and sys.stderr.isatty()), leave=False) as bar:
-        for action in actions:
-            tokens += len(action.ids)
-            bar.update()
-            if bar.n % 64 == 0:
-                bar.set_postfix_str(f"{tokens / (time.perf_counter() - start):,.0f} tokens/s", refresh=False)
-            yield action
-    if label:
-        seconds = time.perf_counter() - start
-        print(f"{label}: {total:,} attempts in {seconds:.0f} s, {tokens / seconds:,.0f} tokens/s", flush=True)
-
-
 def _batches(rows: Sequence[Row], *, most_tokens: int) -> Iterable[list[Row]]:
     batch: list[Row] = []
     for row in rows:
@@ -365,8 +349,3 @@ def _batches(rows: Sequence[Row], *, most_tokens: int) -> Iterable[list[Row]]:
         batch.append(row)
     if batch:
         yield batch
-
-
-def _reference(demonstration: Demonstration) -> str:
-    columns = demonstration.problem.columns
-    return str(next((columns[name] for name in REFERENCES if name in columns), ""))

@@ -23,6 +23,7 @@ from bcft.errors import UsageError
 from bcft.processes import rank
 from bcft.rewards import described
 from bcft.run import RunDirectory, run_or_tell
+from bcft.types import Environment
 
 LONG_ROUND = 60.0
 """Seconds of a round after which the learning curve is drawn at once: that costs less than a hundredth of it."""
@@ -32,36 +33,49 @@ def run(
     recipe: str | PathLike[str] | None = None,
     *,
     reward_funcs: Sequence[Callable[..., Any]] | None = None,
+    environment: Callable[..., Environment] | None = None,
     **overrides: Any,
 ) -> dict[str, Any]:
-    """Run the recipe's rounds; return what `metrics.json` holds. `reward_funcs` takes the place of the recipe's.
+    """Run the recipe's rounds; return what `metrics.json` holds.
+
+    `reward_funcs` and `environment`, which is called with `environment_args`, take the place of the recipe's.
 
     Raises a `bcft.errors.BcftError` for everything a user can cause.
     """
-    return improve(load("filtered", recipe, overrides), reward_funcs=reward_funcs)
+    return improve(load("filtered", recipe, overrides), reward_funcs=reward_funcs, environment=environment)
 
 
-def improve(recipe: Recipe, *, reward_funcs: Sequence[Callable[..., Any]] | None = None) -> dict[str, Any]:
+def improve(
+    recipe: Recipe,
+    *,
+    reward_funcs: Sequence[Callable[..., Any]] | None = None,
+    environment: Callable[..., Environment] | None = None,
+) -> dict[str, Any]:
     """Run a parsed recipe, or tell what it came to if it is finished; return what `metrics.json` holds."""
-    if reward_funcs:  # on record, so that a run does not go on with another reward
-        named = {"reward_funcs": [described(function) for function in reward_funcs]}
-        recipe = replace(recipe, values={**recipe.values, **named}, given=recipe.given | named.keys())
+    named: dict[str, Any] = {}  # on record, so that a run does not go on with another reward or environment
+    if reward_funcs:
+        named["reward_funcs"] = [described(function) for function in reward_funcs]
+    if environment:
+        named["environment"] = described(environment)
+    recipe = replace(recipe, values={**recipe.values, **named}, given=recipe.given | named.keys())
     against = recipe["against"]
     if against and not (Path(against) / "metrics.jsonl").is_file():
         raise UsageError(f"against: {against} is no run of bcft filtered: its rounds are in DIR/metrics.jsonl")
-    return run_or_tell(recipe, partial(_improve, recipe, reward_funcs), report=partial(_report, recipe))
+    make = partial(environment, **recipe["environment_args"]) if environment else None
+    return run_or_tell(recipe, partial(_improve, recipe, reward_funcs, make), report=partial(_report, recipe))
 
 
 def _improve(
     recipe: Recipe,
     reward_funcs: Sequence[Callable[..., Any]] | None,
+    environment: Callable[[], Environment] | None,
     splits: Splits,
     directory: RunDirectory,
     console: Console,
 ) -> dict[str, Any]:
     from bcft.rounds import Rounds
 
-    rounds = Rounds(recipe, splits, directory, console, reward_funcs=reward_funcs)
+    rounds = Rounds(recipe, splits, directory, console, reward_funcs=reward_funcs, environment=environment)
     rounds.baseline()
     while number := rounds.next():
         # 1. Roll out: the policy attempts problems it may train on.

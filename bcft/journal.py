@@ -135,8 +135,10 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def write_manifest(directory: Path, files: Iterable[Path], *, name: str = MANIFEST) -> None:
-    """Commit files of a directory: their hashes, written last and durably."""
+def write_manifest(
+    directory: Path, files: Iterable[Path], *, name: str = MANIFEST, about: Mapping[str, Any] | None = None
+) -> None:
+    """Commit files of a directory: their hashes, written last and durably; about: what else is to be known of them."""
     with storage(directory):
         hashes = {}
         for file in sorted(files):
@@ -144,7 +146,7 @@ def write_manifest(directory: Path, files: Iterable[Path], *, name: str = MANIFE
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
             hashes[file.relative_to(directory).as_posix()] = _sha256(file)
-    write_json(directory / name, {"files": hashes})
+    write_json(directory / name, {**(about or {}), "files": hashes})
 
 
 def committed(directory: Path) -> bool:
@@ -164,9 +166,13 @@ def seal(directory: Path, *names: str) -> None:
     write_manifest(directory, [directory / name for name in names], name=SEAL)
 
 
-def commit_round(directory: Path) -> None:
-    """Commit all files of a round, the weights below it apart; the seal has served."""
-    write_manifest(directory, [file for file in directory.iterdir() if file.is_file() and file.name != SEAL])
+def commit_round(directory: Path, *, tokenizer: str) -> None:
+    """Commit all files of a round, the weights below it apart; the seal has served.
+
+    tokenizer: the fingerprint of the one whose ids the round's files hold.
+    """
+    files = [file for file in directory.iterdir() if file.is_file() and file.name != SEAL]
+    write_manifest(directory, files, about={"tokenizer": tokenizer})
     (directory / SEAL).unlink(missing_ok=True)
 
 

@@ -18,20 +18,20 @@ from bcft.evaluation import Measured, stored
 from bcft.journal import read_json, read_jsonl, write_bytes, write_text
 from bcft.run import MAY_DIFFER
 from bcft.selection import REASONS
-from bcft.summary import cell, conclusion, percent, table_rows
+from bcft.summary import cell, conclusion, percent, returned, table_rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 PICTURE = "learning_curve.png"
-FIGURE = {"sampled": "pass@1", "greedy": "success"}
-"""What an evaluation's two kinds of attempts call the share they solved."""
+FIGURE = {"sampled": "pass@1", "greedy": "success", "return": "mean"}
+"""What an evaluation calls the share that sampled and greedy attempts solved, and the return of an environment."""
 OWN, LIGHT, OTHER, QUIET = "#0072B2", "#7FB8DA", "#D55E00", "#767676"
 COLOURS = {
     "kept": OWN, "errored": "#882255", "ungraded": "#AA4499", "truncated": "#332288", "failed": "#CC6677",
-    "below_floor": "#999933", "below_cutoff": "#DDCC77", "duplicate": "#C9C9C9", "over_cap": "#88CCEE",
-    "tie_lost": "#44AA99",
+    "outside_band": "#117733", "below_floor": "#999933", "below_cutoff": "#DDCC77", "duplicate": "#C9C9C9",
+    "over_cap": "#88CCEE", "tie_lost": "#44AA99",
 }  # fmt: skip
 """Told apart by colour-blind readers: Okabe & Ito's blue, and the muted scheme of Paul Tol. A reason keeps its own."""
 FILES = {
@@ -89,7 +89,7 @@ class _Run:
         return "random control" if self.config["control"] == "random" else self.path.name
 
     def curve(self, kind: str) -> list[tuple[int, float, list[float]]]:
-        """Return round, solved share and interval wherever dev was evaluated."""
+        """Return round, solved share or mean return, and interval wherever dev was evaluated."""
         found = [(r["round"], r["eval"][kind]) for r in self.records if kind in r.get("eval", {})]
         return [(number, part[FIGURE[kind]], part["ci95"]) for number, part in found]
 
@@ -146,7 +146,7 @@ def _figure(run: _Run, other: _Run | None) -> "Figure":
     figure = Figure(figsize=(9, 6), dpi=200, layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1))
     above, below = figure.subplots(2, 1, sharex=True)
     last = max(one.records[-1]["round"] for one in (run, other) if one)
-    if run.curve("greedy"):
+    if run.curve("greedy") or run.curve("return"):
         _draw_success(above, run, other)
     else:
         _draw_reward(above, run, other)
@@ -165,9 +165,11 @@ def _figure(run: _Run, other: _Run | None) -> "Figure":
 def _draw_success(axes: "Axes", run: _Run, other: _Run | None) -> None:
     from matplotlib.ticker import PercentFormatter
 
-    main = "sampled" if run.curve("sampled") else "greedy"
+    main = next(kind for kind in ("return", "sampled", "greedy") if run.curve(kind))
+    what, form = ("Dev return", "{:.2f}".format) if main == "return" else (f"Dev success, {main}", percent)
+    sampled = "mean return of sampled attempts" if main == "return" else main
     at = {number: value for number, value, _ in run.curve(main)}
-    _draw_curve(axes, run, main, OWN, label=f"{main}, 95 % interval")
+    _draw_curve(axes, run, main, OWN, label=f"{sampled}, 95 % interval")
     if main == "sampled":
         rounds, values, _ = zip(*run.curve("greedy"), strict=True)
         axes.plot(rounds, values, color=LIGHT, linewidth=1.2, marker=".", markersize=5, label="greedy")
@@ -177,11 +179,12 @@ def _draw_success(axes: "Axes", run: _Run, other: _Run | None) -> None:
         axes.scatter([shown], [at[shown]], 110, facecolors="none", edgecolors="black", zorder=5, label=ring)
     axes.axhline(at[0], color=QUIET, linestyle="--", linewidth=1, zorder=1, label="before training")
     if other and other.curve(main):
-        _draw_curve(axes, other, main, OTHER, label=f"{main}, {_short(other.name)}")
-    after = f", {percent(at[shown])} after round {shown}" if shown else ", no round is better" if run.metrics else ""
-    _title(axes, f"Dev success, {main}: {percent(at[0])} before training{after}")
-    axes.set_ylim(0, 1.03)
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
+        _draw_curve(axes, other, main, OTHER, label=f"{sampled}, {_short(other.name)}")
+    after = f", {form(at[shown])} after round {shown}" if shown else ", no round is better" if run.metrics else ""
+    _title(axes, f"{what}: {form(at[0])} before training{after}")
+    if main != "return":
+        axes.set_ylim(0, 1.03)
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
     _legend(axes)
 
 
@@ -282,6 +285,7 @@ def _rounds(run: _Run) -> list[str]:
         "kept by wrong steps": column("selection", "kept_with_wrong_step"),
         "dev greedy": [cell(record.get("eval", {}), "greedy", "success") for record in run.records],
         "dev sampled": [cell(record.get("eval", {}), "sampled", "pass@1") for record in run.records],
+        "dev return": [returned(record.get("eval", {})) for record in run.records],
         "distinct solved a problem": column("diversity", "unique_correct_per_problem", "{:.2f}".format),
         "distinct-2": column("diversity", "distinct_2", "{:.3f}".format),
         "entropy": column("diversity", "entropy", "{:.3f}".format),

@@ -31,8 +31,8 @@ class Ledger:
 
     @property
     def tells_success(self) -> bool:
-        """Whether an evaluation can tell what is solved."""
-        return "greedy" in self.records[0]["eval"]
+        """Whether an evaluation can tell what is solved, or what return an attempt has."""
+        return bool({"greedy", "return"} & self.records[0]["eval"].keys())
 
     def path(self, number: int) -> Path:
         """Return the directory of a round."""
@@ -60,11 +60,14 @@ class Ledger:
     def best(self, last: int) -> int:
         """Return the round up to `last` with the highest sampled pass@1 on dev, the earlier of equals.
 
-        Where success cannot be told there is nothing to choose by, and it is the last one.
+        Where an environment gives rewards it is the highest mean return, which is what the filter raises; where success
+        cannot be told either there is nothing to choose by, and it is the last one.
         """
 
         def level(number: int) -> float:
             found = self.records[number]["eval"]
+            if "return" in found:
+                return float(found["return"]["mean"])
             return float(found["sampled"]["pass@1"] if "sampled" in found else found["greedy"]["success"])
 
         evaluated = [n for n in range(last + 1) if "eval" in self.records[n]]

@@ -38,6 +38,8 @@ from bcft.types import (
 
 MOST_AT_ONCE = 128
 """Calls of environments that run at the same time; of more, each would have too small a part of its time to compute."""
+GREEDY = -1
+"""The `sample` of an attempt without noise."""
 _LONGEST_ERROR = 500
 _LONGEST_WAIT = 60.0
 """Seconds; a limit of any size may be set, but not every one can be waited for at once."""
@@ -72,6 +74,13 @@ class Closing(Protocol):
         ...
 
 
+@runtime_checkable
+class Instant(Protocol):
+    """A factory of environments that answer at once: they are asked where they stand, for a thread costs more."""
+
+    instant: bool
+
+
 @dataclass(frozen=True, slots=True)
 class Attempt:
     """One trajectory to be played: what it is about, and what it is known by."""
@@ -79,6 +88,7 @@ class Attempt:
     problem: Problem
     round: int
     sample: int
+    """Which of the problem's attempts; `GREEDY`: the one without noise."""
 
 
 def play(
@@ -109,7 +119,7 @@ def play(
             "max_turns, max_new_tokens and step_timeout must be positive, "
             f"not {max_turns}, {max_new_tokens} and {step_timeout}"
         )
-    calls = _Calls(step_timeout)
+    calls = _Calls(step_timeout, threads=not isinstance(make, Instant))
     rendered: dict[str, tuple[int, ...]] = {}  # what many attempts read first is tokenised once
     games = [_Game(attempt, renderer, max_turns, (seed, phase), rendered) for attempt in attempts]
 
@@ -136,7 +146,15 @@ def _waves(
     # 2. Wave by wave, all that go on take a turn; the environments answer while the engine is still at work.
     while live := {game.key: game for game in games if not game.ended}:
         requests = [
-            Request(key, game.context, sampling, game.renderer.stop_ids, max_new_tokens) for key, game in live.items()
+            Request(
+                key,
+                game.context,
+                Sampling(temperature=0.0) if game.attempt.sample == GREEDY else sampling,
+                game.renderer.stop_ids,
+                max_new_tokens,
+                session=key[:-1] if game.max_turns > 1 else None,
+            )
+            for key, game in live.items()
         ]
         for action in engine.generate(requests):
             game = live.pop(action.key)
@@ -164,6 +182,7 @@ class _Game:
     rendered: dict[str, tuple[int, ...]]
     environment: Environment | None = None
     history: list[Message] = field(default_factory=list)
+    opening: tuple[Message, ...] = ()
     turns: list[Turn] = field(default_factory=list)
     context: tuple[int, ...] = ()
     added: tuple[int, ...] = ()  # what of the context is new since the last action; all of it where `rewritten`
@@ -182,7 +201,15 @@ class _Game:
         """Return what was played."""
         assert self.ended is not None
         attempt = self.attempt
-        return Trajectory(attempt.round, attempt.problem.id, attempt.sample, tuple(self.turns), self.ended, self.error)
+        return Trajectory(
+            attempt.round,
+            attempt.problem.id,
+            attempt.sample,
+            tuple(self.turns),
+            self.ended,
+            self.error,
+            self.opening,
+        )
 
     def open(self, make: Callable[[], Environment]) -> Prompt:
         """Make the environment and return its first observation."""
@@ -196,6 +223,8 @@ class _Game:
             return self._fail(f"reset {answer.reason}")
         try:
             self.history = messages(answer)
+            if self.history != messages(self.attempt.problem.prompt):
+                self.opening = tuple(self.history)
             if (shown := repr(answer)) not in self.rendered:
                 self.rendered[shown] = tuple(self.renderer.prompts([answer])[0])
             self.context = self.added = self.rendered[shown]
@@ -277,8 +306,9 @@ class _Calls:
     A thread that has answered takes the next call; one that hangs is given up, and another takes its place.
     """
 
-    def __init__(self, limit: float) -> None:
+    def __init__(self, limit: float, *, threads: bool = True) -> None:
         self.limit = limit
+        self.threads = threads
         self.idle = 0  # threads that wait for work
         self.work: SimpleQueue[tuple[_Game, Callable[[], Any]] | None] = SimpleQueue()
         self.waiting: deque[tuple[_Game, Callable[[], Any]]] = deque()
@@ -287,6 +317,10 @@ class _Calls:
 
     def start(self, game: _Game, call: Callable[[], Any]) -> None:
         """Call as soon as there is room."""
+        if not self.threads:
+            self.deadlines[game] = math.inf
+            self.done.put((game, 0.0, _answer(call)))
+            return
         self.waiting.append((game, call))
         self._fill()
 
@@ -302,7 +336,7 @@ class _Calls:
                         continue
                     return
                 game, finished, answer = next(iter(self.deadlines)), math.inf, None
-            self.idle += finished < math.inf
+            self.idle += self.threads and finished < math.inf
             if game not in self.deadlines:
                 continue  # it was given up before it answered
             late = finished > self.deadlines.pop(game)
@@ -327,11 +361,15 @@ class _Calls:
     def _run(self) -> None:
         while (work := self.work.get()) is not None:
             game, call = work
-            try:
-                answer = call()
-            except BaseException as error:  # users' code: whatever it does, `sys.exit` included, fails one attempt
-                answer = _Failure(f"raised {_one_line(error)}")
+            answer = _answer(call)
             self.done.put((game, monotonic(), answer))
+
+
+def _answer(call: Callable[[], Any]) -> Any:
+    try:
+        return call()
+    except BaseException as error:  # users' code: whatever it does, `sys.exit` included, fails one attempt
+        return _Failure(f"raised {_one_line(error)}")
 
 
 def _ended(answers: Iterator[tuple[_Game, Any]], take: Callable[[_Game, Any], None]) -> Iterator[Trajectory]:

@@ -33,7 +33,11 @@ def first_rows(recipe: Recipe) -> tuple[list[dict[str, Any]], str]:
 
     renderer = load_renderer(recipe)
     rows, census = make_rows(
-        load_splits(recipe).train, renderer, max_length=longest_row(recipe), overlength=recipe["overlength"]
+        load_splits(recipe).train,
+        renderer,
+        max_length=longest_row(recipe),
+        overlength=recipe["overlength"],
+        train_on=recipe["train_on"],
     )
     shown = []
     for row in rows[: recipe["preview_rows"]]:

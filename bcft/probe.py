@@ -35,6 +35,8 @@ def probe(recipe: Recipe, scores: Sequence[Score], problems: Mapping[str, Proble
     }
     # Where success cannot be told, there are no answers to be read either.
     told = shares if any(found.success != "unknown" for found in scores) else {n: shares[n] for n in ("graded", "cut")}
+    if recipe["environment"]:
+        told = {name: n for name, n in told.items() if "answer" not in name}
     counted = ", ".join(f"{percent(n / len(scores))} {name}" for name, n in told.items())
     attempted = len({trajectory.problem_id for trajectory in played})
     lines = [f"probe: {len(scores)} attempts at {attempted} problems: {counted}"]

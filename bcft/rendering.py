@@ -6,8 +6,10 @@ rollout never sees the two merged, and ends with what the template emits after a
 and including the first stop id. A conversation goes on behind the very ids that were sampled.
 """
 
+import hashlib
 import re
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 from bcft.errors import DataError
@@ -19,6 +21,8 @@ DATE = "26 Jul 2024"
 # Unicode noncharacters, which no interchanged text may hold: they mark places in rendered text.
 _BREAK = "\ufdd0"
 _CONTENT = "\ufdd1"
+_RECENT = 4096
+"""Conversations kept as rendered: more than are played at once."""
 
 
 class Renderer:
@@ -29,6 +33,7 @@ class Renderer:
 
     def __init__(self, tokenizer: Any, stop_ids: Sequence[int] = ()) -> None:
         self.tokenizer = tokenizer
+        self._recent: dict[tuple[tuple[str, str], ...], str] = {}
         self.chat = bool(tokenizer.chat_template)
         special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         self._special = re.compile("|".join(re.escape(s) for s in sorted(special, key=len, reverse=True)) or r"(?!)")
@@ -37,6 +42,14 @@ class Renderer:
         self.stop_ids: tuple[int, ...] = tuple(sorted(known | {self.tail_ids[-1]}))
         probe = self.prompts(["?"])[0]
         self.bos_count = probe.count(tokenizer.bos_token_id) if tokenizer.bos_token_id is not None else 0
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of vocabulary, merges and template: what decides which ids a text becomes."""
+        tokenizer = self.tokenizer
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        parts = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
+        return hashlib.sha256(f"{parts}\x1f{tokenizer.chat_template}\x1f{self.stop_ids}".encode()).hexdigest()
 
     def prompts(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """Return the ids of each prompt, ready to be continued by the policy."""
@@ -66,17 +79,26 @@ class Renderer:
             return added if not cut else self.tail_ids + added, False
         said = self.decode(action_ids[:-tail] if stopped else action_ids)
         whole: list[Message] = [*history, {"role": "assistant", "content": said}, *messages(observation)]
-        actual = self._render(_messages(whole, escape=self._escape), generate=True)
-        marked = _messages(whole, escape=self._escape)
-        marked[len(history)]["content"] = _CONTENT
-        before, _, after = self._render(marked, generate=True).partition(_CONTENT)
+        before, actual = (self._conversation(part) for part in (history, whole))
         said = self._escape(said)
-        same = before == self._render(_messages(history, escape=self._escape), generate=True)
-        if same and (stopped or cut) and actual in (before + said + after, before + said.strip() + after):
-            added = self._tokenise([after])[0]
+        rest = actual.removeprefix(before)
+        shown = next((text for text in (said, said.strip()) if rest.startswith(text)), None)
+        if actual.startswith(before) and shown is not None and (stopped or cut):
+            added = self._tokenise([rest.removeprefix(shown)])[0]
+            # What follows the action must be its end: else the template has put something else in its place.
             if added[:tail] == self.tail_ids:
                 return added[tail:] if stopped else added, False
         return self._tokenise([actual])[0], True
+
+    def _conversation(self, said: Sequence[Message]) -> str:
+        """Return messages as the policy is to answer them; the last ones rendered are at hand, for rendering takes time
+        that grows with their number and each is wanted twice: after one turn, and before the next."""
+        key = tuple((message["role"], message["content"]) for message in said)
+        if key not in self._recent:
+            if len(self._recent) >= _RECENT:
+                del self._recent[next(iter(self._recent))]
+            self._recent[key] = self._render(_messages(said, escape=self._escape), generate=True)
+        return self._recent[key]
 
     def text(self, prompt: Prompt) -> str:
         """Return the prompt as the policy reads it, for people."""
@@ -142,4 +164,6 @@ def _messages(prompt: Prompt, *, escape: Any = str) -> list[Message]:
 def _plain_text(prompt: Prompt) -> str:
     if isinstance(prompt, str):
         return prompt
+    if [message["role"] for message in prompt] == ["user"]:  # the same thing, written otherwise
+        return prompt[0]["content"]
     raise DataError("the prompt is a list of messages but the tokenizer has no chat template: set chat_template_path")

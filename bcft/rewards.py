@@ -82,12 +82,12 @@ def ask(
     return [None if value is None else float(value) for value in values]
 
 
-def name_of(function: Reward) -> str:
+def name_of(function: Callable[..., Any]) -> str:
     """Return what a reward function is called; of an object that is called like one, its class."""
     return getattr(function, "__name__", type(function).__name__)
 
 
-def described(function: Reward) -> str:
+def described(function: Callable[..., Any]) -> str:
     """Return a function's name and a hash of its text, where that can be read: two that differ are told apart."""
     name = f"{function.__module__}.{name_of(function)}"
     try:

@@ -4,25 +4,19 @@ What is in the journal is not played again, whoever played it; since tokens depe
 round that was cut and one that was not end in the same file.
 """
 
-import dataclasses
-import sys
-import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
 
-from tqdm.auto import tqdm
-
 from bcft.clock import Clock
 from bcft.config import Recipe
-from bcft.environments.single_turn import SingleTurn
-from bcft.evaluation import gather
-from bcft.generation.hf import HFEngine, sampling_mode
+from bcft.evaluation import sampling_of, turns_of
 from bcft.journal import Journal, read_journal, read_jsonl, seal, sealed, write_jsonl
 from bcft.model import Policy
-from bcft.play import Attempt, play
-from bcft.processes import rank, world_size
-from bcft.types import Problem, Sampling, Trajectory
+from bcft.play import Attempt
+from bcft.playing import gather, played, share
+from bcft.processes import rank
+from bcft.types import Environment, Problem, Trajectory
 
 CHUNK = 128
 """Trajectories written to the journal at once: what a kill can cost."""
@@ -40,31 +34,54 @@ def draw(recipe: Recipe, problems: Collection[Problem], number: int) -> list[Att
 
 
 def roll_out(
-    recipe: Recipe, policy: Policy, attempts: Sequence[Attempt], *, place: Path, clock: Clock
+    recipe: Recipe,
+    policy: Policy,
+    attempts: Sequence[Attempt],
+    *,
+    place: Path,
+    clock: Clock,
+    make: Callable[[], Environment] | None = None,
 ) -> list[Trajectory]:
-    """Return the trajectories of a round's attempts, in their order: from its sealed file if there is one."""
+    """Return the trajectories of a round's attempts, in their order: from its sealed file if there is one.
+
+    make: an environment in the place of the recipe's.
+    """
     if sealed(place, FILE):
         return [Trajectory.from_json(line) for line in read_jsonl(place / FILE)]
-    played = play_some(recipe, policy, attempts, place=place, clock=clock)
+    found = play_some(recipe, policy, attempts, place=place, clock=clock, make=make)
     if rank() == 0:
         with clock.phase("other"):
-            write_jsonl(place / FILE, (trajectory.to_json() for trajectory in played))
+            write_jsonl(place / FILE, (trajectory.to_json() for trajectory in found))
             seal(place, FILE)
-    return played
+    return found
 
 
 def play_some(
-    recipe: Recipe, policy: Policy, attempts: Sequence[Attempt], *, place: Path, clock: Clock
+    recipe: Recipe,
+    policy: Policy,
+    attempts: Sequence[Attempt],
+    *,
+    place: Path,
+    clock: Clock,
+    make: Callable[[], Environment] | None = None,
 ) -> list[Trajectory]:
     """Play this process's share of the attempts, each chunk journalled; return everybody's, in the attempts' order."""
     mine = Journal(place / "journal" / f"{rank():03d}.jsonl")
     lines = [line for file in sorted(mine.path.parent.glob("*.jsonl")) for line in read_journal(file)]
     known = {line["id"]: Trajectory.from_json(line) for line in lines}
     asked = {f"{a.round}-{a.problem.id}-{a.sample}": a for a in attempts}
-    problems = list(dict.fromkeys(a.problem.id for a in attempts))
-    share = set(problems[rank() :: world_size()])  # whole problems, whose attempts share a prefill
-    left = [a for identity, a in asked.items() if identity not in known and a.problem.id in share]
-    for chunk in _chunks(_played(recipe, policy, left)):
+    left = [a for a in share(attempts) if f"{a.round}-{a.problem.id}-{a.sample}" not in known]
+    playing = played(
+        policy,
+        left,
+        **turns_of(recipe, make),
+        sampling=sampling_of(recipe),
+        max_new_tokens=recipe["max_completion_length"],
+        seed=recipe["seed"],
+        phase="rollout",
+        label="" if "quiet" in recipe.flags else "roll out",
+    )
+    for chunk in _chunks(playing):
         with clock.phase("other"):
             mine.append([trajectory.to_json() for trajectory in chunk])
         known |= {trajectory.id: trajectory for trajectory in chunk}
@@ -74,35 +91,9 @@ def play_some(
     return [everyone[identity] for identity in asked]
 
 
-def _played(recipe: Recipe, policy: Policy, attempts: Sequence[Attempt]) -> Iterator[Trajectory]:
-    """Play attempts, showing how many are done, tokens a second and time left to whoever watches a terminal."""
-    watched = rank() == 0 and sys.stderr.isatty() and "quiet" not in recipe.flags
-    tokens, start = 0, time.perf_counter()
-    with (
-        sampling_mode(policy.model, autocast=policy.precision.autocast),
-        tqdm(total=len(attempts), desc="roll out", unit="attempt", disable=not watched, leave=False) as bar,
-    ):
-        for trajectory in play(
-            attempts,
-            SingleTurn,
-            policy.renderer,
-            HFEngine(policy.model, pad_id=policy.renderer.tokenizer.pad_token_id),
-            sampling=Sampling(**{f.name: recipe[f.name] for f in dataclasses.fields(Sampling)}),
-            max_new_tokens=recipe["max_completion_length"],
-            max_turns=1,
-            step_timeout=60.0,
-            seed=recipe["seed"],
-            phase="rollout",
-        ):
-            tokens += sum(len(turn.action_ids) for turn in trajectory.turns)
-            bar.update()
-            bar.set_postfix_str(f"{tokens / (time.perf_counter() - start):,.0f} tokens/s", refresh=False)
-            yield trajectory
-
-
-def _chunks(played: Iterable[Trajectory]) -> Iterator[list[Trajectory]]:
+def _chunks(trajectories: Iterable[Trajectory]) -> Iterator[list[Trajectory]]:
     chunk: list[Trajectory] = []
-    for trajectory in played:
+    for trajectory in trajectories:
         chunk.append(trajectory)
         if len(chunk) == CHUNK:
             yield chunk

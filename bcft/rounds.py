@@ -16,9 +16,11 @@ from rich.console import Console
 
 from bcft.clock import Clock
 from bcft.config import Recipe
-from bcft.data import Splits
+from bcft.data import Splits, replayed
 from bcft.errors import DataError, FaultError, UsageError
-from bcft.evaluation import Measured, check_references, gather, measure, stored, success_function
+from bcft.evaluation import Measured, measure, stored
+from bcft.filtering import apply_filter
+from bcft.grading import Grading
 from bcft.journal import (
     commit_round,
     read_jsonl,
@@ -31,23 +33,20 @@ from bcft.journal import (
     write_text,
 )
 from bcft.ledger import Ledger
-from bcft.model import Policy, load_policy, restore, save_policy, with_adapter
+from bcft.model import Policy, load_policy, longest_row, restore, save_policy, with_adapter
+from bcft.playing import gather
 from bcft.probe import PROBLEMS, probe
-from bcft.problems.arithmetic import check_steps
 from bcft.processes import rank
-from bcft.rewards import import_function, math_reward
 from bcft.rollouts import draw, play_some, roll_out
+from bcft.rows import make_rows
 from bcft.run import RunDirectory
-from bcft.scoring import Score, diversity, score, tally
-from bcft.selection import Rule, Selection, select
+from bcft.scoring import Score, diversity, tally
 from bcft.summary import ROUNDS, conclusion, model_card, print_table, round_line
-from bcft.types import Problem, Row, Trajectory
+from bcft.transcripts import demonstration_line, row_of
+from bcft.types import Demonstration, Environment, Problem, Row, Trajectory
 
 if TYPE_CHECKING:
     from bcft.training import BCTrainer, Fit
-
-MOST_ERRORS = 0.05
-"""The share of trajectories whose environment may fail before the run ends."""
 
 
 class Rounds:
@@ -61,6 +60,7 @@ class Rounds:
         console: Console,
         *,
         reward_funcs: Sequence[Callable[..., Any]] | None = None,
+        environment: Callable[[], Environment] | None = None,
     ) -> None:
         if not splits.dev:
             raise UsageError("eval_dev_problems: dev problems choose the round to ship, and there are none: raise it")
@@ -69,12 +69,9 @@ class Rounds:
         self.problems: dict[str, Problem] = {d.problem.id: d.problem for d in splits.train}
         if not self.problems:
             raise DataError("no problems to attempt: the training split is empty once dev and test are taken out")
-        names = recipe["reward_funcs"]
-        self.functions = list(reward_funcs or (import_function(name, key="reward_funcs") for name in names))
-        self.weights = recipe["reward_weights"] or [1.0] * len(self.functions)
-        if len(self.weights) != len(self.functions):
-            raise UsageError(f"reward_weights: {len(self.weights)} weights for {len(self.functions)} reward functions")
-        self.success = success_function(recipe, splits, self.functions)
+        self.make = environment
+        held_out = [d.problem for d in splits.held_out]
+        self.grading = Grading.of(recipe, held_out, reward_funcs=reward_funcs)
         self.ledger = Ledger(recipe, directory.path)
         self.path = self.ledger.path
         if directory.drifted and rank() == 0:  # what the next round has so far was made by another recipe
@@ -82,15 +79,16 @@ class Rounds:
         self.policy = self._load()
         self.trainer: BCTrainer | None = None
         self.scored: dict[int, list[Score]] = {}
-        self.selection: Selection | None = None
         self.record: dict[str, Any] = {}
+        self.replay: dict[str, Row] = {}
+        self.demonstrations: dict[str, Demonstration] = {}
         console.print(f"model: {recipe['model_name_or_path']} on {self.policy.precision.why}", markup=False)
         held = f"{len(splits.dev):,} dev and {len(splits.test):,} test problems held out"
         console.print(f"data: {len(self.problems):,} problems to attempt, {held}", markup=False)
-        if math_reward in self.functions:
-            check_references(splits.train)
-        else:
-            console.print("references: not graded against themselves, no reward function is known to read them")
+        if recipe["environment"]:
+            console.print(f"environment: {recipe['environment']}, at most {recipe['max_turns']} turns", markup=False)
+        if note := self.grading.check([d.problem for d in splits.train]):
+            console.print(note, markup=False)
         directory.record([*splits.train, *splits.held_out], splits.digest)
 
     def baseline(self) -> None:
@@ -121,16 +119,13 @@ class Rounds:
         """Attempt problems of training, drawn without replacement; return the trajectories in a fixed order."""
         with self.clock.phase("rollout"):
             attempts = draw(self.recipe, self.problems.values(), number)
-            return roll_out(self.recipe, self.policy, attempts, place=self.path(number), clock=self.clock)
+            return roll_out(
+                self.recipe, self.policy, attempts, place=self.path(number), clock=self.clock, make=self.make
+            )
 
     def score(self, number: int, trajectories: Sequence[Trajectory]) -> list[Score]:
         """Score what was played. Raises FaultError when too many environments failed."""
         with self.clock.phase("score"):
-            errors = [trajectory for trajectory in trajectories if trajectory.ended == "error"]
-            if len(errors) > MOST_ERRORS * len(trajectories):
-                raise FaultError(
-                    f"{len(errors)} of {len(trajectories)} trajectories failed; {errors[0].id}: {errors[0].error}"
-                )
             if sealed(self.path(number), "scores.jsonl"):
                 scores = self._stored_scores(number)
             else:
@@ -142,31 +137,17 @@ class Rounds:
         """Select; return the kept trajectories as rows, the ids as they were sampled, loss on the actions alone."""
         with self.clock.phase("select"):
             scope = self._scope(number, scores)
-            self.selection = select((found.candidate for found in scope), self._rule(number))
-            fates, cutoff = self.selection.fates, self.selection.cutoff
-            kept = [found for found in scope if fates[found.trajectory.id] == "kept"]
-            lines = [
-                found.kept_line(self.policy.renderer.text(self.problems[found.trajectory.problem_id].prompt))
-                for found in kept
-                if found.trajectory.turns[0].action.strip()
-            ]
+            found = apply_filter(self.recipe, scope, self.problems, number=number, source="self")
+            lines = [*found.lines, *self._replayed(number, len(found.lines))]
             if rank() == 0:
                 with self.clock.phase("other"):
-                    place = self.path(number)
-                    write_jsonl(place / "scores.jsonl", (s.to_json(fates[s.trajectory.id], cutoff) for s in scope))
-                    write_jsonl(place / "kept.jsonl", lines)
-                    seal(place, "rollouts.jsonl", "scores.jsonl", "kept.jsonl")
-            self.record["selection"] = self._selected(lines)
-            if silent := len(kept) - len(lines):  # labels of a stop token alone would teach to say nothing
-                told = f"{self.selection.note} {silent} kept attempts say nothing and are not trained on."
-                self.record["selection"]["note"] = told.strip()
-            return [
-                Row(line["problem_id"], tuple(line["input_ids"]), tuple(line["labels"]), line["id"]) for line in lines
-            ]
+                    found.write(self.path(number), lines)
+                    seal(self.path(number), "rollouts.jsonl", "scores.jsonl", "kept.jsonl")
+            self.record["selection"] = found.metrics
+            return [row_of(line) for line in lines]
 
     def clone(self, number: int, rows: Sequence[Row]) -> None:
         """Train on the rows and save the weights; a warm-up round does not, nor one that kept nothing."""
-        assert self.selection is not None
         self.record["train"] = {"rows": 0, "tokens_supervised": 0, "steps": 0, "loss": 0.0, "weights_changed": False}
         if number <= self.recipe["warmup_rounds"]:
             return
@@ -194,7 +175,7 @@ class Rounds:
         self.record["seconds"] = self.clock.lap()
         if rank() == 0:
             write_json(place / "metrics.json", self.record)
-            commit_round(place)
+            commit_round(place, tokenizer=self.policy.renderer.fingerprint)
             write_jsonl(self.directory.path / "metrics.jsonl", self.ledger.records[1:])
             for past in set(range(number)) - self.ledger.needed():
                 shutil.rmtree(self.path(past) / "model", ignore_errors=True)
@@ -236,7 +217,7 @@ class Rounds:
         """
         attempts = draw(self.recipe, self.problems.values(), 1)[: PROBLEMS * self.recipe["num_generations"]]
         with self.clock.phase("rollout"):
-            played = play_some(self.recipe, self.policy, attempts, place=self.path(1), clock=self.clock)
+            played = play_some(self.recipe, self.policy, attempts, place=self.path(1), clock=self.clock, make=self.make)
         found = probe(self.recipe, self._score(played), self.problems, self.base_dev.summary)
         self.console.print("\n".join(found.lines), markup=False)
         if found.hopeless:
@@ -246,7 +227,7 @@ class Rounds:
         """Ask the reward functions, on one process: asked twice they might answer twice."""
         scores: list[Score] = []
         if rank() == 0:
-            scores = score(trajectories, self.problems, self.functions, weights=self.weights, success=self.success)
+            scores = self.grading.score(trajectories, self.problems)
         return gather(self.policy, scores)
 
     def _scope(self, number: int, scores: Sequence[Score]) -> list[Score]:
@@ -263,36 +244,24 @@ class Rounds:
         lines = read_jsonl(self.path(number) / "scores.jsonl")
         return [Score.from_json(line, played[line["id"]]) for line in lines if line["id"] in played]
 
-    def _rule(self, number: int) -> Rule:
-        recipe = self.recipe
-        return Rule(
-            keep_quantile=recipe["keep_quantile"],
-            min_reward=recipe["min_reward"],
-            require_success="auto" if recipe["require_success"] == "auto" else recipe["require_success"] == "true",
-            max_per_problem=recipe["max_per_problem"],
-            ties=recipe["ties"],
-            control=recipe["control"],
-            seed=recipe["seed"],
-            round=number,
-        )
+    def _replayed(self, number: int, most: int) -> list[dict[str, Any]]:
+        """Return rows of `replay_dataset`, at most so many, drawn anew each round."""
+        if self.recipe["replay_dataset"] is None:
+            return []
+        if not self.replay:
+            limit = longest_row(self.recipe)
+            demonstrations = replayed(self.recipe, self.splits)
+            rows = make_rows(demonstrations, self.policy.renderer, max_length=limit, train_on=self.recipe["train_on"])[
+                0
+            ]
+            self.replay = {row.where: row for row in rows}
+            self.demonstrations = {d.problem.where: d for d in demonstrations}
 
-    def _selected(self, kept: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Return `selection` of the round's metrics."""
-        assert self.selection is not None
-        found = {
-            "requested_fraction": self.selection.requested_fraction,
-            "cutoff": self.selection.cutoff,
-            "kept": len(self.selection.kept),
-            "kept_fraction": self.selection.kept_fraction,
-            "problems_covered": self.selection.problems_covered,
-            "rejected": self.selection.rejected,
-            "note": self.selection.note,
-        }
-        if self.recipe["dataset_name"].startswith("bcft:arithmetic"):  # the only steps that can be checked
-            asked = [str(self.problems[line["problem_id"]].prompt) for line in kept]
-            wrong = [not check_steps(p, line["completion"]) for p, line in zip(asked, kept, strict=True)]
-            found["kept_with_wrong_step"] = sum(wrong)
-        return found
+        def lot(where: str) -> bytes:
+            return sha256(f"{self.recipe['seed']}-{number}-replay-{where}".encode()).digest()
+
+        drawn = sorted(self.replay, key=lot)[:most]
+        return [demonstration_line(self.demonstrations[where], self.replay[where]) for where in drawn]
 
     def _fit(self, number: int, rows: Sequence[Row]) -> "Fit":
         """Train from the weights this round is to begin with; save what came of it."""
@@ -304,7 +273,8 @@ class Rounds:
             self.trainer = self._new_trainer(rows)
         trainer, carries = self.trainer, not self.recipe["reset_optimizer"]
         trainer.carried = self._carried(number) if carries else None
-        next_round(trainer, rows, seed=training_seed(self.recipe, number))
+        rate = self.recipe["learning_rate"] * self.recipe["learning_rate_decay"] ** (number - 1)
+        next_round(trainer, rows, seed=training_seed(self.recipe, number), learning_rate=rate)
         self.policy = dataclasses.replace(self.policy, model=trainer.accelerator.unwrap_model(trainer.model))
         fitted = fit(trainer, rows)
         state = optimizer_state(trainer) if carries else {}
@@ -364,7 +334,7 @@ class Rounds:
     def _due(self, number: int) -> bool:
         """Tell whether a round is evaluated on dev."""
         played = min(self.recipe["prompts_per_round"], len(self.problems)) * self.recipe["num_generations"]
-        each = 1 + (self.recipe["eval_dev_samples"] if self.success else 0)
+        each = 1 + (self.recipe["eval_dev_samples"] if self.grading.success or self.recipe["environment"] else 0)
         return self.ledger.due(number, evaluated=len(self.splits.dev) * each, played=played)
 
     def _measure(self, place: Path, split: str) -> Measured:
@@ -372,11 +342,12 @@ class Rounds:
             self.recipe,
             self.splits,
             self.policy,
-            success=self.success,
+            success=self.grading.success,
             split=split,
             rows=[],
             directory=place,
             quiet=self.console.quiet or split == "dev",
+            make=self.make,
         )
 
     def _ship(self, best: int, metrics: dict[str, Any]) -> None:

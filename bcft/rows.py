@@ -5,10 +5,12 @@ Nothing is ever cut: a row that is too long, says nothing or stands twice is dro
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from bcft.errors import DataError
 from bcft.rendering import Renderer
-from bcft.types import IGNORED, Demonstration, Row
+from bcft.transcripts import stretches
+from bcft.types import IGNORED, Demonstration, Message, Row, Turn
 
 
 @dataclass(frozen=True)
@@ -28,14 +30,17 @@ class Census:
     """BOS tokens at the head of each row: 0 or 1, as the tokenizer's template has it."""
     stop: str
     """The stop token that is the last label of every row, as text."""
+    sampled: int = 0
+    """Rows whose ids are those that a policy sampled, not those of a text."""
 
     def __str__(self) -> str:
         dropped = {"over-long": self.overlong, "duplicate": self.duplicate, "empty": self.unsupervised}
         drops = ", ".join(f"{n} {reason}" for reason, n in dropped.items() if n) or "none"
+        sampled = f"; {self.sampled:,} with the ids that were sampled" if self.sampled else ""
         return (
             f"{self.kept:,} of {self.given:,} rows (dropped: {drops}); {self.tokens_supervised:,} of "
             f"{self.tokens:,} tokens carry loss; longest row {self.longest} tokens; "
-            f"every row ends in {self.stop}, BOS {self.bos}"
+            f"every row ends in {self.stop}, BOS {self.bos}{sampled}"
         )
 
 
@@ -45,30 +50,29 @@ def make_rows(
     *,
     max_length: int,
     overlength: str = "drop",
+    train_on: str = "all_turns",
     may_be_empty: bool = False,
 ) -> tuple[list[Row], Census]:
     """Return the rows to train on and their census.
 
-    max_length: most tokens of a row, prompt and completion together; overlength: `drop` or `raise`.
+    max_length: most tokens of a row, prompt and completion together; overlength: `drop` or `raise`; train_on: which
+    actions of a conversation carry loss, `all_turns` or `last_turn`.
     Raises DataError when a row breaks a promise, when one is too long under `raise`, and when nothing is left unless
     `may_be_empty`.
     """
-    prompts = renderer.prompts([d.problem.prompt for d in demonstrations])
-    completions = renderer.completions([d.completion for d in demonstrations])
     kept: dict[tuple[int, ...], Row] = {}
-    overlong, duplicate, unsupervised = [], 0, 0
-    for demonstration, prompt, completion in zip(demonstrations, prompts, completions, strict=True):
-        ids = (*prompt, *completion)
-        if not demonstration.completion.strip():
-            unsupervised += 1
-        elif len(ids) > max_length:
-            overlong.append((demonstration.problem.where, len(ids)))
-        elif ids in kept:
-            duplicate += 1
-        else:
-            labels = (*[IGNORED] * len(prompt), *completion)
-            kept[ids] = Row(demonstration.problem.id, ids, labels, demonstration.problem.where)
-    longest = max((len(p) + len(c) for p, c in zip(prompts, completions, strict=True)), default=0)
+    overlong, longest, duplicate, unsupervised, sampled = [], 0, 0, 0, 0
+    for demonstration, rows in zip(demonstrations, _tokenised(demonstrations, renderer, train_on), strict=True):
+        longest = max([longest, *(len(row.input_ids) for row in rows)])
+        unsupervised += not rows
+        for row in rows:
+            if len(row.input_ids) > max_length:
+                overlong.append((row.where, len(row.input_ids)))
+            elif row.input_ids in kept:
+                duplicate += 1
+            else:
+                kept[row.input_ids] = row
+                sampled += row is demonstration.sampled
     if overlong and overlength == "raise":
         where, length = overlong[0]
         raise DataError(
@@ -80,7 +84,7 @@ def make_rows(
         raise DataError(_nothing_left(demonstrations, len(overlong), unsupervised, longest, max_length))
     _prove(rows, renderer)
     return rows, Census(
-        given=len(demonstrations),
+        given=len(rows) + len(overlong) + duplicate + unsupervised,
         kept=len(rows),
         overlong=len(overlong),
         duplicate=duplicate,
@@ -90,7 +94,54 @@ def make_rows(
         longest=longest,
         bos=renderer.bos_count,
         stop=repr(renderer.tokenizer.convert_ids_to_tokens(renderer.tail_ids[-1])),
+        sampled=sampled,
     )
+
+
+def _tokenised(demonstrations: Sequence[Demonstration], renderer: Renderer, train_on: str) -> list[list[Row]]:
+    """Return the rows of each demonstration; none where nothing would carry loss but a stop token."""
+    single = [d for d in demonstrations if not d.conversation and not _as_sampled(d, renderer)]
+    prompts = renderer.prompts([d.problem.prompt for d in single])
+    completions = renderer.completions([d.completion for d in single])
+    pairs = iter(zip(prompts, completions, strict=True))
+    found: list[list[Row]] = []
+    for d in demonstrations:
+        if d.sampled is not None and _as_sampled(d, renderer):
+            found.append([d.sampled])
+        elif d.conversation:
+            turns = conversation_turns(d.conversation, renderer, where=d.problem.where)
+            laid = stretches(turns, train_on=train_on)
+            found.append([Row(d.problem.id, s.input_ids, s.labels, d.problem.where) for s in laid])
+        else:
+            prompt, completion = next(pairs)
+            row = Row(d.problem.id, (*prompt, *completion), (*[IGNORED] * len(prompt), *completion), d.problem.where)
+            found.append([row] if d.completion.strip() else [])
+    return found
+
+
+def _as_sampled(demonstration: Demonstration, renderer: Renderer) -> bool:
+    return demonstration.sampled is not None and demonstration.tokenizer == renderer.fingerprint
+
+
+def conversation_turns(conversation: Sequence[Message], renderer: Renderer, *, where: str) -> list[Turn]:
+    """Return a demonstrated conversation as turns, with the ids that a policy would read and say.
+
+    Raises DataError where it does not go to and fro between others and the assistant, whose word is the last.
+    """
+    said = [message["role"] == "assistant" for message in conversation]
+    starts = [i for i, mine in enumerate(said) if mine]
+    if not starts or starts[0] == 0 or starts[-1] != len(said) - 1 or any(a + 1 == b for a, b in pairwise(starts)):
+        raise DataError(f"{where}: in a conversation the assistant comes after others, never twice running, and last")
+    turns: list[Turn] = []
+    ids, rewritten = renderer.prompts([list(conversation[: starts[0]])])[0], False
+    for start, following in zip(starts, [*starts[1:], None], strict=True):
+        action = conversation[start]["content"]
+        action_ids = renderer.completions([action])[0]
+        turns.append(Turn(action, tuple(ids), tuple(action_ids), "stop_token", rewritten))
+        if following is not None:
+            observation = list(conversation[start + 1 : following])
+            ids, rewritten = renderer.continuation(conversation[:start], action_ids, observation)
+    return turns
 
 
 def _prove(rows: Sequence[Row], renderer: Renderer) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from bcft.rewards import Reward, ask, name_of
 from bcft.selection import Candidate
-from bcft.types import IGNORED, Message, Problem, Success, Trajectory
+from bcft.types import Message, Problem, Success, Trajectory
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,22 +53,6 @@ class Score:
             "success": self.success,
             "fate": fate,
             "cutoff": cutoff,
-        }
-
-    def kept_line(self, prompt: str) -> dict[str, Any]:
-        """Return a row of `kept.jsonl`: text to read; to train on, the ids as sampled, labels on the action alone."""
-        context, turn = self.trajectory.contexts[0], self.trajectory.turns[0]
-        return {
-            "id": self.trajectory.id,
-            "problem_id": self.trajectory.problem_id,
-            "turn": 0,
-            "source": "self",
-            "prompt": prompt,
-            "completion": turn.action,
-            "input_ids": [*context, *turn.action_ids],
-            "labels": [*[IGNORED] * len(context), *turn.action_ids],
-            "reward": self.reward,
-            "weight": 1.0,
         }
 
     @classmethod
@@ -147,6 +131,18 @@ def tally(scores: Sequence[Score]) -> dict[str, Any]:
         "ungraded": sum(not found.graded for found in scores),
         "errors": sum(trajectory.ended == "error" for trajectory in played),
         "stop_rate": sum(not trajectory.cut for trajectory in played) / max(len(played), 1),
+    }
+
+
+def revision(told: Sequence[tuple[Success, Success]]) -> dict[str, Any]:
+    """Return what became of first attempts that were judged: told has success after the first turn and at the end."""
+    n = len(told)
+    return {
+        "n": n,
+        "first": sum(first == "yes" for first, _ in told) / n,
+        "last": sum(last == "yes" for _, last in told) / n,
+        "wrong_to_right": sum(first == "no" and last == "yes" for first, last in told),
+        "right_to_wrong": sum(first == "yes" and last != "yes" for first, last in told),
     }
 
 

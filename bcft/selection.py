@@ -24,7 +24,16 @@ from bcft.types import Success
 
 Status: TypeAlias = Literal["done", "truncated", "errored"]
 Reason: TypeAlias = Literal[
-    "errored", "ungraded", "truncated", "failed", "below_floor", "below_cutoff", "duplicate", "over_cap", "tie_lost"
+    "errored",
+    "ungraded",
+    "truncated",
+    "failed",
+    "outside_band",
+    "below_floor",
+    "below_cutoff",
+    "duplicate",
+    "over_cap",
+    "tie_lost",
 ]
 Fate: TypeAlias = Reason | Literal["kept"]
 REASONS: tuple[Reason, ...] = get_args(Reason)
@@ -77,6 +86,9 @@ class Rule:
     min_reward: float | None = None
     require_success: Literal["auto"] | bool = "auto"
     """auto: a known failure is never kept, unknown success may be; true: unknown is not kept either; false: ignored."""
+    pass_rate: tuple[float, float] | None = None
+    """Least and greatest share of a problem's attempts in scope that are known successes, of those where it is known:
+    of problems outside nothing is kept. A problem without any known success or failure is inside."""
     max_per_problem: int | None = None
     ties: Literal["include", "sample"] = "include"
     """include keeps all at the cutoff; sample keeps round((1 - keep_quantile) x graded), equal rewards by lot."""
@@ -94,6 +106,9 @@ class Rule:
         _require(floor is None or _is_number(floor), f"min_reward must be a finite number or null, not {floor!r}")
         _require(success, f"require_success must be auto, true or false, not {self.require_success!r}")
         _require(cap is None or _is_whole(cap, 1), f"max_per_problem must be a whole number >= 1 or null, not {cap!r}")
+        band = self.pass_rate or (0.0, 1.0)
+        ordered = len(band) == 2 and all(map(_is_number, band)) and 0 <= band[0] <= band[1] <= 1
+        _require(ordered, f"pass_rate must be two numbers in [0, 1], the lower first, not {self.pass_rate!r}")
         _require_one_of("ties", self.ties, ("include", "sample"))
         _require_one_of("control", self.control, ("none", "random"))
         _require(_is_whole(self.seed), f"seed must be a whole number >= 0, not {self.seed!r}")
@@ -191,7 +206,8 @@ def _bar(scope: list[Candidate], rule: Rule) -> _Bar:
 
 
 def _filter(scope: list[Candidate], rule: Rule, bar: _Bar) -> dict[str, Fate]:
-    fates = {one.id: _alone(one, rule, bar) for one in scope}
+    outside = _outside(scope, rule)
+    fates = {one.id: _alone(one, rule, bar, outside) for one in scope}
     fates |= _repeated(_kept(scope, fates))
     fates |= _over_cap(_kept(scope, fates), rule)
     if rule.ties == "sample":
@@ -201,8 +217,19 @@ def _filter(scope: list[Candidate], rule: Rule, bar: _Bar) -> dict[str, Fate]:
     return fates
 
 
-def _alone(one: Candidate, rule: Rule, bar: _Bar) -> Fate:
-    """Return the fate that needs no look at the others."""
+def _outside(scope: list[Candidate], rule: Rule) -> set[str]:
+    """Return the problems that are solved too seldom or too often."""
+    if rule.pass_rate is None:
+        return set()
+    known, solved = (
+        Counter(one.problem_id for one in scope if one.success in which) for which in (("yes", "no"), ("yes",))
+    )
+    low, high = rule.pass_rate
+    return {problem for problem, n in known.items() if not low <= solved[problem] / n <= high}
+
+
+def _alone(one: Candidate, rule: Rule, bar: _Bar, outside: set[str]) -> Fate:
+    """Return the fate that does not depend on which of the others are kept."""
     if one.status == "errored":
         return "errored"
     if not one.graded:
@@ -211,6 +238,8 @@ def _alone(one: Candidate, rule: Rule, bar: _Bar) -> Fate:
         return "truncated"
     if one.success in bar.refuses:
         return "failed"
+    if one.problem_id in outside:
+        return "outside_band"
     if rule.min_reward is not None and one.rounded < round(rule.min_reward, 9):
         return "below_floor"
     return "below_cutoff" if one.rounded < bar.cutoff else "kept"
@@ -267,6 +296,7 @@ _CAUSES: Mapping[Reason, str] = {
     "ungraded": "no reward function could judge them",
     "truncated": "they were cut off; see max_completion_length",
     "failed": "they are not known to have succeeded",
+    "outside_band": "their problems are solved too seldom or too often for pass_rate",
     "below_floor": "their rewards are below min_reward",
     "below_cutoff": "they are below the cutoff, and what reached it fell to other rules",
     "tie_lost": "ties: sample keeps round((1 - keep_quantile) x graded), which is 0 of so few",

@@ -45,7 +45,8 @@ def clone(recipe: Recipe) -> dict[str, Any]:
 
 def _clone(recipe: Recipe, splits: Splits, directory: RunDirectory, console: Console) -> dict[str, Any]:
     # These load torch, which nothing above does.
-    from bcft.evaluation import measure, stored, success_function
+    from bcft.evaluation import measure, stored
+    from bcft.grading import success_function
     from bcft.model import load_policy
     from bcft.summary import before_and_after, conclusion, print_table
 
@@ -56,10 +57,12 @@ def _clone(recipe: Recipe, splits: Splits, directory: RunDirectory, console: Con
     test_rows, dev_rows = (_held_out_rows(recipe, policy, part) for part in (splits.test, splits.dev))
     console.print(f"data: {splits}", markup=False)
     console.print(f"rows: {census}", markup=False)
+    if others := sum(d.sampled is not None and d.tokenizer != policy.renderer.fingerprint for d in splits.train):
+        console.print(f"rows: {others:,} were sampled with another tokenizer, and are tokenised from their text")
     directory.record(splits.held_out, splits.digest)
 
     # 2. The policy as it is, on problems that are not in training.
-    success = success_function(recipe, splits)
+    success = success_function(recipe, [d.problem for d in splits.held_out])
     measured = partial(measure, recipe, splits, success=success, split="test", rows=test_rows, quiet=console.quiet)
     kept = None if directory.drifted else stored(directory.path / "base")
     base = kept or measured(policy, directory=directory.path / "base")
@@ -87,7 +90,13 @@ def _rows(recipe: Recipe, policy: "Policy", demonstrations: "Sequence[Demonstrat
     from bcft.model import longest_row
     from bcft.rows import make_rows
 
-    return make_rows(demonstrations, policy.renderer, max_length=longest_row(recipe), overlength=recipe["overlength"])
+    return make_rows(
+        demonstrations,
+        policy.renderer,
+        max_length=longest_row(recipe),
+        overlength=recipe["overlength"],
+        train_on=recipe["train_on"],
+    )
 
 
 def _held_out_rows(recipe: Recipe, policy: "Policy", demonstrations: "Sequence[Demonstration]") -> "list[Row]":
@@ -96,7 +105,8 @@ def _held_out_rows(recipe: Recipe, policy: "Policy", demonstrations: "Sequence[D
     from bcft.rows import make_rows
 
     answered = [d for d in demonstrations if d.completion.strip()]
-    return make_rows(answered, policy.renderer, max_length=longest_row(recipe), may_be_empty=True)[0]
+    limit = longest_row(recipe)
+    return make_rows(answered, policy.renderer, max_length=limit, train_on=recipe["train_on"], may_be_empty=True)[0]
 
 
 def _train(

@@ -46,14 +46,19 @@ def mcnemar(only_first: int, only_second: int) -> float:
     return min(1.0, float(Fraction(2 * tail, 2**n)))
 
 
-def mean_interval(per_problem: Sequence[float], *, level: float = 0.95) -> tuple[float, float]:
-    """Return the interval of the mean of per-problem rates, within [0, 1].
+def mean_interval(
+    per_problem: Sequence[float], *, level: float = 0.95, scale: tuple[float, float] = (0.0, 1.0)
+) -> tuple[float, float]:
+    """Return the interval of the mean of per-problem rates, within [0, 1]; of other values within their `scale`.
 
     The clustered standard error with the problems as clusters is, with equally many samples each, that of the
     problems' rates: Miller 2024 (https://arxiv.org/abs/2411.00640), "Clustered standard errors". With fewer than two
     problems it is (0, 1). Equal rates (all solved, say) have no spread to learn from: then `wilson` with each problem
     as one trial.
     """
+    if scale != (0.0, 1.0):
+        low, high = mean_interval(_scaled(per_problem, scale), level=level)
+        return scale[0] + (scale[1] - scale[0]) * low, scale[0] + (scale[1] - scale[0]) * high
     rates = _rates(per_problem)
     if len(rates) < 2:
         return 0.0, 1.0
@@ -68,7 +73,7 @@ class Paired:
     """What changed from one policy to another on the same problems."""
 
     delta: float
-    """Mean of the second's rates minus mean of the first's, in [-1, 1]."""
+    """Mean of the second's values minus mean of the first's; of rates in [-1, 1]."""
     low: float
     high: float
     """The 95 % interval of `delta`."""
@@ -76,8 +81,8 @@ class Paired:
     """Two-sided, of `delta` being 0."""
 
 
-def paired(first: Sequence[float], second: Sequence[float]) -> Paired:
-    """Compare two policies by their rates on the same problems, in the same order.
+def paired(first: Sequence[float], second: Sequence[float], *, scale: tuple[float, float] = (0.0, 1.0)) -> Paired:
+    """Compare two policies by their rates on the same problems, in the same order; by other values within `scale`.
 
     The standard error is that of the per-problem differences: Miller 2024 (https://arxiv.org/abs/2411.00640), "Paired
     analysis". p is normal, and never below the 2^(1-n) that a sign-flip test of n pairs could reach; with fewer
@@ -86,6 +91,9 @@ def paired(first: Sequence[float], second: Sequence[float]) -> Paired:
     """
     if len(first) != len(second):
         raise ValueError(f"paired rates must be of the same problems: {len(first)} != {len(second)}")
+    if scale != (0.0, 1.0):
+        rates, width = paired(_scaled(first, scale), _scaled(second, scale)), scale[1] - scale[0]
+        return Paired(width * rates.delta, width * rates.low, width * rates.high, rates.p_value)
     differences = np.round(_rates(second) - _rates(first), 12)  # equal rates from unequal divisions stay equal
     n = len(differences)
     delta = float(differences.mean()) if n else 0.0
@@ -143,6 +151,12 @@ def _quantile(level: float) -> float:
     if not 0 < level < 1:
         raise ValueError(f"level must be between 0 and 1, not {level}")
     return NormalDist().inv_cdf((1 + level) / 2)
+
+
+def _scaled(values: Sequence[float], scale: tuple[float, float]) -> list[float]:
+    """Return where values lie between the ends of a scale, 0.0 where these are one."""
+    low, high = scale
+    return [(value - low) / (high - low) if high > low else 0.0 for value in values]
 
 
 def _rates(values: Sequence[float]) -> np.ndarray:

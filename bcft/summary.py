@@ -34,7 +34,12 @@ def table_rows(columns: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
         "solved, greedy": [cell(c, "greedy", "success") for c in columns.values()],
         f"solved, sampled x {samples}": [cell(c, "sampled", "pass@1") for c in columns.values()],
         f"pass@{k}": [cell(c, "sampled", "pass@k", interval=False) for c in columns.values()],
-        f"maj@{k}": [cell(c, "sampled", "maj@k", interval=False) for c in columns.values()],
+        f"maj@{k}": [cell(c, "sampled", "maj@k", interval=False) for c in columns.values() if "return" not in c],
+        "mean return": [returned(c) for c in columns.values()],
+        "mean turns": [f"{c['return']['turns']:.2f}" if "return" in c else "" for c in columns.values()],
+        "solved at the first turn": [_revised(c, "first") for c in columns.values()],
+        "solved at the second": [_revised(c, "last") for c in columns.values()],
+        "wrong to right, right to wrong": [_revised(c, "changes") for c in columns.values()],
         "stopped by itself": [percent(c["stop_rate"]) for c in columns.values()],
         "harder problems, sampled": [cell(c.get("harder", {}), "sampled", "pass@1") for c in columns.values()],
         "held-out loss, nats a token": [f"{c['loss']:.4f}" if "loss" in c else "" for c in columns.values()],
@@ -47,6 +52,8 @@ def conclusion(base: Measured, final: Measured, *, before: str = "before") -> di
     old, new = base.summary, final.summary
     if not new:
         return {"conclusion": "nothing was measured: eval_test_problems is 0, or there are no held-out problems"}
+    if "return" in new and "return" in old:
+        return _returns(base, final, before=before)
     if "greedy" not in new or "greedy" not in old:
         loss = (
             f"held-out loss {old['loss']:.4f} {before}, {new['loss']:.4f} now; "
@@ -69,6 +76,23 @@ def conclusion(base: Measured, final: Measured, *, before: str = "before") -> di
     return {"vs_base": versus, "conclusion": words}
 
 
+def _returns(base: Measured, final: Measured, *, before: str) -> dict[str, Any]:
+    """Return `vs_base` and `conclusion` of evaluations in an environment that gives rewards."""
+    versus = compare(base.evaluation, final.evaluation)
+    old, new = base.summary, final.summary
+    low, high = versus["return_ci95"]
+    solved = ""
+    if "sampled" in new and "sampled" in old:
+        shares = (percent(found["sampled"]["pass@1"]) for found in (new, old))
+        solved = "; {} of attempts solved, {} {}".format(*shares, before)
+    words = (
+        f"{versus['conclusion'].replace('_', ' ')}: a mean return of {new['return']['mean']:.2f} at {new['n']} "
+        f"held-out problems, {old['return']['mean']:.2f} {before}: paired difference {versus['return_delta']:+.2f}, "
+        f"95 % interval {low:+.2f} to {high:+.2f}{solved}"
+    )
+    return {"vs_base": versus, "conclusion": words}
+
+
 ROUNDS = f"{'round':>5} {'played':>7} {'success':>8} {'kept':>6} {'cutoff':>7}  dev greedy  dev sampled"
 """The head of the table that grows by a line a round."""
 
@@ -76,7 +100,7 @@ ROUNDS = f"{'round':>5} {'played':>7} {'success':>8} {'kept':>6} {'cutoff':>7}  
 def round_line(record: Mapping[str, Any]) -> str:
     """Return a round's line, of its metrics; what it does not have (round 0 plays nothing) stays blank.
 
-    Where success is not known of any attempt, the mean reward stands in its place.
+    Where success is not known of any attempt, the mean reward stands in its place; a return in that of dev's success.
     """
     rollout, chosen, dev = (record.get(part, {}) for part in ("rollout", "selection", "eval"))
     played = " " * 17
@@ -87,7 +111,8 @@ def round_line(record: Mapping[str, Any]) -> str:
     kept = f"{chosen['kept']:>6} {chosen['cutoff']:>7.3g}" if chosen else " " * 14
     greedy = percent(dev["greedy"]["success"]) if "greedy" in dev else ""
     seconds = sum(record.get("seconds", {}).values())
-    line = f"{record['round']:>5} {played}{kept}  {greedy:>10}  {cell(dev, 'sampled', 'pass@1'):<23}"
+    sampled = returned(dev) if "return" in dev else cell(dev, "sampled", "pass@1")
+    line = f"{record['round']:>5} {played}{kept}  {greedy:>10}  {sampled:<23}"
     line = f"{line}{seconds:.1f} s" if seconds else line.rstrip()
     note = chosen.get("note", "")
     return f"{line}\n      {note}" if note else line
@@ -96,6 +121,9 @@ def round_line(record: Mapping[str, Any]) -> str:
 def level(measured: Measured) -> str:
     """Return in a line how well one policy does."""
     found = measured.summary
+    if "return" in found:
+        turns = f"{found['return']['turns']:.1f} turns"
+        return f"a mean return of {returned(found)} in {turns}, at {found['n']} problems"
     if "greedy" not in found:
         return f"{percent(found['stop_rate'])} of attempts stopped by themselves; success cannot be told"
     sampled = f", {cell(found, 'sampled', 'pass@1')} of sampled attempts" if "sampled" in found else ""
@@ -103,12 +131,14 @@ def level(measured: Measured) -> str:
 
 
 def before_and_after(base: Evaluation, final: Evaluation, asked: Sequence[Demonstration]) -> str:
-    """Return one problem that greedy decoding solves only afterwards, both answers in full; '' if there is none."""
+    """Return one problem that greedy decoding solves only afterwards, or with a higher return, both in full; or ''."""
     for demonstration in asked:
         key, prompt = demonstration.problem.id, demonstration.problem.prompt
-        if final.greedy[key] and not base.greedy[key]:
+        first, last = (found.problems[key][0] for found in (base, final))
+        higher = last.get("graded") and first.get("graded") and last["return"] > first["return"]
+        if higher or (final.greedy[key] and not base.greedy[key]):
             words = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-            answers = (_indented(found.problems[key][0]["completion"]) for found in (base, final))
+            answers = (_indented(_said(attempt)) for attempt in (first, last))
             return "{}\n  before: {}\n  after:  {}\n".format(words.strip(), *answers)
     return ""
 
@@ -168,8 +198,31 @@ def cell(column: Mapping[str, Any], kind: str, figure: str, *, interval: bool = 
     return f"{shown} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
+def returned(column: Mapping[str, Any]) -> str:
+    """Return the mean return of an evaluation's summary with its 95 % interval; '' where there is none."""
+    if "return" not in column:
+        return ""
+    low, high = column["return"]["ci95"]
+    return f"{column['return']['mean']:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def _revised(column: Mapping[str, Any], figure: str) -> str:
+    """Return what became of first attempts that were judged; '' where there are none."""
+    found = column.get("revision")
+    if not found:
+        return ""
+    return f"{found['wrong_to_right']}, {found['right_to_wrong']}" if figure == "changes" else percent(found[figure])
+
+
 def _p_value(p: float) -> str:
     return "< 0.0001" if p < 1e-4 else f"= {p:.4f}"
+
+
+def _said(attempt: Mapping[str, Any]) -> str:
+    """Return an attempt as text: of a conversation the actions, what was answered to each in brackets."""
+    said = attempt.get("messages", ())
+    shown = " ".join(m["content"] if m["role"] == "assistant" else f"[{m['content']}]" for m in said)
+    return shown or str(attempt["completion"])
 
 
 def _indented(text: str) -> str:

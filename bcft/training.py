@@ -273,12 +273,13 @@ def fit(trainer: BCTrainer, rows: Sequence[Row], *, resume: str = "") -> Fit:
     )
 
 
-def next_round(trainer: BCTrainer, rows: Sequence[Row], *, seed: int) -> None:
-    """Give the one trainer of all rounds this round's rows, a fresh schedule, and a seed of its own.
+def next_round(trainer: BCTrainer, rows: Sequence[Row], *, seed: int, learning_rate: float) -> None:
+    """Give the one trainer of all rounds this round's rows, a fresh schedule from `learning_rate`, and its own seed.
 
     A trainer a round would nest the model's forward, lose autocast from the second on and draw the same noise in each.
     """
     trainer.train_dataset = to_dataset(rows)
+    trainer.args.learning_rate = learning_rate
     trainer.args.data_seed = seed % 2**31
     set_seed(seed)
 

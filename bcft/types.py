@@ -65,7 +65,14 @@ class Demonstration:
 
     problem: Problem
     completion: str
-    """What the demonstrator answered; empty where a problem comes without one."""
+    """What the demonstrator answered, at last where there were more turns; empty where a problem has no solution."""
+    conversation: tuple[Message, ...] = ()
+    """All that was said, as the policy reads it, from the first observation to the last action; empty where that is
+    just the problem's prompt and the completion."""
+    sampled: "Row | None" = None
+    """Of what a policy made, the ids as sampled: trained as they are by a model with the same tokenizer."""
+    tokenizer: str = ""
+    """The fingerprint of the tokenizer that `sampled` is of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +124,8 @@ class Request:
     sampling: Sampling
     stop_ids: tuple[int, ...]
     max_new_tokens: int
+    session: tuple[str | int, ...] | None = None
+    """The conversation it goes on with: an engine may keep its cache from one call to the next; None keeps none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,6 +249,8 @@ class Trajectory:
     ended: Ended
     error: str = ""
     """What failed, in one line; empty unless `ended` is `error`."""
+    opening: tuple[Message, ...] = ()
+    """The first observation; empty where it is the problem's prompt."""
 
     def __post_init__(self) -> None:
         about = f"trajectory {self.id}"
@@ -267,6 +278,14 @@ class Trajectory:
             before = self.turns[len(found) - 1].action_ids if found else ()
             found.append(turn.ids if turn.rewritten or not found else found[-1] + before + turn.ids)
         return tuple(found)
+
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        """All that was said after the problem's prompt or the opening, to the last action."""
+        said: list[Message] = []
+        for turn in self.turns:
+            said += [{"role": "assistant", "content": turn.action}, *turn.observation]
+        return tuple(said[: len(said) - len(self.turns[-1].observation)] if self.turns else ())
 
     @property
     def cut(self) -> bool:
@@ -307,6 +326,7 @@ class Trajectory:
             ],
             "ended": self.ended,
             "error": self.error,
+            "opening": [dict(message) for message in self.opening],
         }
 
     @classmethod
@@ -322,7 +342,8 @@ class Trajectory:
             )
             for turn in values.pop("turns")
         )
-        found = cls(**values, turns=turns)
+        opening = values.pop("opening", ())  # files of before there were environments have none
+        found = cls(**values, turns=turns, opening=tuple(messages(opening)) if opening else ())
         if found.id != identity:
             raise ValueError(f"trajectory {found.id} is filed under the id {identity!r}")
         return found

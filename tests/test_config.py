@@ -273,7 +273,7 @@ BAD_LINES = [
     ("hub_token: hf_abc", "set HF_TOKEN in the environment"),
     ("deepspeed: x.json", "accelerate launch --config_file"),
     ("use_vllm: true", "this version samples with its own engine only"),
-    ("replay_dataset: x", "this version does not have it"),
+    ("reward_args: x", "this version does not have it"),
     ("train_sampling_strategy: group_by_length", "its sampler is not seeded"),
     ("loss_type: chunked_nll", "old name of nll"),
     ("allow_drift: true", "a flag, not a key: give --allow-drift on the command line"),

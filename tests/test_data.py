@@ -187,4 +187,3 @@ def test_the_embedded_splits_share_no_problem():
     parts = [{d.problem.id for d in part} for part in (found.train, found.dev, found.test, found.harder)]
     assert [len(part) for part in parts] == [500, 128, 500, 200]
     assert len(set.union(*parts)) == sum(map(len, parts))
-    assert found.reference

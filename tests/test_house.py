@@ -10,15 +10,17 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "bcft"
 FLOORS = [
     {"types", "errors", "processes", "clock"},
-    {"config", "statistics", "judge", "journal", "selection"},
+    {"config", "statistics", "judge", "journal", "selection", "files"},
     {"rewards"},
-    {"problems", "rendering", "environments", "play", "scoring"},
+    {"problems", "rendering", "play", "scoring", "transcripts"},
+    {"environments", "checks", "filtering", "grading"},
     {"data", "rows", "model", "generation", "training"},
+    {"playing", "testing"},
     {"run", "command", "evaluation", "ledger"},
     {"summary", "rollouts", "memory"},
     {"probe", "learning_curve", "dry_run"},
     {"rounds"},
-    {"sft", "filtered", "evaluate", "preview", "cli"},
+    {"sft", "filtered", "evaluate", "collect", "refilter", "preview", "cli"},
 ]
 """Lowest first; some floors of the design have a mezzanine."""
 LIGHT = {
@@ -37,6 +39,11 @@ LIGHT = {
     "environments",
     "play",
     "scoring",
+    "transcripts",
+    "checks",
+    "filtering",
+    "grading",
+    "files",
 }
 PARTS = {"config_tables": "config", "config_values": "config"}
 """A file that was split keeps one place in the house."""
@@ -90,7 +97,9 @@ def test_floors_0_to_2_import_no_framework(path):
         assert not HEAVY & {module.split(".")[0] for module in imports(path)}
 
 
-@pytest.mark.parametrize("module", ["config", "sft", "evaluate", "preview", "cli", "rewards", "journal", "play"])
+@pytest.mark.parametrize(
+    "module", ["config", "sft", "evaluate", "preview", "collect", "refilter", "cli", "rewards", "journal", "play"]
+)
 def test_what_reads_the_command_line_imports_no_framework(module):
     code = f"import sys, bcft.{module}; sys.exit(' '.join({HEAVY!r} & set(sys.modules)) or 0)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

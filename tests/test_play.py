@@ -441,6 +441,7 @@ def test_two_turns_by_hand(renderer, tokenizer):
             Turn("5", tuple(head), five, "stop_token", False, tuple(messages("higher")), True, -1.0, "no"),
             Turn("7", tuple(between), seven, "stop_token", False, tuple(messages("right")), True, -1.0, "yes"),
         ),
+            opening=({"role": "system", "content": "terse"}, {"role": "user", "content": "guess"}),
     )  # fmt: skip
     assert (t.environment_reward, t.success, t.cut) == (-2.0, "yes", False)
     assert t.contexts == (tuple(head), (*head, *five, *between))

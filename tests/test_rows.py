@@ -119,9 +119,10 @@ def test_plain_text_has_one_bos_and_ends_in_eos(plain):
     assert row.input_ids.count(tokenizer.bos_token_id) == plain.bos_count == census.bos
 
 
-def test_messages_without_a_template_are_refused(plain):
+def test_messages_without_a_template_are_refused_unless_they_are_one_users(plain):
     with pytest.raises(DataError, match="no chat template"):
-        plain.prompts([[{"role": "user", "content": "?"}]])
+        plain.prompts([[{"role": "system", "content": "terse"}, {"role": "user", "content": "?"}]])
+    assert plain.prompts([[{"role": "user", "content": "?"}]]) == plain.prompts(["?"])
 
 
 def test_a_template_without_stop_token_is_refused(rows):

@@ -6,6 +6,8 @@ from bcft.types import Feedback, Problem, Prompt
 class SingleTurn:
     """Shows the problem's prompt and is done after one action, without a reward of its own."""
 
+    instant = True
+
     def reset(self, problem: Problem, *, seed: int) -> Prompt:  # noqa: ARG002 - nothing is drawn
         """Return the prompt as given."""
         return problem.prompt

@@ -24,6 +24,7 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer
 
+from bcft.generation.cache import Sessions, Slab
 from bcft.generation.noise import gumbel, identity_seed
 from bcft.types import Action, Request, Sampling, Stop
 
@@ -31,8 +32,6 @@ _COMPACT_EVERY = 8
 """Steps between two looks at which rows are finished: each look waits for the device."""
 _PREFILL_TOKENS = 16_384
 """Padded prompt tokens in one forward pass of prompts."""
-_SPARE_COLUMNS = 64
-"""Tokens a cache can grow by before it moves into a larger place."""
 _MOST_ROWS = 512
 
 
@@ -61,61 +60,6 @@ def sampling_mode(model: Any, *, autocast: str = "no") -> Iterator[None]:
         if checkpointing:
             model.activation_checkpointing_enable()
         model.train(training)
-
-
-class _Slab(DynamicLayer):  # type: ignore[misc]
-    """A layer that grows into room it has already: `torch.cat` at every token was 40 % of the time on a CPU.
-
-    `keys` and `values` (B, H, W, D) are views of the first W columns of their rooms, from a first column that
-    moves right when columns are dropped.
-    """
-
-    rooms: tuple[torch.Tensor, torch.Tensor]
-    keys: torch.Tensor
-    values: torch.Tensor
-
-    def update(
-        self,
-        key_states: torch.Tensor,
-        value_states: torch.Tensor,
-        *_: Any,
-        **__: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append the states of new tokens (B, H, n, D); return all."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            self.first, self.end = 0, 0
-            self.settle(key_states, value_states)
-            return self.keys, self.values
-        n = key_states.shape[2]
-        if self.end + n > self.rooms[0].shape[2]:
-            self.settle(self.keys, self.values)
-        for room, states in zip(self.rooms, (key_states, value_states), strict=True):
-            room[:, :, self.end : self.end + n] = states
-        self.end += n
-        self.keys, self.values = (room[:, :, self.first : self.end] for room in self.rooms)
-        return self.keys, self.values
-
-    def settle(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Move into rooms of these states' size and some columns more."""
-        b, h, width, d = keys.shape
-        self.rooms = (
-            keys.new_empty(b, h, width + _SPARE_COLUMNS, d),
-            values.new_empty(b, h, width + _SPARE_COLUMNS, d),
-        )
-        self.first, self.end = 0, width
-        for room, states in zip(self.rooms, (keys, values), strict=True):
-            room[:, :, :width] = states
-        self.keys, self.values = (room[:, :, :width] for room in self.rooms)
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep the rows of these indices (K,), in this order."""
-        self.settle(self.keys[indices], self.values[indices])
-
-    def drop_columns(self, n: int) -> None:
-        """Forget the first n columns, without moving anything."""
-        self.first += n
-        self.keys, self.values = (room[:, :, self.first : self.end] for room in self.rooms)
 
 
 @dataclass
@@ -173,6 +117,7 @@ class HFEngine:
         self.model = model
         self.pad_id = pad_id
         self.rows = rows
+        self.sessions = Sessions()
         self.context = int(model.config.get_text_config().max_position_embeddings)
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Action]:
@@ -182,6 +127,7 @@ class HFEngine:
         """
         if len({request.key for request in requests}) != len(requests):
             raise ValueError("two requests have the same key, so they would draw the same noise")
+        self.sessions.forget_all_but(request.session for request in requests)
         for sampling, stop_ids in dict.fromkeys((r.sampling, r.stop_ids) for r in requests):
             alike = [r for r in requests if (r.sampling, r.stop_ids) == (sampling, stop_ids)]
             yield from self._retry(alike, sampling)
@@ -200,9 +146,10 @@ class HFEngine:
                     del remaining[action.key]
                     yield action
             except torch.OutOfMemoryError:
-                if rows == 1:
+                if rows == 1 and not self.sessions:
                     raise
-                rows = self.rows = rows // 2
+                self.sessions.forget_all_but(())  # what they hold can be computed again
+                rows = self.rows = max(rows // 2, 1)
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
 
@@ -223,6 +170,7 @@ class HFEngine:
                 self._step(active, sampling, warpers)
                 if active.limit.device.type == "cpu" and bool(active.done.all()):
                     break
+            self._keep(active)
             yield from _finished(active)
             active = _unfinished(active)
 
@@ -236,7 +184,57 @@ class HFEngine:
             if len(contexts) > 1 and len(contexts) * len(waiting[0].context_ids) > _PREFILL_TOKENS:
                 break
             chosen += 1
-        return waiting[chosen:], self._prefill(waiting[:chosen], sampling, warpers)
+        return waiting[chosen:], self._begin(waiting[:chosen], sampling, warpers)
+
+    def _begin(self, requests: list[Request], sampling: Sampling, warpers: LogitsProcessorList) -> _Rows:
+        """Read the contexts of requests: of those that go on with a session only what is new."""
+        known = [request for request in requests if self.sessions.known(request)]
+        if not known:
+            return self._prefill(requests, sampling, warpers)
+        rows = self._resume(known, sampling, warpers)
+        going_on = {request.key for request in known}
+        if fresh := [request for request in requests if request.key not in going_on]:
+            rows.join(self._prefill(fresh, sampling, warpers))
+        return rows
+
+    def _keep(self, rows: _Rows) -> None:
+        """Keep the caches of finished rows whose conversations may go on."""
+        ended = [i for i, done in enumerate(rows.done.tolist()) if done and rows.requests[i].session is not None]
+        if not ended or not _plain(rows.cache):
+            return
+        held = rows.mask.sum(1).tolist()
+        for i in ended:
+            request, made = rows.requests[i], int(rows.made[i])
+            # The token sampled last is in no cache yet, and what a row that was done earlier rode along with is none.
+            ids = (*request.context_ids, *rows.ids[i, : made - 1].tolist())
+            self.sessions.keep(request, ids, rows.cache, row=i, behind=held[i] - len(ids))
+
+    @torch.no_grad()
+    def _resume(self, requests: list[Request], sampling: Sampling, warpers: LogitsProcessorList) -> _Rows:
+        """Read what is new to conversations whose earlier part is cached.
+
+        All read as many tokens as the one with the most new ones: the others read some of their own again, so that
+        every row's tokens stand side by side.
+        """
+        device = self.model.device
+        known = [self.sessions.known(request) for request in requests]
+        new = max(len(r.context_ids) - n for r, n in zip(requests, known, strict=True))
+        lengths = [len(r.context_ids) - new for r in requests]
+        if min(lengths) < 1:  # one is shorter than what is new to another
+            return self._prefill(requests, sampling, warpers)
+        width = max(lengths)
+        cache = DynamicCache(config=self.model.config)
+        cache.layers = self.sessions.layers(requests, lengths)
+        mask = torch.tensor([[0] * (width - have) + [1] * (have + new) for have in lengths], device=device)
+        logits = self.model(
+            input_ids=torch.tensor([r.context_ids[-new:] for r in requests], device=device),
+            attention_mask=mask,
+            position_ids=(mask.cumsum(1) - 1)[:, -new:],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
+        return self._rows(requests, cache, mask, logits, sampling, warpers)
 
     @torch.no_grad()
     def _prefill(self, requests: list[Request], sampling: Sampling, warpers: LogitsProcessorList) -> _Rows:
@@ -247,7 +245,7 @@ class HFEngine:
         mask = torch.tensor([[0] * (width - len(c)) + [1] * len(c) for c in contexts], device=device)
         cache = DynamicCache(config=self.model.config)
         if all(type(layer) is DynamicLayer for layer in cache.layers):
-            cache.layers = [_Slab() for _ in cache.layers]
+            cache.layers = [Slab() for _ in cache.layers]
         logits = self.model(
             input_ids=torch.tensor(padded, device=device),
             attention_mask=mask,
@@ -259,6 +257,19 @@ class HFEngine:
         place = {context: index for index, context in enumerate(contexts)}
         expand = torch.tensor([place[request.context_ids] for request in requests], device=device)
         cache.batch_select_indices(expand)
+        return self._rows(requests, cache, mask[expand], logits[expand], sampling, warpers)
+
+    def _rows(
+        self,
+        requests: list[Request],
+        cache: DynamicCache,
+        mask: torch.Tensor,
+        logits: torch.Tensor,
+        sampling: Sampling,
+        warpers: LogitsProcessorList,
+    ) -> _Rows:
+        """Return rows whose contexts (B, W) are in the cache, the first token drawn from logits (B, V)."""
+        device, width = self.model.device, mask.shape[1]
         limits = [min(r.max_new_tokens, self.context - len(r.context_ids)) for r in requests]
         most, n = max(limits), len(requests)
         seen = torch.empty(n, 0, dtype=torch.long, device=device)
@@ -268,7 +279,7 @@ class HFEngine:
         rows = _Rows(
             requests=list(requests),
             cache=cache,
-            mask=mask[expand],
+            mask=mask,
             last=torch.zeros(n, dtype=torch.long, device=device),
             made=torch.zeros(n, dtype=torch.long, device=device),
             limit=torch.tensor(limits, device=device),
@@ -277,7 +288,7 @@ class HFEngine:
             ids=torch.full((n, most), self.pad_id, device=device),
             seen=seen,
         )
-        _draw(rows, logits[expand], sampling, warpers)
+        _draw(rows, logits, sampling, warpers)
         return rows
 
     @torch.no_grad()
@@ -374,7 +385,7 @@ def _unfinished(rows: _Rows) -> _Rows | None:
 
 def _plain(cache: DynamicCache) -> bool:
     """Tell whether columns of the cache may be cut and padded: not with sliding windows or recurrent states."""
-    return all(isinstance(layer, _Slab) for layer in cache.layers)
+    return all(isinstance(layer, Slab) for layer in cache.layers)
 
 
 def _widen(seen: torch.Tensor, width: int) -> torch.Tensor:

@@ -1,0 +1,108 @@
+"""The embedded problems `bcft:guess-number`: find a number between two others by guessing it.
+
+The player reads the bounds (`20-63`) and says a number; the oracle answers `higher`, `lower` or `correct`. The secret
+is hidden: a game may be short by luck alone, and a filter by return cannot tell luck from skill.
+
+The demonstrations are those of a sloppy player, who guesses any number that is still possible, and with probability
+`SLOPPY` any between the bounds.
+"""
+
+from itertools import count
+from typing import TypedDict
+
+from bcft.problems import lots as draw
+from bcft.problems.arithmetic import SHARES, Split
+from bcft.types import Message, bucket, problem_id
+
+LEAST, MOST = 10, 99
+"""All numbers have two digits."""
+WIDTHS = range(16, 65)
+"""How many numbers are between the bounds, these included."""
+SLOPPY = 0.3
+LONGEST = 20
+"""Guesses of the longest demonstration; a longer game is drawn again."""
+
+
+class Item(TypedDict):
+    """One row of the dataset."""
+
+    prompt: str
+    messages: list[Message]
+    low: int
+    high: int
+    secret: int
+
+
+def answer(secret: int, said: str) -> str:
+    """Return what the oracle answers to a guess: `higher`, `lower`, `correct`; to what is no number `what?`.
+
+    >>> answer(42, "40")
+    'higher'
+    """
+    words = said.strip().rstrip(".!?").split()
+    guess = words[-1] if words else ""
+    if not (guess.isascii() and guess.isdigit() and len(guess) <= 9):
+        return "what?"
+    return "correct" if int(guess) == secret else "higher" if int(guess) < secret else "lower"
+
+
+def bounds(low: int, high: int) -> str:
+    """Return what the player reads first."""
+    return f"{low}-{high}"
+
+
+def prompt(low: int, high: int, secret: int) -> str:
+    """Return the problem's text, which makes its id; the player never reads it."""
+    return f"Guess a number from {low} to {high}: {secret}."
+
+
+def items(split: Split, n: int, *, seed: int = 0) -> list[Item]:
+    """Return n games of distinct problems, of which any fewer are the first.
+
+    Held out are triples of bounds and secret; every number is the secret of some training problem.
+    """
+    low, high = SHARES[split]
+    found: dict[tuple[int, int, int], Item] = {}
+    for index in count():
+        if len(found) == n:
+            break
+        drawn = _drawn(f"{seed}-{index}")
+        if drawn not in found and low <= bucket(problem_id(prompt(*drawn))) < high:
+            found[drawn] = _item(*drawn, f"{seed}-{index}")
+    return list(found.values())
+
+
+def _drawn(key: str) -> tuple[int, int, int]:
+    """Return bounds and secret."""
+    lots = draw(key)
+    width = WIDTHS[int(next(lots) * len(WIDTHS))]
+    low = LEAST + int(next(lots) * (MOST - LEAST + 2 - width))
+    return low, low + width - 1, low + int(next(lots) * width)
+
+
+def _item(low: int, high: int, secret: int, key: str) -> Item:
+    games = (_game(low, high, secret, f"{key}-{attempt}") for attempt in count())
+    guesses = next(game for game in games if game)
+    said: list[Message] = [{"role": "user", "content": bounds(low, high)}]
+    for guess in guesses:
+        said.append({"role": "assistant", "content": str(guess)})
+        said.append({"role": "user", "content": answer(secret, str(guess))})
+    return Item(prompt=prompt(low, high, secret), messages=said[:-1], low=low, high=high, secret=secret)
+
+
+def _game(low: int, high: int, secret: int, key: str) -> list[int]:
+    """Return the sloppy player's guesses; none when they are too many."""
+    lots = draw(f"{key}-game")
+    least, most = low, high  # what is still possible
+    guesses: list[int] = []
+    while secret not in guesses:
+        if len(guesses) == LONGEST:
+            return []
+        first, last = (low, high) if next(lots) < SLOPPY else (least, most)
+        guess = first + int(next(lots) * (last - first + 1))
+        guesses.append(guess)
+        if guess < secret:
+            least = max(least, guess + 1)
+        elif guess > secret:
+            most = min(most, guess - 1)
+    return guesses
