@@ -103,7 +103,7 @@ OWN = (
         default=False,
         meaning="train even if training prompts are also held-out ones",
         group="data",
-        commands=("sft", "filtered", "evaluate", "preview"),
+        commands=("sft", "filtered", "evaluate", "collect", "preview"),
     ),
     Key(
         name="success_func",
@@ -129,7 +129,7 @@ OWN = (
         default=128,
         meaning="how many problems are held out as dev",
         group="evaluation",
-        commands=("sft", "filtered", "evaluate", "preview"),
+        commands=("sft", "filtered", "evaluate", "collect", "preview"),
         limits=">= 0",
     ),
     Key(
@@ -147,7 +147,7 @@ OWN = (
         default=500,
         meaning="how many problems of test are evaluated; 0 evaluates nothing",
         group="evaluation",
-        commands=("sft", "filtered", "evaluate", "preview"),
+        commands=("sft", "filtered", "evaluate", "collect", "preview"),
         limits=">= 0",
     ),
     Key(

@@ -273,7 +273,7 @@ def _demonstration(row: dict[str, Any], where: str, *, problem_only: bool = Fals
         said = _messages(row["messages"], f"{where}: messages")
         first = next((i for i, message in enumerate(said) if message["role"] == "assistant"), len(said))
         prompt = _prompt(row["prompt"], f"{where}: prompt") if "prompt" in row else said[:first]
-        return _conversation(problem_id(prompt), prompt, columns, said, where)
+        return _conversation(problem_id(prompt), prompt, columns, said, first, where)
     if "prompt" in row:
         prompt_key, completion_key = "prompt", "completion"
     elif "question" in row and "answer" in row:
@@ -290,27 +290,29 @@ def _demonstration(row: dict[str, Any], where: str, *, problem_only: bool = Fals
         return _sampled(row, prompt, where)
     answer = row.get(completion_key, "")
     if isinstance(answer, list) and len(answer) > 1:
-        said = [*as_messages(prompt), *_messages(answer, f"{where}: {completion_key}")]
-        return _conversation(problem_id(prompt), prompt, columns, said, where)
+        asked = as_messages(prompt)
+        said = [*asked, *_messages(answer, f"{where}: {completion_key}")]
+        return _conversation(problem_id(prompt), prompt, columns, said, len(asked), where)
     completion = _completion(answer, f"{where}: {completion_key}")
     return Demonstration(Problem(problem_id(prompt), prompt, columns, where), completion)
 
 
 def _conversation(
-    identity: str, prompt: Prompt, columns: Mapping[str, Any], said: Sequence[Message], where: str
+    identity: str, prompt: Prompt, columns: Mapping[str, Any], said: Sequence[Message], begins: int, where: str
 ) -> Demonstration:
     """Return a demonstration of several turns, as the policy reads them."""
     if said[-1]["role"] != "assistant":
         raise DataError(
             f"{where}: the last message is the {said[-1]['role']}'s: a demonstration ends with the assistant"
         )
-    return Demonstration(Problem(identity, prompt, columns, where), said[-1]["content"], tuple(said))
+    return Demonstration(Problem(identity, prompt, columns, where), said[-1]["content"], tuple(said), begins)
 
 
 def _sampled(row: Mapping[str, Any], prompt: Prompt, where: str) -> Demonstration:
     """Return a row that a run kept: its text, and the ids that were sampled."""
-    said = [*as_messages(prompt), *_messages(row["completion"], f"{where}: completion")]
-    found = _conversation(str(row["problem_id"]), prompt, {}, said, where)
+    asked = as_messages(prompt)
+    said = [*asked, *_messages(row["completion"], f"{where}: completion")]
+    found = _conversation(str(row["problem_id"]), prompt, {}, said, len(asked), where)
     try:
         sampled = Row(found.problem.id, tuple(map(int, row["input_ids"])), tuple(map(int, row["labels"])), where)
     except (TypeError, ValueError) as error:

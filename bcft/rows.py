@@ -109,7 +109,7 @@ def _tokenised(demonstrations: Sequence[Demonstration], renderer: Renderer, trai
         if d.sampled is not None and _as_sampled(d, renderer):
             found.append([d.sampled])
         elif d.conversation:
-            turns = conversation_turns(d.conversation, renderer, where=d.problem.where)
+            turns = conversation_turns(d.conversation, renderer, begins=d.begins, where=d.problem.where)
             laid = stretches(turns, train_on=train_on)
             found.append([Row(d.problem.id, s.input_ids, s.labels, d.problem.where) for s in laid])
         else:
@@ -123,14 +123,17 @@ def _as_sampled(demonstration: Demonstration, renderer: Renderer) -> bool:
     return demonstration.sampled is not None and demonstration.tokenizer == renderer.fingerprint
 
 
-def conversation_turns(conversation: Sequence[Message], renderer: Renderer, *, where: str) -> list[Turn]:
+def conversation_turns(conversation: Sequence[Message], renderer: Renderer, *, begins: int, where: str) -> list[Turn]:
     """Return a demonstrated conversation as turns, with the ids that a policy would read and say.
 
-    Raises DataError where it does not go to and fro between others and the assistant, whose word is the last.
+    begins: how many messages are the prompt's, whose last is not the assistant's.
+
+    Raises DataError where what follows does not go to and fro, with the assistant's word as the last.
     """
-    said = [message["role"] == "assistant" for message in conversation]
-    starts = [i for i, mine in enumerate(said) if mine]
-    if not starts or starts[0] == 0 or starts[-1] != len(said) - 1 or any(a + 1 == b for a, b in pairwise(starts)):
+    mine = [i for i, message in enumerate(conversation) if message["role"] == "assistant"]
+    starts = [i for i in mine if i >= begins]
+    whole = begins and starts and starts[0] == begins and starts[-1] == len(conversation) - 1
+    if not whole or begins - 1 in mine or any(b - a == 1 for a, b in pairwise(starts)):
         raise DataError(f"{where}: in a conversation the assistant comes after others, never twice running, and last")
     turns: list[Turn] = []
     ids, rewritten = renderer.prompts([list(conversation[: starts[0]])])[0], False

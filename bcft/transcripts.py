@@ -87,7 +87,7 @@ def demonstration_line(demonstration: Demonstration, row: Row) -> dict[str, Any]
         *messages(problem.prompt),
         {"role": "assistant", "content": demonstration.completion},
     ]
-    first = next(i for i, message in enumerate(said) if message["role"] == "assistant")
+    first = demonstration.begins or len(said) - 1
     return {
         "id": f"demonstration-{problem.where}",
         "problem_id": problem.id,

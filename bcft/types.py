@@ -69,6 +69,8 @@ class Demonstration:
     conversation: tuple[Message, ...] = ()
     """All that was said, as the policy reads it, from the first observation to the last action; empty where that is
     just the problem's prompt and the completion."""
+    begins: int = 0
+    """How many messages of the conversation are the prompt's: actions among these are history, and not demonstrated."""
     sampled: "Row | None" = None
     """Of what a policy made, the ids as sampled: trained as they are by a model with the same tokenizer."""
     tokenizer: str = ""

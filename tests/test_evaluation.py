@@ -6,12 +6,13 @@ from tiny import llama_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bcft import evaluation
-from bcft.evaluation import Evaluation, compare, evaluate, held_out_loss, judge_success
+from bcft.evaluation import Evaluation, compare, evaluate, held_out_loss
 from bcft.generation import hf
 from bcft.model import Policy, Precision
 from bcft.rendering import Renderer
 from bcft.rows import make_rows
-from bcft.types import IGNORED, Demonstration, Problem, Sampling
+from bcft.scoring import score
+from bcft.types import IGNORED, Demonstration, Problem, Sampling, Trajectory, Turn
 
 
 @pytest.fixture(scope="module")
@@ -74,10 +75,11 @@ def test_the_success_function_gets_trls_arguments_in_the_form_of_the_prompt():
         return [1.0, 0.0, None]
 
     message = [{"role": "user", "content": "b"}]
-    asked = [
-        Demonstration(Problem(p, prompt, {"answer": p}), "") for p, prompt in (("1", "a"), ("2", message), ("3", "c"))
-    ]
-    assert judge_success(success, asked, ["x", "y", "z"]) == ["yes", "no", "unknown"]
+    problems = {p: Problem(p, prompt, {"answer": p}) for p, prompt in (("1", "a"), ("2", message), ("3", "c"))}
+    said = {"1": "x", "2": "y", "3": "z"}
+    attempts = [Trajectory(0, p, 0, (Turn(text, (1,), (2,), "stop_token"),), "done") for p, text in said.items()]
+    scores = score(attempts, problems, [], weights=[], success=success)
+    assert [found.success for found in scores] == ["yes", "no", "unknown"]
     assert seen == {
         "prompts": ["a", message, "c"],
         "completions": ["x", [{"role": "assistant", "content": "y"}], "z"],

@@ -187,3 +187,85 @@ def test_one_value_of_the_noise_is_pinned():
     seeds = torch.tensor([identity_seed(42, "test", 0, "0123456789abcdef", 3, 0)], dtype=torch.int32)
     found = gumbel(seeds, torch.tensor([7], dtype=torch.int32), 5)[0].tolist()
     assert found == pytest.approx([-0.311211, -0.194526, -0.227373, 0.003328, 0.865346], abs=1e-5)
+
+
+# Conversations
+
+
+def conversation(model, *, turns=4, n=6, rows=16, sessions=True, engine=None):
+    """Play a conversation of several turns with each of n attempts; return every action."""
+    engine = engine or HFEngine(model, pad_id=0, rows=rows)
+    contexts = {k: tuple(range(2 + k, 5 + 2 * k)) for k in range(n)}
+    found = {}
+    with sampling_mode(model):
+        for turn in range(turns):
+            asked = [
+                Request((0, "t", 0, f"p{k}", 0, turn), context, Sampling(), (1, 4), 5, (f"p{k}",) if sessions else None)
+                for k, context in contexts.items()
+            ]
+            for action in engine.generate(asked):
+                k = int(action.key[3][1:])
+                found[action.key] = (action.ids, action.stop)
+                contexts[k] += action.ids + (7,) * (k + turn)  # of another length for each attempt and turn
+    return found
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 16])
+def test_going_on_from_a_cached_conversation_changes_no_token(model, rows):
+    assert conversation(model, rows=rows) == conversation(model, sessions=False)
+
+
+def test_a_conversation_reads_only_what_is_new(model):
+    engine, read = HFEngine(model, pad_id=0), []
+    hook = model.register_forward_pre_hook(
+        lambda _, __, given: read.append(given["input_ids"].shape[1]), with_kwargs=True
+    )
+    try:
+        conversation(model, n=1, turns=4, engine=engine)
+    finally:
+        hook.remove()
+    # The first context has three tokens; then the token sampled last and the answer, of 0, 1 and 2 tokens.
+    assert [n for n in read if n > 1] == [3, 2, 3]
+
+
+def test_without_room_for_caches_nothing_changes_but_the_time(model, monkeypatch):
+    monkeypatch.setattr("bcft.generation.cache.SESSION_BYTES", 0)
+    engine = HFEngine(model, pad_id=0)
+    assert conversation(model, engine=engine) == conversation(model, sessions=False)
+    assert not len(engine.sessions)
+
+
+def test_what_is_rewritten_is_read_anew(model):
+    engine = HFEngine(model, pad_id=0)
+    first = Request((0, "t", 0, "p", 0, 0), (2, 3, 5), Sampling(), (1,), 4, ("p",))
+    other = Request((0, "t", 0, "p", 0, 1), (2, 9, 5, 8, 8, 8, 8, 8, 8), Sampling(), (1,), 4, ("p",))
+    with sampling_mode(model):
+        list(engine.generate([first]))
+        (found,) = engine.generate([other])
+    assert tokens(model, [other])[other.key] == (found.ids, found.stop)
+
+
+def test_caches_of_conversations_that_have_ended_are_let_go(model):
+    engine = HFEngine(model, pad_id=0)
+    conversation(model, turns=1, n=5, engine=engine)
+    assert len(engine.sessions) == 5
+    with sampling_mode(model):
+        list(engine.generate(requests(n=1)))
+    assert not len(engine.sessions)
+
+
+def test_out_of_memory_lets_go_of_caches_first_and_changes_no_token(model):
+    engine, failing = HFEngine(model, pad_id=0, rows=4), [True]
+
+    def fail(_, __, given):
+        if failing[0] and len(engine.sessions) and given["input_ids"].shape[0] > 2:
+            failing[0] = False
+            raise torch.OutOfMemoryError
+
+    hook = model.register_forward_pre_hook(fail, with_kwargs=True)
+    try:
+        found = conversation(model, engine=engine)
+    finally:
+        hook.remove()
+    assert not failing[0]
+    assert found == conversation(model, sessions=False)

@@ -226,9 +226,13 @@ def cut(tmp_path_factory):
 def resumed(cut, tmp_path_factory):
     """Return the directory it went on in, the attempts that were then played, and how often something was trained."""
     path, played, trained = shutil.copytree(cut, tmp_path_factory.mktemp("resumed") / "run"), [], []
-    play, fit = rollouts.play, training.fit
+    play, fit = rollouts.played, training.fit
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rollouts, "play", lambda given, *rest, **keys: played.extend(given) or play(given, *rest, **keys))
+        patch.setattr(
+            rollouts,
+            "played",
+            lambda one, new, *rest, **keys: played.extend(new) or play(one, new, *rest, **keys),
+        )
         patch.setattr(training, "fit", lambda *rest, **keys: trained.append(rest) or fit(*rest, **keys))
         filtered.run(None, output_dir=str(path), **CUT)
     return path, played, len(trained)

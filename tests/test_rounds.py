@@ -132,7 +132,7 @@ def test_a_round_from_base_is_the_base_trained_on_its_rows_alone(tmp_path):
     trainer = training.BCTrainer(
         policy.model, arguments, rows=rows, tokenizer=policy.renderer.tokenizer, checkpoints=False
     )
-    training.next_round(trainer, rows, seed=rounds.training_seed(recipe, 2))
+    training.next_round(trainer, rows, seed=rounds.training_seed(recipe, 2), learning_rate=recipe["learning_rate"])
     training.fit(trainer, rows)
     assert equal(
         weights(tmp_path, 2), {k: v for k, v in policy.model.state_dict().items() if k in weights(tmp_path, 2)}
@@ -231,7 +231,7 @@ def test_equal_rows_make_equal_steps_in_every_round(tmp_path):
     )
     steps = []
     for number in range(3):
-        training.next_round(trainer, rows, seed=number)
+        training.next_round(trainer, rows, seed=number, learning_rate=recipe["learning_rate"])
         steps.append(training.fit(trainer, rows).steps)
         training.release(trainer)
     assert steps == [math.ceil(13 / 4)] * 3
@@ -300,13 +300,13 @@ def test_what_the_probe_played_is_not_played_again(tmp_path, monkeypatch):
     from bcft import rollouts
 
     asked = []
-    original = rollouts.play
+    original = rollouts.played
 
-    def counting(attempts, *args, **kwargs):
+    def counting(policy, attempts, *args, **kwargs):
         asked.append(len(attempts))
-        return original(attempts, *args, **kwargs)
+        return original(policy, attempts, *args, **kwargs)
 
-    monkeypatch.setattr(rollouts, "play", counting)
+    monkeypatch.setattr(rollouts, "played", counting)
     run(tmp_path, num_rounds=1, prompts_per_round=20)
     assert asked == [16 * 3, 4 * 3]
 

@@ -14,11 +14,11 @@ from bcft.problems import lots as draw
 from bcft.problems.arithmetic import SHARES, Split
 from bcft.types import Message, bucket, problem_id
 
-LEAST, MOST = 10, 99
+LEAST, MOST = 10, 59
 """All numbers have two digits."""
-WIDTHS = range(16, 65)
+WIDTHS = range(8, 33)
 """How many numbers are between the bounds, these included."""
-SLOPPY = 0.3
+SLOPPY = 0.4
 LONGEST = 20
 """Guesses of the longest demonstration; a longer game is drawn again."""
 
