@@ -1,0 +1,48 @@
+"""Two attempts at the same problem, with a review between them, each judged apart.
+
+Filtered behaviour cloning is not known to teach self-correction: what is kept are conversations that end well, and most
+of these were right at once. Kumar et al. 2024 (SCoRe, https://arxiv.org/abs/2409.12917) measure it.
+"""
+
+from bcft.rewards import Reward, ask, import_function
+from bcft.types import Feedback, Message, Problem, Prompt
+
+REVIEW = "Check your solution and correct any mistake in it. Then give the whole solution again."
+TOLD = {True: "That is right. ", False: "That is not right. ", None: ""}
+
+
+class TwoAttempts:
+    """Shows the problem, asks for a second attempt at it, and is done.
+
+    review: what is asked after the first attempt; verdict: tell what the grader said of it before that; reward_func:
+    dotted path of the grader, in TRL's signature, 1.0 or more for what is solved.
+
+    The first attempt has no reward of its own, the second has the grader's; success is that of each attempt.
+    """
+
+    def __init__(
+        self, *, review: str = REVIEW, verdict: bool = False, reward_func: str = "bcft.rewards.math_reward"
+    ) -> None:
+        if not isinstance(review, str) or not review.strip():
+            raise ValueError(f"review must be text, not {review!r}")
+        if not isinstance(verdict, bool):
+            raise ValueError(f"verdict must be true or false, not {verdict!r}")
+        self.review, self.verdict = review, verdict
+        self.grader: Reward = import_function(reward_func, key="environment_args: reward_func")
+        self.attempts = 0
+
+    def reset(self, problem: Problem, *, seed: int) -> Prompt:  # noqa: ARG002 - nothing is drawn
+        """Return the problem's prompt as given."""
+        self.problem, self.attempts = problem, 0
+        return problem.prompt
+
+    def step(self, action: str) -> Feedback:
+        """Judge an attempt by itself; ask for another after the first."""
+        said: Message = {"role": "assistant", "content": action}
+        (reward,) = ask(self.grader, [self.problem], [action if isinstance(self.problem.prompt, str) else [said]])
+        solved = None if reward is None else reward >= 1.0
+        self.attempts += 1
+        if self.attempts == 1:
+            asked = (TOLD[solved] if self.verdict else "") + self.review
+            return Feedback(observation=asked, reward=None, done=False, success=solved)
+        return Feedback(observation=None, reward=reward, done=True, success=solved)

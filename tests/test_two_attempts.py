@@ -1,0 +1,94 @@
+"""Two attempts are on one problem, are judged apart, and what becomes of the first is counted."""
+
+import pytest
+from tiny import llama_tokenizer
+
+from bcft.environments.two_attempts import REVIEW, TwoAttempts
+from bcft.errors import UsageError
+from bcft.play import Attempt, play
+from bcft.rendering import Renderer
+from bcft.scoring import revision, score
+from bcft.testing import ScriptedPolicy
+from bcft.types import Problem, Sampling
+
+PROBLEMS = [Problem(str(n), f"What is {n} + 1?", {"answer": str(n + 1)}) for n in range(4)]
+
+
+@pytest.fixture(scope="module")
+def renderer():
+    return Renderer(llama_tokenizer(["what is one"], vocabulary=300))
+
+
+def played(renderer, say, make=TwoAttempts):
+    """Play an attempt at each problem by what a function of its answer and its turn says."""
+    answers = {problem.id: problem.columns["answer"] for problem in PROBLEMS}
+    engine = ScriptedPolicy(renderer, lambda key, _: say(answers[key[3]], key[5]))
+    found = play(
+        [Attempt(problem, 1, 0) for problem in PROBLEMS], make, renderer, engine,
+        sampling=Sampling(), max_new_tokens=20, max_turns=5, step_timeout=60.0, seed=0, phase="test",
+    )  # fmt: skip
+    return sorted(found, key=lambda t: t.problem_id)
+
+
+def wrong_then_right(answer, turn):
+    return f"it is {answer}" if turn else "it is 1000"
+
+
+def told(found):
+    return [(t.turns[0].success, t.success) for t in found]
+
+
+@pytest.mark.parametrize("verdict", [False, True])
+def test_both_attempts_are_on_the_same_problem(renderer, verdict):
+    for trajectory in played(renderer, wrong_then_right, lambda: TwoAttempts(verdict=verdict)):
+        problem = PROBLEMS[int(trajectory.problem_id)]
+        first, second = (renderer.tokenizer.decode(list(ids)) for ids in trajectory.contexts)
+        assert second.startswith(first)
+        assert first.count(problem.prompt) == second.count(problem.prompt) == 1
+        (asked,) = trajectory.turns[0].observation
+        assert asked["content"] == ("That is not right. " if verdict else "") + REVIEW
+
+
+def test_a_policy_that_is_right_at_the_second_try_gets_exactly_that_reported(renderer):
+    found = played(renderer, wrong_then_right)
+    assert told(found) == [("no", "yes")] * 4
+    assert [t.environment_reward for t in found] == [1.0] * 4
+    assert [s.success for s in score(found, {p.id: p for p in PROBLEMS}, [], weights=[], success=None)] == ["yes"] * 4
+    assert revision(told(found)) == {"n": 4, "first": 0.0, "last": 1.0, "wrong_to_right": 4, "right_to_wrong": 0}
+
+
+def test_a_policy_that_gives_up_what_was_right_is_reported_as_well(renderer):
+    found = played(renderer, lambda answer, turn: "it is 1000" if turn else f"it is {answer}")
+    assert [t.environment_reward for t in found] == [0.0] * 4
+    assert revision(told(found)) == {"n": 4, "first": 1.0, "last": 0.0, "wrong_to_right": 0, "right_to_wrong": 4}
+
+
+def test_the_verdict_is_told_only_where_it_is_asked_for(renderer):
+    right = played(renderer, lambda answer, _: f"it is {answer}", lambda: TwoAttempts(verdict=True))
+    assert all(t.turns[0].observation[0]["content"].startswith("That is right. ") for t in right)
+    silent = played(renderer, lambda answer, _: f"it is {answer}")
+    assert all(t.turns[0].observation[0]["content"] == REVIEW for t in silent)
+
+
+def test_what_cannot_be_graded_is_neither_right_nor_wrong(renderer):
+    make = lambda: TwoAttempts(reward_func="test_two_attempts.nothing", verdict=True)  # noqa: E731
+    for trajectory in played(renderer, wrong_then_right, make):
+        assert trajectory.success == "unknown"
+        assert trajectory.environment_reward is None
+        assert trajectory.turns[0].observation[0]["content"] == REVIEW
+
+
+def nothing(completions, **_):
+    """Grade nothing."""
+    return [None] * len(completions)
+
+
+@pytest.mark.parametrize("arguments", [{"review": " "}, {"review": 3}, {"verdict": "yes"}])
+def test_a_wrong_argument_is_refused(arguments):
+    with pytest.raises(ValueError, match=r"review|verdict"):
+        TwoAttempts(**arguments)
+
+
+def test_a_grader_that_is_none_is_refused_with_its_key():
+    with pytest.raises(UsageError, match="environment_args: reward_func"):
+        TwoAttempts(reward_func="bcft.rewards.no_such_function")
