@@ -32,17 +32,24 @@ LONG_ROUND = 60.0
 def run(
     recipe: str | PathLike[str] | None = None,
     *,
-    reward_funcs: Sequence[Callable[..., Any]] | None = None,
-    environment: Callable[..., Environment] | None = None,
+    reward_funcs: Sequence[Callable[..., Any]] | Sequence[str] | None = None,
+    environment: Callable[..., Environment] | str | None = None,
     **overrides: Any,
 ) -> dict[str, Any]:
     """Run the recipe's rounds; return what `metrics.json` holds.
 
-    `reward_funcs` and `environment`, which is called with `environment_args`, take the place of the recipe's.
+    `reward_funcs` and `environment`, which is called with `environment_args`, take the place of the recipe's: as
+    dotted paths, or themselves.
 
     Raises a `bcft.errors.BcftError` for everything a user can cause.
     """
-    return improve(load("filtered", recipe, overrides), reward_funcs=reward_funcs, environment=environment)
+    functions = [function for function in reward_funcs or () if not isinstance(function, str)]
+    if reward_funcs and not functions:
+        overrides["reward_funcs"] = reward_funcs
+    make = None if isinstance(environment, str) else environment
+    if isinstance(environment, str):
+        overrides["environment"] = environment
+    return improve(load("filtered", recipe, overrides), reward_funcs=functions or None, environment=make)
 
 
 def improve(

@@ -61,6 +61,7 @@ def rules(draw: st.DrawFn, **fixed: Any) -> Rule:
         "keep_quantile": draw(st.sampled_from([0.9, 0.5, 0.0, 0.25, 0.99])),
         "min_reward": draw(st.sampled_from([None, None, 0.0, 0.3, 1.0])),
         "require_success": draw(st.sampled_from(["auto", "auto", True, False])),
+        "pass_rate": draw(st.sampled_from([None, None, (0.0, 0.5), (0.4, 1.0)])),
         "max_per_problem": draw(st.sampled_from([None, 1, 2])),
         "ties": draw(st.sampled_from(["include", "sample"])),
         "control": "none",
@@ -100,6 +101,15 @@ def brute_force(scope: list[Candidate], rule: Rule) -> dict[str, str]:
     elif guarded and cutoff == min(values):
         cutoff = min(other for other in values if other > cutoff)
     strike("failed", [one for one in left() if one.success not in wanted])
+    if rule.pass_rate is not None:
+
+        def rate(one: Candidate) -> float | None:
+            known = [other.success for other in scope if other.problem_id == one.problem_id]
+            known = [success for success in known if success != "unknown"]
+            return known.count("yes") / len(known) if known else None
+
+        low, high = rule.pass_rate
+        strike("outside_band", [one for one in left() if (found := rate(one)) is not None and not low <= found <= high])
     if rule.min_reward is not None:
         strike("below_floor", [one for one in left() if value(one) < rule.min_reward])
     strike("below_cutoff", [one for one in left() if value(one) < cutoff])
@@ -206,6 +216,16 @@ def test_the_cap_is_respected(scope: list[Candidate], rule: Rule) -> None:
 
 
 @LAW
+@given(candidates(), rules(pass_rate=(0.2, 0.8)), st.sampled_from(["none", "random"]))
+def test_nothing_is_kept_of_a_problem_that_is_solved_too_seldom_or_too_often(
+    scope: list[Candidate], rule: Rule, control: Any
+) -> None:
+    kept = {one.problem_id for one in kept_of(scope, select(scope, replace(rule, control=control)))}
+    for problem in kept:
+        known = [one.success for one in scope if one.problem_id == problem and one.success != "unknown"]
+        assert not known or 0.2 <= known.count("yes") / len(known) <= 0.8
+
+
 @given(candidates(), rules(ties="include"))
 def test_a_tie_is_lost_only_where_ties_are_sampled(scope: list[Candidate], rule: Rule) -> None:
     assert select(scope, rule).rejected["tie_lost"] == 0

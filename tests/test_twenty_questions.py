@@ -52,7 +52,7 @@ def test_no_two_objects_have_the_same_attributes() -> None:
 def test_the_table_knows_only_attributes_that_can_be_asked_and_each_divides_the_objects() -> None:
     assert frozenset().union(*OBJECTS.values()) == ATTRIBUTES.keys()
     for attribute in ATTRIBUTES:
-        assert 3 <= sum(attribute in true for true in OBJECTS.values()) <= len(OBJECTS) / 2
+        assert 2 <= sum(attribute in true for true in OBJECTS.values()) <= len(OBJECTS) / 2
 
 
 def test_every_name_is_one_short_word_that_means_one_thing() -> None:
@@ -88,9 +88,9 @@ def test_a_guess_is_right_for_the_secret_alone(phrase) -> None:
         ("concatenate", "what?"),
         ("fur_coat", "what?"),
         ("fur or metal?", "what?"),
-        ("cat or mouse?", "what?"),
-        ("cat or mouse, and fur?", "yes"),
-        ("mouse, with fur?", "no"),
+        ("cat or bear?", "what?"),
+        ("cat or bear, and fur?", "yes"),
+        ("bear, with fur?", "no"),
         ("fur? fur? fur?", "yes"),
         ("cat,cat,cat", "correct"),
         ("Is it the cat's?", "correct"),
@@ -187,9 +187,9 @@ def test_the_sloppy_player_never_repeats_itself_and_guesses_nothing_that_cannot_
 
 
 def test_the_sloppy_player_wastes_turns(rows) -> None:
-    """It needs far more than the five or six of a good player, or there would be nothing to be won over it."""
+    """It guesses what is not the secret, or there would be nothing to be won over it."""
     turns = [len(row["messages"]) // 2 for row in rows]
-    assert 8 < sum(turns) / len(turns) < 12
+    assert 5.5 < sum(turns) / len(turns) < 7
     assert any(
         word in OBJECTS and word != row["secret"]
         for row in rows
@@ -210,8 +210,8 @@ def test_the_example_of_the_module_is_played_as_it_stands_there() -> None:
     row = {"prompt": CAT.prompt, "messages": said, "secret": "cat", "told": ["fur", "metal"]}
     replies, given = played(row)
     assert CAT.prompt == "Twenty questions: cat, told fur and metal."
-    assert replies == ["fur yes, metal no", "no", "no", "no", "correct"]
-    assert sum(feedback.reward for feedback in given) == -3.0
+    assert replies == ["fur yes, metal no", "no", "no", "correct"]
+    assert sum(feedback.reward for feedback in given) == -2.0
 
 
 def test_the_environment_never_ends_before_the_right_guess() -> None:
@@ -248,5 +248,5 @@ def test_a_problem_of_another_kind_is_refused_by_name(columns, reason) -> None:
 def test_items_are_the_same_in_every_version_of_python() -> None:
     row = items("test", 3, seed=3)[0]
     assert row["prompt"] == "Twenty questions: bee, told big and small."
-    said = ["big no, small yes", "legs?", "yes", "wood?", "no", "wings?", "yes", "bee?"]
+    said = ["big no, small yes", "wings?", "yes", "wheels?", "no", "bee?"]
     assert [message["content"] for message in row["messages"]] == said

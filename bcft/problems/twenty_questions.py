@@ -3,9 +3,7 @@
 A problem is a secret object and two facts that are told at the start. What is said, a wrong guess among it:
 
     user       fur yes, metal no
-    assistant  big?
-    user       no
-    assistant  mouse?
+    assistant  bear?
     user       no
     assistant  water?
     user       no
@@ -161,7 +159,7 @@ def answer(secret: str, said: str) -> tuple[str, bool]:
     ("correct" or "no"), whatever else is said: "Is the cat alive?" guesses cat. With none or several, but exactly one
     attribute, it is a question ("yes" or "no"); anything else is not understood ("what?").
 
-    >>> answer("cat", "fur?"), answer("cat", "Does it have fur?"), answer("cat", "Is it a dog or a mouse?")
+    >>> answer("cat", "fur?"), answer("cat", "Does it have fur?"), answer("cat", "Is it a dog or a bear?")
     (('yes', False), ('yes', False), ('no', False))
     >>> answer("cat", "cat?"), answer("cat", "It is furry, so a cat."), answer("cat", "Metal or wood?")
     (('correct', True), ('correct', True), ('what?', False))

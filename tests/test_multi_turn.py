@@ -1,0 +1,183 @@
+"""A run in an environment: what is played, trained and measured over several turns, and the knobs of the loop."""
+
+from pathlib import Path
+
+import pytest
+
+from bcft import evaluate, filtered
+from bcft.errors import UsageError
+from bcft.journal import read_json, read_jsonl
+from bcft.types import IGNORED, Feedback, Trajectory
+
+KEYS = {
+    "model_name_or_path": "bcft:tiny-math", "dataset_name": "bcft:arithmetic", "dataset_train_split": "train[:200]",
+    "environment": "bcft.environments.two_attempts.TwoAttempts", "max_completion_length": 72, "num_rounds": 1,
+    "prompts_per_round": 24, "num_generations": 3, "learning_rate": 2e-4, "eval_dev_problems": 4,
+    "eval_dev_samples": 1, "eval_test_problems": 6, "eval_test_samples": 2, "keep_quantile": 0.0,
+}  # fmt: skip
+KEYS["environment_args"] = {"reward_func": "test_multi_turn.even"}
+SINGLE = {key: value for key, value in KEYS.items() if not key.startswith("environment")}
+
+
+def even(completions, **_):
+    """Like an even number of characters: unlike a sum, the embedded policy gets that right at a second attempt too."""
+    texts = [text if isinstance(text, str) else text[-1]["content"] for text in completions]
+    return [float(len(text) % 2 == 0) for text in texts]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    path = tmp_path_factory.mktemp("two") / "run"
+    filtered.run(None, output_dir=str(path), require_success="false", **KEYS)
+    return path
+
+
+def test_every_attempt_has_both_turns_and_is_trained_as_it_was_sampled(run):
+    place = run / "round_001"
+    played = {line["id"]: Trajectory.from_json(line) for line in read_jsonl(place / "rollouts.jsonl")}
+    kept = read_jsonl(place / "kept.jsonl")
+    assert {len(t.turns) for t in played.values()} == {2}
+    assert kept
+    for line in kept:
+        first, second = played[line["id"]].turns
+        whole = first.ids + first.action_ids + second.ids + second.action_ids
+        said = [label for label in line["labels"] if label != IGNORED]
+        if second.action.strip():  # else it is not trained, and what would stand behind the last label is left out
+            assert tuple(line["input_ids"]) == whole
+            assert said == [*first.action_ids, *second.action_ids]
+        assert tuple(line["input_ids"]) == whole[: len(line["input_ids"])]
+
+
+def test_first_and_second_attempts_are_counted_apart(run):
+    base = read_json(run / "metrics.json")["base"]
+    lines = read_jsonl(run / "round_000" / "test" / "evaluation.jsonl")
+    told = base["revision"]
+    assert told["n"] == len(lines) == 6 * 3
+    assert told["first"] == pytest.approx(sum(line["first"] == "yes" for line in lines) / len(lines))
+    assert told["wrong_to_right"] == sum((line["first"], line["success"]) == ("no", "yes") for line in lines)
+    assert base["return"]["turns"] == 2
+    assert "harder" in base
+
+
+@pytest.mark.slow
+def test_the_first_attempt_of_two_is_that_of_a_single_turn(run, tmp_path):
+    """Same identity, same noise: what comes after a turn changes nothing in it."""
+    filtered.run(None, output_dir=str(tmp_path), **SINGLE)
+    two, one = (read_jsonl(path / "round_001" / "rollouts.jsonl") for path in (run, tmp_path))
+    assert [line["turns"][0]["action_ids"] for line in two] == [line["turns"][0]["action_ids"] for line in one]
+
+
+def test_evaluate_compares_by_return_and_says_so(run, tmp_path):
+    names = ("dataset_name", "environment", "environment_args", "max_completion_length", "eval_test_problems")
+    keys = {key: KEYS[key] for key in names}
+    model = str(run / "best")
+    found = evaluate.run(
+        None, model_name_or_path=model, against="bcft:tiny-math", output_dir=str(tmp_path), eval_test_samples=2, **keys
+    )
+    assert "a mean return of" in found["conclusion"]
+    low, high = found["vs_base"]["return_ci95"]
+    assert low <= found["vs_base"]["return_delta"] <= high
+    assert found["against"]["return"] == read_json(run / "metrics.json")["base"]["return"]
+
+
+class Coin:
+    """Pays a point for an even number of characters; fails for a few problems."""
+
+    def __init__(self, *, fails=False):
+        self.fails = fails
+
+    def reset(self, problem, *, seed):  # noqa: ARG002
+        self.broken = self.fails and int(problem.id[:4], 16) % 50 == 0
+        return [{"role": "user", "content": str(problem.prompt)}]
+
+    def step(self, action):
+        if self.broken:
+            raise OSError("no such coin")
+        return Feedback("again", float(len(action) % 2 == 0), done=False)
+
+
+def test_an_environment_given_from_python_is_on_record_and_its_turns_are_limited(tmp_path):
+    filtered.run(None, output_dir=str(tmp_path), environment=Coin, max_turns=3, warmup_rounds=0, **SINGLE)
+    lines = read_jsonl(tmp_path / "round_001" / "rollouts.jsonl")
+    assert {(len(line["turns"]), line["ended"]) for line in lines} <= {(3, "turn_limit")}
+    scores = read_jsonl(tmp_path / "round_001" / "scores.jsonl")
+    paid = {line["id"]: sum(turn["reward"] for turn in line["turns"]) for line in lines}
+    assert {s["id"]: s["reward"] for s in scores} == paid
+    with pytest.raises(UsageError, match="environment was"):
+        filtered.run(None, output_dir=str(tmp_path), max_turns=3, **KEYS)
+
+
+def test_environment_args_reach_the_environment(tmp_path):
+    filtered.run(
+        None, output_dir=str(tmp_path), **KEYS | {"environment_args": KEYS["environment_args"] | {"review": "Sure?"}}
+    )
+    (line, *_) = read_jsonl(tmp_path / "round_001" / "rollouts.jsonl")
+    assert line["turns"][0]["observation"] == [{"role": "user", "content": "Sure?"}]
+
+
+# Knobs of the loop
+
+
+def test_replayed_demonstrations_are_as_many_as_were_kept_and_other_ones_each_round(tmp_path):
+    filtered.run(None, output_dir=str(tmp_path), replay_dataset="bcft:arithmetic", **SINGLE | {"num_rounds": 2})
+    drawn = []
+    for number in (1, 2):
+        lines = read_jsonl(tmp_path / f"round_{number:03d}" / "kept.jsonl")
+        sources = [line["source"] for line in lines]
+        assert sources.count("demonstration") == sources.count("self") > 0
+        drawn.append({line["id"] for line in lines if line["source"] == "demonstration"})
+        assert read_json(tmp_path / f"round_{number:03d}" / "metrics.json")["train"]["rows"] == len(lines)
+    assert drawn[0] != drawn[1]
+    held_out = {line["problem_id"] for line in read_jsonl(tmp_path / "round_000" / "test" / "evaluation.jsonl")}
+    assert not held_out & {line["problem_id"] for line in lines}
+
+
+@pytest.mark.slow
+def test_the_learning_rate_of_a_round_decays(tmp_path, monkeypatch):
+    from bcft import training
+
+    rates, fit = [], training.fit
+
+    def noting(trainer, *rest, **keys):
+        rates.append(trainer.args.learning_rate)
+        return fit(trainer, *rest, **keys)
+
+    monkeypatch.setattr(training, "fit", noting)
+    filtered.run(None, output_dir=str(tmp_path), learning_rate_decay=0.5, **SINGLE | {"num_rounds": 3})
+    assert rates == [2e-4, 1e-4, 5e-5]
+
+
+def test_of_problems_outside_the_band_nothing_is_kept(tmp_path):
+    filtered.run(None, output_dir=str(tmp_path), pass_rate=[0.5, 1.0], **SINGLE)
+    scores = read_jsonl(tmp_path / "round_001" / "scores.jsonl")
+    solved = {}
+    for s in scores:
+        solved.setdefault(s["id"].split("-")[1], []).append(s["success"] == "yes")
+    for s in scores:
+        rate = sum(solved[s["id"].split("-")[1]]) / 3
+        assert (s["fate"] == "outside_band") <= (rate < 0.5)
+        assert (s["fate"] == "kept") <= (rate >= 0.5)
+    assert {s["fate"] for s in scores} >= {"kept", "outside_band"}
+
+
+# The recipes
+
+
+@pytest.mark.slow
+def test_a_walker_that_was_cloned_walks_shorter_ways_after_three_rounds(tmp_path):
+    from bcft import sft
+
+    recipes = Path(__file__).parent.parent / "recipes" / "grid_walk"
+    small = {"eval_test_problems": 40, "eval_test_samples": 2, "eval_dev_problems": 20}
+    sft.run(recipes / "bc.yaml", output_dir=str(tmp_path / "bc"), max_steps=100, **small)
+    found = filtered.run(
+        recipes / "filtered_bc.yaml",
+        model_name_or_path=tmp_path / "bc",
+        output_dir=str(tmp_path / "filtered"),
+        learning_rate=1e-3,
+        num_rounds=3,
+        **small,
+    )
+    assert found["vs_base"]["conclusion"] == "better"
+    for line in read_jsonl(tmp_path / "filtered" / "metrics.jsonl"):
+        assert line["selection"]["kept_fraction"] == pytest.approx(0.1, abs=0.01)
