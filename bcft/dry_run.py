@@ -116,7 +116,9 @@ def _filtered(recipe: Recipe, splits: Splits | Missing, renderer: Any) -> "tuple
         asked = min(asked, len(problems))
         held = f"{len(splits.dev):,} dev and {len(splits.test):,} test problems held out"
         lines = [("data", f"{len(problems):,} problems to attempt, {held}"), ("prompts", renderer)]
-        if not isinstance(renderer, Missing):
+        if recipe["environment"]:
+            lines[-1] = ("prompts", f"what {recipe['environment']} shows is not known before it is played")
+        elif not isinstance(renderer, Missing):
             counts = [len(ids) for ids in renderer.prompts(list(problems.values()))]
             held_out = [len(ids) for ids in renderer.prompts([d.problem.prompt for d in splits.held_out])]
             lines[-1] = ("prompts", f"{sum(counts) / len(counts):.1f} tokens in the mean, the longest {max(counts)}")
