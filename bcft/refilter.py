@@ -43,6 +43,8 @@ def refilter(recipe: Recipe) -> dict[str, Any]:
 
     Raises UsageError without rollouts, DataError where they are not what a run wrote.
     """
+    if rank() > 0:  # there is nothing to share out
+        return {}
     if recipe["rollouts"] is None:
         raise UsageError("rollouts: required: a rollouts.jsonl, a round, or the directory of a run")
     files = rollout_files(Path(recipe["rollouts"]))
@@ -60,7 +62,7 @@ def refilter(recipe: Recipe) -> dict[str, Any]:
     if missing := {trajectory.problem_id for trajectory in played} - problems.keys():
         raise DataError(f"{top / 'problems.jsonl'}: {len(missing)} problems of the rollouts are not there")
     grading = Grading.of(recipe, [problems[identity] for identity in {t.problem_id for t in played}])
-    with open_run(recipe, place, writes=rank() == 0):
+    with open_run(recipe, place, writes=True):
         scores = grading.score(played, problems)
         source = "self" if "num_rounds" in made else "teacher"
         found = apply_filter(recipe, scores, problems, number=max(t.round for t in played), source=source)

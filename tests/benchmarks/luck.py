@@ -51,7 +51,7 @@ def main() -> int:
 
     def one(job: tuple[float, int]) -> Metrics:
         """Run the filter with one quantile and seed."""
-        keys = (f"model_name_or_path={cloned}", f"keep_quantile={job[0]}", f"seed={job[1]}", "learning_rate=1e-3")
+        keys = (f"model_name_or_path={cloned}", f"keep_quantile={job[0]}", f"seed={job[1]}")
         return run("filtered", "guess_number/filtered_bc.yaml", output / f"q{job[0]}-{job[1]}", *keys)
 
     with ThreadPoolExecutor(options.jobs) as pool:
