@@ -7,15 +7,20 @@ round that was cut and one that was not end in the same file.
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 from bcft.clock import Clock
 from bcft.config import Recipe
+from bcft.data import Splits, replayed
 from bcft.evaluation import sampling_of, turns_of
 from bcft.journal import Journal, read_journal, read_jsonl, seal, sealed, write_jsonl
-from bcft.model import Policy
+from bcft.model import Policy, longest_row
 from bcft.play import Attempt
 from bcft.playing import gather, played, share
 from bcft.processes import rank
+from bcft.rendering import Renderer
+from bcft.rows import make_rows
+from bcft.transcripts import demonstration_line
 from bcft.types import Environment, Problem, Trajectory
 
 CHUNK = 128
@@ -31,6 +36,28 @@ def draw(recipe: Recipe, problems: Collection[Problem], number: int) -> list[Att
 
     drawn = sorted(problems, key=lot)[: recipe["prompts_per_round"]]
     return [Attempt(problem, number, sample) for problem in drawn for sample in range(recipe["num_generations"])]
+
+
+def replay_lines(recipe: Recipe, splits: Splits, renderer: Renderer) -> list[dict[str, Any]]:
+    """Return the rows of `replay_dataset` as `kept.jsonl` holds them; none without the key.
+
+    Raises DataError where the dataset cannot be trained on.
+    """
+    demonstrations = {d.problem.where: d for d in replayed(recipe, splits)}
+    if not demonstrations:
+        return []
+    limit = longest_row(recipe)
+    rows, _ = make_rows(list(demonstrations.values()), renderer, max_length=limit, train_on=recipe["train_on"])
+    return [demonstration_line(demonstrations[row.where], row, number) for number, row in enumerate(rows)]
+
+
+def draw_replay(recipe: Recipe, lines: Sequence[dict[str, Any]], number: int, *, most: int) -> list[dict[str, Any]]:
+    """Return a round's share of the rows to replay: at most so many, other ones each round."""
+
+    def lot(line: dict[str, Any]) -> bytes:
+        return sha256(f"{recipe['seed']}-{number}-{line['id']}".encode()).digest()
+
+    return sorted(lines, key=lot)[:most]
 
 
 def roll_out(

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from bcft.clock import Clock
 from bcft.config import Recipe
-from bcft.data import Splits, replayed
+from bcft.data import Splits
 from bcft.errors import DataError, FaultError, UsageError
 from bcft.evaluation import Measured, measure, stored
 from bcft.filtering import apply_filter
@@ -33,17 +33,16 @@ from bcft.journal import (
     write_text,
 )
 from bcft.ledger import Ledger
-from bcft.model import Policy, load_policy, longest_row, restore, save_policy, with_adapter
+from bcft.model import Policy, load_policy, restore, save_policy, with_adapter
 from bcft.playing import gather
 from bcft.probe import PROBLEMS, probe
 from bcft.processes import rank
-from bcft.rollouts import draw, play_some, roll_out
-from bcft.rows import make_rows
+from bcft.rollouts import draw, draw_replay, play_some, replay_lines, roll_out
 from bcft.run import RunDirectory
 from bcft.scoring import Score, diversity, tally
 from bcft.summary import ROUNDS, conclusion, model_card, print_table, round_line
-from bcft.transcripts import demonstration_line, row_of
-from bcft.types import Demonstration, Environment, Problem, Row, Trajectory
+from bcft.transcripts import row_of
+from bcft.types import Environment, Problem, Row, Trajectory
 
 if TYPE_CHECKING:
     from bcft.training import BCTrainer, Fit
@@ -80,8 +79,7 @@ class Rounds:
         self.trainer: BCTrainer | None = None
         self.scored: dict[int, list[Score]] = {}
         self.record: dict[str, Any] = {}
-        self.replay: dict[str, Row] = {}
-        self.demonstrations: dict[str, Demonstration] = {}
+        self.replay = replay_lines(recipe, splits, self.policy.renderer)
         console.print(f"model: {recipe['model_name_or_path']} on {self.policy.precision.why}", markup=False)
         held = f"{len(splits.dev):,} dev and {len(splits.test):,} test problems held out"
         console.print(f"data: {len(self.problems):,} problems to attempt, {held}", markup=False)
@@ -138,7 +136,7 @@ class Rounds:
         with self.clock.phase("select"):
             scope = self._scope(number, scores)
             found = apply_filter(self.recipe, scope, self.problems, number=number, source="self")
-            lines = [*found.lines, *self._replayed(number, len(found.lines))]
+            lines = [*found.lines, *draw_replay(self.recipe, self.replay, number, most=len(found.lines))]
             if rank() == 0:
                 with self.clock.phase("other"):
                     found.write(self.path(number), lines)
@@ -243,25 +241,6 @@ class Rounds:
         played = {line["id"]: Trajectory.from_json(line) for line in read_jsonl(self.path(number) / "rollouts.jsonl")}
         lines = read_jsonl(self.path(number) / "scores.jsonl")
         return [Score.from_json(line, played[line["id"]]) for line in lines if line["id"] in played]
-
-    def _replayed(self, number: int, most: int) -> list[dict[str, Any]]:
-        """Return rows of `replay_dataset`, at most so many, drawn anew each round."""
-        if self.recipe["replay_dataset"] is None:
-            return []
-        if not self.replay:
-            limit = longest_row(self.recipe)
-            demonstrations = replayed(self.recipe, self.splits)
-            rows = make_rows(demonstrations, self.policy.renderer, max_length=limit, train_on=self.recipe["train_on"])[
-                0
-            ]
-            self.replay = {row.where: row for row in rows}
-            self.demonstrations = {d.problem.where: d for d in demonstrations}
-
-        def lot(where: str) -> bytes:
-            return sha256(f"{self.recipe['seed']}-{number}-replay-{where}".encode()).digest()
-
-        drawn = sorted(self.replay, key=lot)[:most]
-        return [demonstration_line(self.demonstrations[where], self.replay[where]) for where in drawn]
 
     def _fit(self, number: int, rows: Sequence[Row]) -> "Fit":
         """Train from the weights this round is to begin with; save what came of it."""

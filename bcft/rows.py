@@ -151,8 +151,11 @@ def _prove(rows: Sequence[Row], renderer: Renderer) -> None:
     """Check every row against what the package promises of labels; a breach names the row."""
     bos = renderer.tokenizer.bos_token_id
     for row in rows:
-        if row.labels[-1] not in renderer.stop_ids:
-            raise DataError(f"{row.where}: the last label is {row.labels[-1]}, not a stop token {renderer.stop_ids}")
+        for label, following in pairwise((*row.labels, IGNORED)):
+            if label != IGNORED and following == IGNORED and label not in renderer.stop_ids:
+                raise DataError(
+                    f"{row.where}: an action ends in label {label}, not in a stop token: {renderer.stop_ids}"
+                )
         if row.supervised < 2:
             raise DataError(f"{row.where}: nothing but the stop token carries loss")
         if bos is not None and bos not in renderer.stop_ids and row.input_ids.count(bos) != renderer.bos_count:

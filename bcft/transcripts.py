@@ -80,8 +80,8 @@ def kept_lines(
     return lines
 
 
-def demonstration_line(demonstration: Demonstration, row: Row) -> dict[str, Any]:
-    """Return a row of a demonstration as `kept.jsonl` holds it: beside what was kept, and graded by nobody."""
+def demonstration_line(demonstration: Demonstration, row: Row, number: int) -> dict[str, Any]:
+    """Return row `number` of demonstrations as `kept.jsonl` holds it: beside what was kept, and graded by nobody."""
     problem = demonstration.problem
     said = list(demonstration.conversation) or [
         *messages(problem.prompt),
@@ -89,7 +89,7 @@ def demonstration_line(demonstration: Demonstration, row: Row) -> dict[str, Any]
     ]
     first = demonstration.begins or len(said) - 1
     return {
-        "id": f"demonstration-{problem.where}",
+        "id": f"demonstration-{number}",
         "problem_id": problem.id,
         "turn": 0,
         "source": "demonstration",

@@ -131,3 +131,15 @@ class Sessions:
             layer.update(states[0], states[1])
             found.append(layer)
         return found
+
+
+def stack(first: torch.Tensor, second: torch.Tensor, *, dim: int, left: bool) -> torch.Tensor:
+    """Concatenate along the rows, the narrower one padded with zeros along `dim`, on the left or on the right."""
+    width = max(first.shape[dim], second.shape[dim])
+    padded = []
+    for tensor in (first, second):
+        blank = torch.zeros(
+            [width - n if d == dim else n for d, n in enumerate(tensor.shape)], dtype=tensor.dtype, device=tensor.device
+        )
+        padded.append(torch.cat([blank, tensor] if left else [tensor, blank], dim=dim))
+    return torch.cat(padded)

@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer
 
-from bcft.generation.cache import Sessions, Slab
+from bcft.generation.cache import Sessions, Slab, stack
 from bcft.generation.noise import gumbel, identity_seed
 from bcft.types import Action, Request, Sampling, Stop
 
@@ -96,9 +96,9 @@ class _Rows:
         """Append other rows, padding the narrower of two fields."""
         self.requests += other.requests
         for mine, theirs in zip(self.cache.layers, other.cache.layers, strict=True):
-            mine.settle(*(_stack(getattr(mine, n), getattr(theirs, n), dim=2, left=True) for n in ("keys", "values")))
-        self.mask = _stack(self.mask, other.mask, dim=1, left=True)
-        self.ids = _stack(self.ids, other.ids, dim=1, left=False)
+            mine.settle(*(stack(getattr(mine, n), getattr(theirs, n), dim=2, left=True) for n in ("keys", "values")))
+        self.mask = stack(self.mask, other.mask, dim=1, left=True)
+        self.ids = stack(self.ids, other.ids, dim=1, left=False)
         if self.seen.shape[1]:
             width = max(self.seen.shape[1], other.seen.shape[1])
             self.seen = torch.cat([_widen(self.seen, width), _widen(other.seen, width)])
@@ -391,15 +391,3 @@ def _plain(cache: DynamicCache) -> bool:
 def _widen(seen: torch.Tensor, width: int) -> torch.Tensor:
     """Repeat the last column up to `width`: a token seen twice is penalised once."""
     return torch.cat([seen, seen[:, -1:].expand(-1, width - seen.shape[1])], dim=1)
-
-
-def _stack(first: torch.Tensor, second: torch.Tensor, *, dim: int, left: bool) -> torch.Tensor:
-    """Concatenate along the rows, the narrower one padded with zeros along `dim`, on the left or on the right."""
-    width = max(first.shape[dim], second.shape[dim])
-    padded = []
-    for tensor in (first, second):
-        blank = torch.zeros(
-            [width - n if d == dim else n for d, n in enumerate(tensor.shape)], dtype=tensor.dtype, device=tensor.device
-        )
-        padded.append(torch.cat([blank, tensor] if left else [tensor, blank], dim=dim))
-    return torch.cat(padded)
