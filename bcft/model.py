@@ -289,6 +289,8 @@ def _nf4(recipe: Recipe, precision: Precision) -> Any:
 def _from_pretrained(auto: Any, name: str, recipe: Recipe, **extra: Any) -> Any:
     """Call `from_pretrained`, turning what a user can cause into one line."""
     trust = bool(recipe["trust_remote_code"])
+    if not Path(name).is_dir() and (name.count("/") > 1 or name.startswith((".", "/", "runs/"))):
+        raise UsageError(f"model_name_or_path: there is no directory {name!r}: run first what makes it")
     _hide_bars(name)
     try:
         return auto.from_pretrained(name, revision=recipe["model_revision"], trust_remote_code=trust, **extra)

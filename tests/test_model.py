@@ -66,3 +66,9 @@ def test_a_model_that_is_not_there_is_told_with_its_key_in_one_line(name):
     with pytest.raises(UsageError, match="model_name_or_path") as found:
         load_policy(load("sft", None, KEYS | {"model_name_or_path": name}))
     assert "\n" not in str(found.value)
+
+
+def test_a_run_that_was_not_made_yet_is_told_at_once():
+    recipe = load("sft", None, {"model_name_or_path": "runs/nowhere/bc", "dataset_name": "bcft:grid-walk"})
+    with pytest.raises(UsageError, match="there is no directory 'runs/nowhere/bc': run first what makes it"):
+        load_policy(recipe)
