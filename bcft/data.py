@@ -23,7 +23,7 @@ from bcft.errors import DataError
 from bcft.files import READERS, read_json_rows, shown
 from bcft.grading import REFERENCES
 from bcft.journal import MANIFEST, read_json
-from bcft.problems import arithmetic, grid_walk, guess_number, twenty_questions
+from bcft.problems import Split, arithmetic, grid_walk, guess_number, twenty_questions
 from bcft.types import Demonstration, Message, Problem, Prompt, Row, bucket, problem_id
 from bcft.types import messages as as_messages
 
@@ -151,11 +151,11 @@ def _embedded(name: str, train: slice, dev: int, test: int) -> Splits:
     if name not in EMBEDDED:
         raise DataError(f"dataset_name: {name!r} is not embedded; there are {', '.join(sorted(EMBEDDED))}")
 
-    def take(split: arithmetic.Split, n: int, **level: Any) -> tuple[Demonstration, ...]:
+    def take(split: Split, n: int, **level: Any) -> tuple[Demonstration, ...]:
         rows = EMBEDDED[name](split, n, **level)
         return tuple(_demonstration(dict(row), f"{name} {split} row {i}") for i, row in enumerate(rows))
 
-    def hold(split: arithmetic.Split, n: int) -> tuple[Demonstration, ...]:
+    def hold(split: Split, n: int) -> tuple[Demonstration, ...]:
         """Take distinct problems: a split may have fewer than are asked for."""
         return tuple({d.problem.id: d for d in take(split, n)}.values())
 

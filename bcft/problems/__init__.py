@@ -3,6 +3,12 @@
 from collections.abc import Iterator
 from hashlib import sha256
 from itertools import count
+from typing import Literal
+
+Split = Literal["train", "dev", "test"]
+
+SHARES: dict[Split, tuple[float, float]] = {"test": (0.0, 0.05), "dev": (0.05, 0.1), "train": (0.1, 1.0)}
+"""Each split's part of the unit interval, on which `problem_id` places every problem."""
 
 
 def lots(key: str) -> Iterator[float]:

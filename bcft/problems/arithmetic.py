@@ -24,9 +24,9 @@ from hashlib import sha256
 from itertools import count, pairwise
 from typing import Literal, TypedDict
 
+from bcft.problems import SHARES, Split
 from bcft.types import bucket, problem_id
 
-Split = Literal["train", "dev", "test"]
 Level = Literal["standard", "harder"]
 Demonstrator = Literal["expert", "apprentice"]
 
@@ -37,9 +37,6 @@ STEPS = 3
 
 CARRIES: dict[Level, range] = {"standard": range(1, STEPS), "harder": range(STEPS, STEPS + 1)}
 """How many steps of a problem carry or borrow: one or two, or (never in training) all three."""
-
-SHARES: dict[Split, tuple[float, float]] = {"test": (0.0, 0.05), "dev": (0.05, 0.1), "train": (0.1, 1.0)}
-"""Each split's part of the unit interval, on which `problem_id` places every problem."""
 
 _PROMPT = re.compile(rf"Work out ([1-9][0-9](?: [+-] [1-9][0-9]){{{STEPS}}})\.")
 

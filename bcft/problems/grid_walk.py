@@ -13,8 +13,8 @@ from hashlib import sha256
 from itertools import count
 from typing import TypedDict
 
+from bcft.problems import SHARES, Split
 from bcft.problems import lots as draw
-from bcft.problems.arithmetic import SHARES, Split
 from bcft.types import Message, bucket, problem_id
 
 SIZE = 6

@@ -11,8 +11,8 @@ from hashlib import sha256
 from itertools import count
 from typing import TypedDict
 
+from bcft.problems import SHARES, Split
 from bcft.problems import lots as draw
-from bcft.problems.arithmetic import SHARES, Split
 from bcft.types import Message, bucket, problem_id
 
 LEAST, MOST = 10, 59

@@ -20,14 +20,10 @@ import re
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import combinations, count
-from typing import Literal, TypedDict
+from typing import TypedDict
 
+from bcft.problems import SHARES, Split
 from bcft.types import Message, bucket, problem_id
-
-Split = Literal["train", "dev", "test"]
-
-SHARES: dict[Split, tuple[float, float]] = {"test": (0.0, 0.05), "dev": (0.05, 0.1), "train": (0.1, 1.0)}
-"""Each split's part of the unit interval, on which `problem_id` places every problem."""
 
 GUESSES = 0.25
 """The probability with which the sloppy player guesses, at each turn, while more than one object is possible."""
@@ -139,8 +135,8 @@ def riddles(split: Split, *, seed: int = 0) -> list[Riddle]:
 def items(split: Split, n: int, *, seed: int = 0) -> list[Item]:
     """Return n rows, of which any fewer are the first: a sloppy player's transcripts, all solved.
 
-    The problems are distinct as long as there are any, some 4000 in train and 200 in each of dev and test. After that
-    they come again in the same order, each with another transcript.
+    The problems are distinct as long as there are any, some 1,700 in train and 80 to 100 in each of dev and test. After
+    that they come again in the same order, each with another transcript.
     """
     order = riddles(split, seed=seed)
     rows = []
