@@ -55,6 +55,8 @@ class Splits:
     dev: tuple[Demonstration, ...]
     test: tuple[Demonstration, ...]
     harder: tuple[Demonstration, ...] = ()
+    replay: tuple[Demonstration, ...] = ()
+    """Demonstrations of `replay_dataset`, none of them of a held-out problem."""
     shared_prompts: int = 0
     """Training prompts that are also in dev or test: more than 0 only with `allow_overlap`."""
 
@@ -67,8 +69,9 @@ class Splits:
     def digest(self) -> str:
         """A hash of all that is trained on and measured on: a run goes on with the same data only."""
         digest = hashlib.sha256()
-        for d in (*self.train, *self.held_out):
-            row = (d.problem.id, d.problem.prompt, d.completion, dict(d.problem.columns))
+        for d in (*self.train, *self.held_out, *self.replay):
+            ids = d.sampled.input_ids if d.sampled else ()
+            row = (d.problem.id, d.problem.prompt, d.completion, dict(d.problem.columns), d.conversation, ids)
             digest.update(json.dumps(row, default=str, sort_keys=True).encode())
         return digest.hexdigest()
 
@@ -78,10 +81,24 @@ class Splits:
 
 
 def load_splits(recipe: Recipe) -> Splits:
-    """Load the recipe's dataset and take dev and test out of training.
+    """Load the recipe's dataset and take dev and test out of training, and its `replay_dataset` without these.
 
     Raises DataError for a source that cannot be read, a malformed row, or training prompts in dev or test.
     """
+    splits = _load(recipe)
+    if recipe["replay_dataset"] is None:
+        return splits
+    there = {**recipe.values, "dataset_name": recipe["replay_dataset"], "allow_overlap": True}
+    try:
+        found = _load(replace(recipe, values=there, given=recipe.given - {"dataset_test_split"})).train
+    except DataError as error:
+        raise DataError(f"replay_dataset: {str(error).removeprefix('dataset_name: ')}") from error
+    held_out = {d.problem.id for d in splits.held_out}
+    replay = tuple(d for d in found if d.problem.id not in held_out and (d.completion or d.sampled))
+    return replace(splits, replay=replay)
+
+
+def _load(recipe: Recipe) -> Splits:
     name, sizes = recipe["dataset_name"], (recipe["eval_dev_problems"], recipe["eval_test_problems"])
     train_split, train_slice = _parse_split(recipe["dataset_train_split"])
     if name.startswith("bcft:"):
@@ -96,16 +113,6 @@ def load_splits(recipe: Recipe) -> Splits:
         test = [_demonstration(row, where, problem_only=True) for row, where in _read(recipe, test_split)[test_slice]]
     shared = _shared(recipe, train, (*dev, *test))
     return Splits(tuple(train), _first(dev, sizes[0]), _first(test, sizes[1]), shared_prompts=shared)
-
-
-def replayed(recipe: Recipe, splits: Splits) -> tuple[Demonstration, ...]:
-    """Return the demonstrations of `replay_dataset`, without those of held-out problems; none without the key."""
-    if recipe["replay_dataset"] is None:
-        return ()
-    there = {**recipe.values, "dataset_name": recipe["replay_dataset"], "allow_overlap": True}
-    held_out = {d.problem.id for d in splits.held_out}
-    found = load_splits(replace(recipe, values=there, given=recipe.given - {"dataset_test_split"})).train
-    return tuple(d for d in found if d.problem.id not in held_out and (d.completion or d.sampled))
 
 
 def _shared(recipe: Recipe, train: Sequence[Demonstration], held: Sequence[Demonstration]) -> int:
@@ -138,7 +145,7 @@ def _kept(recipe: Recipe, file: Path, train: slice) -> Splits:
     values = {**recipe.values, **{key: run[key] for key in SOURCE if key in run}}
     if _kept_file(values["dataset_name"]) is not None:
         raise DataError(f"{config}: made from {values['dataset_name']}, which is itself what a run kept")
-    source = load_splits(replace(recipe, values=values))
+    source = _load(replace(recipe, values=values))
     made = read_json(file.parent / MANIFEST) if (file.parent / MANIFEST).is_file() else {}
     rows = [_demonstration(row, where) for row, where in read_json_rows(file)][train]
     found = tuple(replace(d, tokenizer=str(made.get("tokenizer", ""))) for d in rows)

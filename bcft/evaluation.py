@@ -21,7 +21,7 @@ from bcft.data import Splits
 from bcft.environments import environment_factory
 from bcft.environments.single_turn import SingleTurn
 from bcft.generation.hf import sampling_mode
-from bcft.grading import reference
+from bcft.grading import reference, refuse_failures
 from bcft.journal import read_json, read_jsonl, write_json, write_jsonl
 from bcft.model import Policy
 from bcft.play import GREEDY, Attempt
@@ -188,6 +188,8 @@ def evaluate(
 
     phase: `dev` or `test`, part of the noise's identity; label: what the progress bar says; none without; make,
     max_turns, step_timeout: the environment, as `bcft.play.play` takes them.
+
+    Raises FaultError when too many environments failed, whatever the engine or `success` raise.
     """
     attempts = [Attempt(d.problem, 0, sample) for d in demonstrations for sample in range(GREEDY, samples)]
     begun = time.perf_counter()
@@ -211,6 +213,7 @@ def evaluate(
     found = {trajectory.id: trajectory for trajectory in gather(policy, mine)}
     problems = {d.problem.id: d.problem for d in demonstrations}
     ordered = [found[f"{a.round}-{a.problem.id}-{a.sample}"] for a in attempts]
+    refuse_failures(ordered)
     scores = score(ordered, problems, [], weights=[], success=success)
     asked = [d for d in demonstrations for _ in range(GREEDY, samples)]
     alone = make is SingleTurn

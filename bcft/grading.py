@@ -49,11 +49,16 @@ class Grading:
 
     def score(self, trajectories: Sequence[Trajectory], problems: Mapping[str, Problem]) -> list[Score]:
         """Score what was played. Raises FaultError when too many environments failed, or a function does."""
-        errors = [trajectory for trajectory in trajectories if trajectory.ended == "error"]
-        if len(errors) > MOST_ERRORS * len(trajectories):
-            first = f"{errors[0].id}: {errors[0].error}"
-            raise FaultError(f"{len(errors)} of {len(trajectories)} trajectories failed; {first}")
+        refuse_failures(trajectories)
         return score(trajectories, problems, self.functions, weights=self.weights, success=self.success)
+
+
+def refuse_failures(trajectories: Sequence[Trajectory]) -> None:
+    """Raise FaultError when more than `MOST_ERRORS` of the trajectories ended in an error of their environment."""
+    errors = [trajectory for trajectory in trajectories if trajectory.ended == "error"]
+    if len(errors) > MOST_ERRORS * len(trajectories):
+        first = f"{errors[0].id}: {errors[0].error}"
+        raise FaultError(f"{len(errors)} of {len(trajectories)} trajectories failed; {first}")
 
 
 def reward_names(recipe: Recipe) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from bcft.clock import Clock
 from bcft.config import Recipe
-from bcft.data import Splits, replayed
+from bcft.data import Splits
 from bcft.evaluation import sampling_of, turns_of
 from bcft.journal import Journal, read_journal, read_jsonl, seal, sealed, write_jsonl
 from bcft.model import Policy, longest_row
@@ -43,7 +43,7 @@ def replay_lines(recipe: Recipe, splits: Splits, renderer: Renderer) -> list[dic
 
     Raises DataError where the dataset cannot be trained on.
     """
-    demonstrations = {d.problem.where: d for d in replayed(recipe, splits)}
+    demonstrations = {d.problem.where: d for d in splits.replay}
     if not demonstrations:
         return []
     limit = longest_row(recipe)

@@ -10,7 +10,7 @@ from bcft.config import load
 from bcft.journal import read_jsonl
 
 RECIPES = Path(__file__).parent.parent / "recipes" / "methods"
-METHODS = ["archer", "raft", "rest_em", "star", "best_of_n"]
+METHODS = ["archer", "raft", "rest_em", "star", "best_of_n", "rft"]
 SMALL = {
     "num_rounds": 2, "prompts_per_round": 24, "dataset_train_split": "train[:64]", "eval_dev_problems": 4,
     "eval_dev_samples": 1, "eval_test_problems": 4, "eval_test_samples": 2,
@@ -47,10 +47,12 @@ def test_two_small_rounds_keep_what_the_paper_keeps(name, tmp_path):
         for s in scores:
             problem = s["id"].split("-")[1]
             best[problem] = max(best.get(problem, 0.0), s["reward"])
+        sources = Counter(line["source"] for line in read_jsonl(place / "kept.jsonl"))
+        assert sources == {"self": len(kept)} | ({"demonstration": min(len(kept), 64)} if name == "rft" else {})
         assert kept
-        if name in ("rest_em", "star"):
+        if name in ("rest_em", "star", "rft"):
             assert {s["success"] for s in kept} == {"yes"}
-            assert max(of_problem.values()) <= (10 if name == "rest_em" else 1)
+            assert max(of_problem.values()) <= {"rest_em": 10, "star": 1, "rft": 32}[name]
         elif name in ("raft", "best_of_n"):  # one of each problem, and none that is worse than another of it
             assert set(of_problem.values()) == {1}
             assert all(s["reward"] == best[s["id"].split("-")[1]] for s in kept)

@@ -1,11 +1,14 @@
 """A run in an environment: what is played, trained and measured over several turns, and the knobs of the loop."""
 
+import json
 from pathlib import Path
 
 import pytest
 
-from bcft import evaluate, filtered
-from bcft.errors import UsageError
+from bcft import evaluate, filtered, sft
+from bcft.config import load
+from bcft.data import load_splits
+from bcft.errors import DataError, FaultError, UsageError
 from bcft.journal import read_json, read_jsonl
 from bcft.types import IGNORED, Feedback, Trajectory
 
@@ -132,6 +135,39 @@ def test_replayed_demonstrations_are_as_many_as_were_kept_and_other_ones_each_ro
     assert not held_out & {line["problem_id"] for line in lines}
 
 
+def test_replayed_rows_are_data_of_the_run_and_errors_name_their_key(tmp_path):
+    """A file that changes between two commands would make another round than the one that was cut."""
+    file, keys = tmp_path / "mine.jsonl", {**SINGLE, "dataset_train_split": "train"}
+    told = []
+    for right in ("2", "3"):
+        rows = [{"prompt": f"Say {n}.", "completion": right if n == 40 else "1"} for n in range(60)]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        told.append(load_splits(load("filtered", None, keys | {"replay_dataset": str(file)})))
+    assert told[0].replay != told[1].replay
+    assert told[0].digest != told[1].digest
+    with pytest.raises(DataError, match=r"^replay_dataset: .*none\.jsonl does not exist"):
+        load_splits(load("filtered", None, keys | {"replay_dataset": str(tmp_path / "none.jsonl")}))
+
+
+class Broken:
+    """Fails at every step."""
+
+    def reset(self, problem, *, seed):  # noqa: ARG002
+        return str(problem.prompt)
+
+    def step(self, action):  # noqa: ARG002
+        raise OSError("the game server is down")
+
+
+@pytest.mark.parametrize("command", [sft.run, evaluate.run, filtered.run])
+def test_an_environment_that_breaks_ends_any_command_by_name(tmp_path, command):
+    """An evaluation of nothing but errors would else say that success cannot be told."""
+    names = ("model_name_or_path", "dataset_name", "dataset_train_split", "eval_test_problems", "eval_dev_problems")
+    keys = {key: KEYS[key] for key in names} | {"environment": "test_multi_turn.Broken"}
+    with pytest.raises(FaultError, match=r"trajectories failed; .* the game server is down"):
+        command(None, output_dir=str(tmp_path), learning_rate=1e-4, max_completion_length=8, **keys)
+
+
 @pytest.mark.slow
 def test_the_learning_rate_of_a_round_decays(tmp_path, monkeypatch):
     from bcft import training
@@ -165,8 +201,6 @@ def test_of_problems_outside_the_band_nothing_is_kept(tmp_path):
 
 @pytest.mark.slow
 def test_a_walker_that_was_cloned_walks_shorter_ways_after_three_rounds(tmp_path):
-    from bcft import sft
-
     recipes = Path(__file__).parent.parent / "recipes" / "grid_walk"
     small = {"eval_test_problems": 40, "eval_test_samples": 2, "eval_dev_problems": 20}
     sft.run(recipes / "bc.yaml", output_dir=str(tmp_path / "bc"), max_steps=100, **small)

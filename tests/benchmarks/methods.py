@@ -2,31 +2,45 @@
 
     python tests/benchmarks/methods.py [--seeds 0 1 2 3 4] [--jobs 2] [--output runs/methods]
 
-Whole runs of the recipes as a user starts them, each with 12,288 attempts at training problems, all scored on the same
-500 test problems; a finished run is not run again. Prints the README's table.
+Whole runs of the recipes as a user starts them, each with 12,288 attempts at training problems; a finished run is not
+run again. The policies that come of it attempt the same 500 test problems, all at temperature 1, whatever their recipes
+sample with. Prints the README's table.
 """
 
 import argparse
 import sys
-from collections.abc import Mapping
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from seeds import ROOT, Metrics, rounds, run, spread
 
-METHODS = ("archer", "raft", "rest_em", "star", "best_of_n")
+METHODS = ("archer", "raft", "rest_em", "star", "best_of_n", "rft")
+BASE = "bcft:tiny-math"
 
 
-def row(name: str, found: Mapping[int, Metrics], output: Path) -> str:
-    """Return a method's line of the table."""
-    best = [metrics["best"] for metrics in found.values()]
+def one(name: str, seed: int, output: Path) -> Metrics:
+    """Run a method with one seed, unless it is the base; return what its policy comes to."""
+    place, policy = output / f"{name}-{seed}", BASE
+    if name != "base":
+        run("filtered", f"methods/{name}.yaml", place, f"seed={seed}")
+        policy = str(place / "best")
+    return run("evaluate", "filtered_bc.yaml", place, f"seed={seed}", f"model_name_or_path={policy}")
+
+
+def cells(summaries: Sequence[Metrics]) -> str:
+    """Return the figures of one policy a seed."""
     figures = [("greedy", "success"), ("sampled", "pass@1"), ("sampled", "pass@k")]
-    cells = [spread([summary[kind][figure] for summary in best]) for kind, figure in figures]
-    cells.append(spread([summary["harder"]["sampled"]["pass@1"] for summary in best]))
-    lines = [line for seed in found for line in rounds(output / f"{name}-{seed}")]
+    told = [spread([summary[kind][figure] for summary in summaries]) for kind, figure in figures]
+    return " | ".join([*told, spread([summary["harder"]["sampled"]["pass@1"] for summary in summaries])])
+
+
+def trained(name: str, seeds: Sequence[int], output: Path) -> str:
+    """Return how many rows a method trained on, up to the round it ships, and which part of what it kept was luck."""
+    lines = [line for seed in seeds for line in rounds(output / f"{name}-{seed}")]
     kept, wrong = (sum(line["selection"][key] for line in lines) for key in ("kept", "kept_with_wrong_step"))
-    rows = sum(line["train"]["rows"] for line in lines) / len(found)
-    return f"| `{name}` | {' | '.join(cells)} | {rows:,.0f} | {100 * wrong / max(kept, 1):.1f} % |"
+    rows = sum(line["train"]["rows"] for line in lines) / len(seeds)
+    return f"{rows:,.0f} | {100 * wrong / max(kept, 1):.1f} %"
 
 
 def main() -> int:
@@ -37,16 +51,15 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "methods")
     options = parser.parse_args()
     output = options.output.absolute()
-    jobs = [(name, seed) for seed in options.seeds for name in METHODS]
+    jobs = [(name, seed) for seed in options.seeds for name in ("base", *METHODS)]
     with ThreadPoolExecutor(options.jobs) as pool:
-        ran = pool.map(
-            lambda job: run("filtered", f"methods/{job[0]}.yaml", output / f"{job[0]}-{job[1]}", f"seed={job[1]}"), jobs
-        )
-        found = dict(zip(jobs, ran, strict=True))
-    head = "greedy | sampled x 16 | pass@8 | harder, sampled | rows trained | of these with a wrong step"
+        found = dict(zip(jobs, pool.map(lambda job: one(job[0], job[1], output), jobs), strict=True))
+    policies = {name: cells([found[name, s]["model"] for s in options.seeds]) for name in ("base", *METHODS)}
+    head = "greedy | sampled x 16 | pass@8 | harder, sampled | rows trained | kept with a wrong step"
     print(f"\n| {len(options.seeds)} seeds, % of 500 test problems | {head} |\n|---|" + "---:|" * 6)
+    print(f"| base | {policies['base']} | | |")
     for name in METHODS:
-        print(row(name, {seed: found[name, seed] for seed in options.seeds}, output))
+        print(f"| `{name}` | {policies[name]} | {trained(name, options.seeds, output)} |")
     return 0
 
 

@@ -28,7 +28,8 @@ def run(command: str, recipe: str, output: Path, *keys: str) -> Metrics:
         cwd=ROOT, capture_output=True, text=True, check=False, env=os.environ | {"HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
     assert found.returncode == 0, found.stderr[-2000:]
-    metrics: Metrics = json.loads((output / "metrics.json").read_text(encoding="utf-8"))
+    place = output / "evaluate" if command == "evaluate" else output
+    metrics: Metrics = json.loads((place / "metrics.json").read_text(encoding="utf-8"))
     print(f"{output.name}: {metrics['conclusion']}", flush=True)
     return metrics
 
