@@ -133,20 +133,27 @@ def _filtered(recipe: Recipe, splits: Splits | Missing, renderer: Any) -> "tuple
         *lines,
         ("rounds", f"{rounds} of {asked:,} prompts x {samples} generations = {played:,} attempts each"),
         ("", f"at most {played * limit:,} tokens sampled in a round ({limit} an attempt)"),
-        ("steps", _round_steps(recipe, asked)),
+        ("steps", _round_steps(recipe, asked, replay=len(splits.replay) if isinstance(splits, Splits) else 0)),
         ("evaluation", f"dev: {dev_text}, {times} times"),
         ("", f"test: {test_text}, twice"),
         ("", f"{measured:,} attempts beside {rolled:,} of rounds: {share:.0f} % of all that is sampled"),
     ], lengths
 
 
-def _round_steps(recipe: Recipe, asked: int) -> str:
-    """Tell the most steps of a round: with everything in its scope kept, and with the share above the quantile."""
+def _round_steps(recipe: Recipe, asked: int, *, replay: int) -> str:
+    """Tell the most steps of a round: with everything in its scope kept, and with the share above the quantile.
+
+    replay: demonstrations there are to be replayed.
+    """
     span = recipe["num_rounds"] if recipe["history"] == "all" else min(recipe["history"], recipe["num_rounds"])
     scope = asked * recipe["num_generations"] * span
     most = min(scope, asked * span * (recipe["max_per_problem"] or scope))
     share = min(most, round((1 - recipe["keep_quantile"]) * scope))
-    parts = [f"{steps(recipe, n):,} if {n:,} of {scope:,} are kept" for n in dict.fromkeys((most, share))]
+    parts = []
+    for kept in dict.fromkeys((most, share)):
+        shown = min(kept, replay)
+        beside = f" beside {shown:,} demonstrations" if shown else ""
+        parts.append(f"{steps(recipe, kept + shown):,} if {kept:,} of {scope:,} are kept{beside}")
     return f"a round at most {', '.join(parts)}; {_batch(recipe)}"
 
 

@@ -83,7 +83,8 @@ class Evaluation:
         """Return `{n, stop_rate, ungraded, greedy, sampled, return, revision}` as the files hold it, intervals at 95 %.
 
         Without success there is neither `greedy` nor `sampled`, without samples no `sampled`; `return` there is of an
-        environment that gives rewards, `revision` of one that tells success after each of always two turns.
+        environment that gives rewards, `revision` of one that tells success after each of always two turns, of those
+        attempts that came to both.
         """
         n, solved = len(self.problems), sum(self.greedy.values())
         found: dict[str, Any] = {
@@ -102,8 +103,9 @@ class Evaluation:
                 "ci95": [low, high],
                 "turns": sum(a["turns"] for a in sampled) / len(sampled),
             }
-        if {a.get("turns", 1) for a in self.attempts} == {2}:
-            twice = [(a["first"], a["success"]) for a in self.attempts if a["first"] != "unknown"]
+        whole = [a for a in self.attempts if a["success"] != "unknown" and a["stop"] != "context_full"]
+        if {a.get("turns", 1) for a in whole} == {2}:
+            twice = [(a["first"], a["success"]) for a in whole if a["first"] != "unknown"]
             found |= {"revision": revision(twice)} if twice else {}
         if found["ungraded"] == len(self.attempts):
             return found

@@ -110,7 +110,7 @@ def write_report(directory: Path, *, command: str, against: Path | None = None) 
     parts = [
         f"# {run.path.name}",
         *_conclusion(run),
-        f"![Dev success by round, and what became of the attempts]({PICTURE})",
+        f"![Dev figures by round, and what became of the attempts]({PICTURE})",
         _caption(run),
         *_rounds(run),
         *_fates(run),

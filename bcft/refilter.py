@@ -50,8 +50,8 @@ def refilter(recipe: Recipe) -> dict[str, Any]:
     files = rollout_files(Path(recipe["rollouts"]))
     top = run_of(files[0])
     made = yaml.safe_load((top / "config.yaml").read_text(encoding="utf-8"))
-    # Problems, and what was held out, are those of the run that played them.
-    recipe = replace(recipe, values={**recipe.values, **{key: made[key] for key in SOURCE}})
+    # Problems, what was held out and the environment are those of the run that played them.
+    recipe = replace(recipe, values={**recipe.values, **{key: made[key] for key in (*SOURCE, "environment")}})
     place = Path(recipe["output_dir"])
     if place.resolve() in {top.resolve(), *(file.parent.resolve() for file in files)}:
         raise UsageError(f"output_dir: {place} is where the rollouts are: give another")

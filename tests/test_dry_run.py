@@ -274,6 +274,14 @@ def test_history_and_a_cap_bound_what_a_round_can_keep(capsys):
     assert "at most 8 if 64 of 256 are kept; num_train_epochs 1, 8 rows a step" in found["steps"]
 
 
+def test_replayed_demonstrations_are_rows_as_well(capsys):
+    keys = TINY | {"num_rounds": 1, "prompts_per_round": 32, "num_generations": 4, "num_train_epochs": 1}
+    keys |= {"replay_dataset": "bcft:arithmetic", "keep_quantile": 0.5, "dataset_train_split": "train[:100]"}
+    found = told(capsys, load("filtered", None, keys))
+    most, share = "29 if 128 of 128 are kept beside 100", "16 if 64 of 128 are kept beside 64"
+    assert found["steps"].startswith(f"a round at most {most} demonstrations, {share} demonstrations; ")
+
+
 # What is not at hand
 
 

@@ -112,6 +112,19 @@ def test_a_summary_by_hand():
     assert sampled["maj@k"] == pytest.approx(2 / 3)
 
 
+def test_first_and_second_attempts_are_counted_of_those_that_came_to_both():
+    """An environment that failed once, a context that was full: neither takes the figure from the others."""
+    both = [("no", "yes"), ("yes", "yes"), ("yes", "no")]
+    lines = [
+        {"problem_id": f"p{i}", "sample": -1, "turns": 2, "first": first, "success": last, "stop": "stop_token"}
+        for i, (first, last) in enumerate(both)
+    ]
+    for more in ({"turns": 1, "success": "unknown"}, {"turns": 1, "stop": "context_full"}, {"success": "unknown"}):
+        lines.append({**lines[0], "problem_id": f"q{len(lines)}", **more})
+    told = Evaluation(tuple(line | {"graded": False} for line in lines)).summary()["revision"]
+    assert told == {"n": 3, "first": 2 / 3, "last": 2 / 3, "wrong_to_right": 1, "right_to_wrong": 1}
+
+
 def test_comparison_is_paired_and_its_sign_is_that_of_the_other_minus_the_base():
     worse, better = attempts(dict.fromkeys("abcdefgh", "-+---")), attempts(dict.fromkeys("abcdefgh", "+++++"))
     found = compare(worse, better)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bcft import evaluate, filtered, sft
+from bcft import evaluate, filtered, refilter, sft
 from bcft.config import load
 from bcft.data import load_splits
 from bcft.errors import DataError, FaultError, UsageError
@@ -106,6 +106,10 @@ def test_an_environment_given_from_python_is_on_record_and_its_turns_are_limited
     scores = read_jsonl(tmp_path / "round_001" / "scores.jsonl")
     paid = {line["id"]: sum(turn["reward"] for turn in line["turns"]) for line in lines}
     assert {s["id"]: s["reward"] for s in scores} == paid
+    names = ("model_name_or_path", "dataset_name", "keep_quantile")
+    saved = {key: KEYS[key] for key in names}  # no environment here: what was played knows its own
+    refilter.run(None, rollouts=tmp_path, output_dir=str(tmp_path / "again"), **saved)
+    assert read_jsonl(tmp_path / "again" / "scores.jsonl") == scores
     with pytest.raises(UsageError, match="environment was"):
         filtered.run(None, output_dir=str(tmp_path), max_turns=3, **KEYS)
 
