@@ -8,7 +8,7 @@ from typing import NoReturn
 
 from bcft.config import Recipe, help_text, parse
 from bcft.errors import BcftError, Preempted
-from bcft.processes import rank
+from bcft.processes import leave, rank
 
 
 def execute(command: str, action: Callable[[Recipe], object], argv: Sequence[str] | None) -> int:
@@ -35,6 +35,7 @@ def execute(command: str, action: Callable[[Recipe], object], argv: Sequence[str
     except KeyboardInterrupt:
         _tell("", "bcft: stopped; the same command goes on from here")
         return Preempted.exit_code
+    leave()
     return 0
 
 

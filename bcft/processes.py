@@ -1,6 +1,7 @@
 """Which of the processes that the launcher started this one is: what torchrun and accelerate export, without torch."""
 
 import os
+import sys
 
 
 def rank() -> int:
@@ -16,3 +17,14 @@ def local_rank() -> int:
 def world_size() -> int:
     """Return how many processes there are."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def leave() -> None:
+    """Take leave of the other processes, at the end of a command that is done.
+
+    Gloo's threads, where they are still there when Python ends, abort some of the runs that are done: PyTorch's issue
+    190489.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()

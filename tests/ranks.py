@@ -8,6 +8,8 @@ import json
 import sys
 from pathlib import Path
 
+import torch
+
 from bcft import filtered, rounds
 from bcft.processes import rank
 
@@ -28,5 +30,8 @@ def noting(self: rounds.Rounds, number: int) -> float:
 if __name__ == "__main__":
     root = Path(sys.argv[1])
     rounds.Rounds.commit = noting  # type: ignore[method-assign]
-    filtered.run(None, output_dir=str(root / "run"), **json.loads(sys.argv[2]))
+    keys = {**json.loads(sys.argv[2]), "output_dir": str(root / "run")}
+    given = {key: value if isinstance(value, str) else json.dumps(value) for key, value in keys.items()}
+    assert filtered.main([f"{key}={value}" for key, value in given.items()]) == 0
+    assert not torch.distributed.is_initialized()  # it would abort some of the processes when they end
     (root / f"rank_{rank()}.json").write_text(json.dumps(hashes))

@@ -166,6 +166,7 @@ def test_a_signal_ends_the_run_resumably_and_the_same_command_goes_on(tmp_path, 
         return original(*args, **kwargs)
 
     arguments = [f"{key}={value}" for key, value in (KEYS | {"output_dir": tmp_path}).items()]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a terminal: to a shell's job it is ignored
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
         patch.setattr(rollouts, "CHUNK", 7)
