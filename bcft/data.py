@@ -95,6 +95,9 @@ def load_splits(recipe: Recipe) -> Splits:
         raise DataError(f"replay_dataset: {str(error).removeprefix('dataset_name: ')}") from error
     held_out = {d.problem.id for d in splits.held_out}
     replay = tuple(d for d in found if d.problem.id not in held_out and (d.completion or d.sampled))
+    if not replay:
+        name = recipe["replay_dataset"]
+        raise DataError(f"replay_dataset: {name}: no demonstration that is not of a held-out problem")
     return replace(splits, replay=replay)
 
 

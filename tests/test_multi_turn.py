@@ -151,6 +151,10 @@ def test_replayed_rows_are_data_of_the_run_and_errors_name_their_key(tmp_path):
     assert told[0].digest != told[1].digest
     with pytest.raises(DataError, match=r"^replay_dataset: .*none\.jsonl does not exist"):
         load_splits(load("filtered", None, keys | {"replay_dataset": str(tmp_path / "none.jsonl")}))
+    asked = told[0].test[0].problem.prompt
+    file.write_text(json.dumps({"prompt": asked, "completion": "9"}) + "\n")
+    with pytest.raises(DataError, match=r"^replay_dataset: .*mine\.jsonl: no demonstration"):
+        load_splits(load("filtered", None, keys | {"replay_dataset": str(file)}))
 
 
 class Broken:
