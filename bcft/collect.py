@@ -57,6 +57,7 @@ def _collect(recipe: Recipe, splits: Splits, directory: RunDirectory, console: C
     console.print(f"data: {asked:,} of {len(problems):,} problems, {len(attempts):,} attempts", markup=False)
     if note := grading.check(list(problems.values())):
         console.print(note, markup=False)
+    gather(policy, [])  # every process has seen what the directory held
     directory.record([*splits.train, *splits.held_out], splits.digest)
     played = roll_out(recipe, policy, attempts, place=directory.path, clock=Clock())
 

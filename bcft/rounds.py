@@ -87,6 +87,7 @@ class Rounds:
             console.print(f"environment: {recipe['environment']}, at most {recipe['max_turns']} turns", markup=False)
         if note := self.grading.check([d.problem for d in splits.train]):
             console.print(note, markup=False)
+        gather(self.policy, [])  # every process has seen what the directory held
         directory.record([*splits.train, *splits.held_out], splits.digest)
 
     def baseline(self) -> None:

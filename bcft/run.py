@@ -52,7 +52,7 @@ class RunDirectory:
         self.started = time.time()
         self.begun = False
         self.drifted = False
-        """Whether recipe or data differ from what the directory was begun with, as --allow-drift permits."""
+        """Whether recipe, data or versions differ from what the directory was begun with, as --allow-drift permits."""
 
     def check_recipe(self) -> None:
         """Raise UsageError that lists the keys that differ, if a run was begun here with another recipe."""
@@ -69,6 +69,15 @@ class RunDirectory:
         file = self.path / "versions.json"
         if file.is_file() and read_json(file)["data"] != digest:
             self._refuse(["the dataset's rows have changed"], "was begun with other data")
+
+    def check_versions(self) -> None:
+        """Raise UsageError if a run goes on here with other packages or another number of processes than before."""
+        file = self.path / "versions.json"
+        if not file.is_file():
+            return
+        then, now = ({**found["packages"], "processes": found["world_size"]} for found in (read_json(file), versions()))
+        drift = [f"{name} was {then.get(name, '')}, now {now[name]}" for name in now if then.get(name, "") != now[name]]
+        self._refuse(drift, "was begun with others")
 
     def _refuse(self, drift: Sequence[str], reason: str) -> None:
         if drift and "allow-drift" not in self.recipe.flags:
@@ -114,7 +123,8 @@ def run_or_tell(
 
     report: makes a page of a finished directory, of one that was finished before as well; on one process.
 
-    Raises UsageError when the directory was begun with another recipe or other data.
+    Raises UsageError when the directory was begun with another recipe or other data, or, unless it is finished, with
+    other versions of packages or another number of processes.
     """
     console = plain_console(quiet="quiet" in recipe.flags)
     with open_run(recipe, Path(recipe["output_dir"]), writes=rank() == 0) as directory:
@@ -125,6 +135,7 @@ def run_or_tell(
             metrics = read_json(directory.path / "metrics.json")
             console.print(f"{directory.path} is finished", markup=False)
         else:
+            directory.check_versions()
             metrics = work(splits, directory, console)
         if report and rank() == 0:
             console.print(f"What happened, with a picture: {report(directory.path)}", markup=False)

@@ -48,6 +48,7 @@ def _clone(recipe: Recipe, splits: Splits, directory: RunDirectory, console: Con
     from bcft.evaluation import measure, stored
     from bcft.grading import success_function
     from bcft.model import load_policy
+    from bcft.playing import gather
     from bcft.summary import before_and_after, conclusion, print_table
 
     # 1. Demonstrations to rows, every label counted before anything is trained.
@@ -59,6 +60,7 @@ def _clone(recipe: Recipe, splits: Splits, directory: RunDirectory, console: Con
     console.print(f"rows: {census}", markup=False)
     if others := sum(d.sampled is not None and d.tokenizer != policy.renderer.fingerprint for d in splits.train):
         console.print(f"rows: {others:,} were sampled with another tokenizer, and are tokenised from their text")
+    gather(policy, [])  # every process has seen what the directory held
     directory.record(splits.held_out, splits.digest)
 
     # 2. The policy as it is, on problems that are not in training.

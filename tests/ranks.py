@@ -1,6 +1,6 @@
 """A run of `bcft.filtered` that notes a hash of this process's weights after each round; started by torchrun.
 
-torchrun --nproc_per_node 2 tests/ranks.py DIRECTORY KEYS_JSON
+torchrun --nproc_per_node 2 tests/ranks.py DIRECTORY KEYS_JSON [FLAG]
 """
 
 import hashlib
@@ -32,6 +32,6 @@ if __name__ == "__main__":
     rounds.Rounds.commit = noting  # type: ignore[method-assign]
     keys = {**json.loads(sys.argv[2]), "output_dir": str(root / "run")}
     given = {key: value if isinstance(value, str) else json.dumps(value) for key, value in keys.items()}
-    assert filtered.main([f"{key}={value}" for key, value in given.items()]) == 0
+    assert filtered.main([*(f"{key}={value}" for key, value in given.items()), *sys.argv[3:]]) == 0
     assert not torch.distributed.is_initialized()  # it would abort some of the processes when they end
     (root / f"rank_{rank()}.json").write_text(json.dumps(hashes))

@@ -240,6 +240,23 @@ def test_a_changed_dataset_is_refused_and_with_allow_drift_measured_anew(tmp_pat
     assert again["base"]["n"] <= first["base"]["n"]
 
 
+@pytest.mark.parametrize(
+    ("field", "then", "told"),
+    [("trl", "1.0", r"trl was 1\.0, now [\d.]+"), ("processes", 8, "processes was 8, now 1")],
+)
+def test_a_run_goes_on_with_what_it_was_begun_with_and_a_finished_one_is_told_anyway(tmp_path, field, then, told):
+    """F9: other versions or processes make other weights than those of a run that was not cut."""
+    sft.run(None, output_dir=str(tmp_path), **TINY)
+    found = read_json(tmp_path / "versions.json")
+    found |= {"world_size": then} if field == "processes" else {"packages": found["packages"] | {field: then}}
+    (tmp_path / "versions.json").write_text(json.dumps(found))
+    sft.run(None, output_dir=str(tmp_path), **TINY)
+    (tmp_path / "manifest.json").unlink()
+    with pytest.raises(UsageError, match=rf"was begun with others \({told}\): .*--allow-drift"):
+        sft.run(None, output_dir=str(tmp_path), **TINY)
+    sft.clone(load("sft", None, TINY | {"output_dir": str(tmp_path)}, flags={"allow-drift"}))
+
+
 def test_a_committed_file_that_changed_is_told_and_nothing_is_trained_over_it(tmp_path):
     sft.run(None, output_dir=str(tmp_path), **TINY)
     (tmp_path / "README.md").write_text("my own card")
