@@ -83,7 +83,7 @@ FLAGS = {
     "html": Flag(("preview",), "print one self-contained HTML page"),
     "quiet": Flag(("sft", "filtered", "evaluate", "collect", "refilter"), "print the conclusion only"),
     "debug": Flag(tuple(COMMANDS), "show the traceback of an error"),
-    "allow-drift": Flag(("sft", "filtered", "collect"), "go on with a run that was begun with another recipe"),
+    "allow-drift": Flag(("sft", "filtered", "collect"), "go on with a run begun with another recipe, data or versions"),
     "allow-remote-code": Flag(tuple(COMMANDS), "let `trust_remote_code: true` count, with a pinned model_revision"),
 }
 
