@@ -41,7 +41,8 @@ def collect(recipe: Recipe) -> dict[str, Any]:
 
 
 def _collect(recipe: Recipe, splits: Splits, directory: RunDirectory, console: Console) -> dict[str, Any]:
-    from bcft.model import load_policy  # these load torch, which nothing above does
+    from bcft.evaluation import turns_of  # these load torch, which nothing above does
+    from bcft.model import load_policy
     from bcft.playing import gather
     from bcft.rollouts import draw, roll_out
 
@@ -50,6 +51,7 @@ def _collect(recipe: Recipe, splits: Splits, directory: RunDirectory, console: C
     if not problems:
         raise DataError("no problems to attempt: the training split is empty once dev and test are taken out")
     grading = Grading.of(recipe, [d.problem for d in splits.held_out])
+    turns_of(recipe)  # what cannot be made is told before a model is loaded
     policy = load_policy(recipe, trainable=False)
     attempts = draw(recipe, problems.values(), 1)
     asked = len({attempt.problem.id for attempt in attempts})

@@ -184,9 +184,11 @@ def evaluated_rounds(recipe: Recipe, *, evaluated: int, played: int) -> int:
 
 def _tells_success(recipe: Recipe, splits: Splits | Missing) -> bool:
     """Say whether evaluations can tell what is solved, with functions and references checked as the run does."""
+    from bcft.evaluation import turns_of
     from bcft.grading import check_references, reward_names, success_function
     from bcft.rewards import import_function, math_reward
 
+    turns_of(recipe)
     names = reward_names(recipe) if recipe.command == "filtered" else []
     functions = [import_function(name, key="reward_funcs") for name in names]
     if isinstance(splits, Missing):

@@ -29,7 +29,7 @@ def measure_recipe(recipe: Recipe) -> dict[str, Any]:
     import dataclasses
 
     from bcft.data import load_splits
-    from bcft.evaluation import measure
+    from bcft.evaluation import measure, turns_of
     from bcft.grading import success_function
     from bcft.journal import write_json
     from bcft.model import load_policy
@@ -43,6 +43,7 @@ def measure_recipe(recipe: Recipe) -> dict[str, Any]:
         splits = load_splits(recipe)
         if not (splits.test if recipe["eval_split"] == "test" else splits.dev):
             raise DataError(f"{recipe['dataset_name']} has no {recipe['eval_split']} problems to evaluate")
+        turns_of(recipe)  # what cannot be made is told before a model is loaded
         success, found = success_function(recipe, [d.problem for d in splits.held_out]), {}
         for part, name in names.items():
             if name:

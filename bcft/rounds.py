@@ -18,7 +18,7 @@ from bcft.clock import Clock
 from bcft.config import Recipe
 from bcft.data import Splits
 from bcft.errors import DataError, FaultError, UsageError
-from bcft.evaluation import Measured, measure, stored
+from bcft.evaluation import Measured, measure, stored, turns_of
 from bcft.filtering import apply_filter
 from bcft.grading import Grading
 from bcft.journal import (
@@ -69,6 +69,7 @@ class Rounds:
         if not self.problems:
             raise DataError("no problems to attempt: the training split is empty once dev and test are taken out")
         self.make = environment
+        turns_of(recipe, environment)  # what cannot be made is told before a model is loaded
         held_out = [d.problem for d in splits.held_out]
         self.grading = Grading.of(recipe, held_out, reward_funcs=reward_funcs)
         self.ledger = Ledger(recipe, directory.path)

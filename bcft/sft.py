@@ -45,13 +45,15 @@ def clone(recipe: Recipe) -> dict[str, Any]:
 
 def _clone(recipe: Recipe, splits: Splits, directory: RunDirectory, console: Console) -> dict[str, Any]:
     # These load torch, which nothing above does.
-    from bcft.evaluation import measure, stored
+    from bcft.evaluation import measure, stored, turns_of
     from bcft.grading import success_function
     from bcft.model import load_policy
     from bcft.playing import gather
     from bcft.summary import before_and_after, conclusion, print_table
 
     # 1. Demonstrations to rows, every label counted before anything is trained.
+    turns_of(recipe)  # what cannot be made is told before a model is loaded
+    success = success_function(recipe, [d.problem for d in splits.held_out])
     policy = load_policy(recipe)
     console.print(f"model: {recipe['model_name_or_path']} on {policy.precision.why}", markup=False)
     rows, census = _rows(recipe, policy, splits.train)
@@ -64,7 +66,6 @@ def _clone(recipe: Recipe, splits: Splits, directory: RunDirectory, console: Con
     directory.record(splits.held_out, splits.digest)
 
     # 2. The policy as it is, on problems that are not in training.
-    success = success_function(recipe, [d.problem for d in splits.held_out])
     measured = partial(measure, recipe, splits, success=success, split="test", rows=test_rows, quiet=console.quiet)
     kept = None if directory.drifted else stored(directory.path / "base")
     base = kept or measured(policy, directory=directory.path / "base")

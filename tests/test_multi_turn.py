@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bcft import evaluate, filtered, refilter, sft
+from bcft import collect, evaluate, filtered, refilter, sft
 from bcft.config import load
 from bcft.data import load_splits
 from bcft.errors import DataError, FaultError, UsageError
@@ -155,6 +155,23 @@ def test_replayed_rows_are_data_of_the_run_and_errors_name_their_key(tmp_path):
     file.write_text(json.dumps({"prompt": asked, "completion": "9"}) + "\n")
     with pytest.raises(DataError, match=r"^replay_dataset: .*mine\.jsonl: no demonstration"):
         load_splits(load("filtered", None, keys | {"replay_dataset": str(file)}))
+
+
+@pytest.mark.parametrize("command", [sft.run, evaluate.run, filtered.run, collect.run])
+def test_an_environment_that_cannot_be_made_is_told_before_anything_is_loaded_or_written(
+    tmp_path, command, monkeypatch
+):
+    """Else the directory would be begun with the mistake, and the mended recipe refused there."""
+    monkeypatch.setattr("bcft.model.load_model", None)
+    names = ("model_name_or_path", "dataset_name", "dataset_train_split", "eval_test_problems", "eval_dev_problems")
+    keys = {key: KEYS[key] for key in names} | {"learning_rate": 1e-4, "output_dir": str(tmp_path)}
+    for wrong, told in (
+        ({"environment": "test_multi_turn.Nobody"}, "has no function 'Nobody'"),
+        ({"environment": "test_multi_turn.Coin", "environment_args": {"side": 1}}, "environment_args: .*side"),
+    ):
+        with pytest.raises(UsageError, match=told):
+            command(None, **keys | wrong)
+        assert not (tmp_path / "config.yaml").exists()
 
 
 class Broken:
