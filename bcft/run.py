@@ -77,7 +77,7 @@ class RunDirectory:
             return
         then, now = ({**found["packages"], "processes": found["world_size"]} for found in (read_json(file), versions()))
         drift = [f"{name} was {then.get(name, '')}, now {now[name]}" for name in now if then.get(name, "") != now[name]]
-        self._refuse(drift, "was begun with others")
+        self._refuse(drift, "was begun with other versions or processes")
 
     def _refuse(self, drift: Sequence[str], reason: str) -> None:
         if drift and "allow-drift" not in self.recipe.flags:

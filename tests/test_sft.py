@@ -252,7 +252,7 @@ def test_a_run_goes_on_with_what_it_was_begun_with_and_a_finished_one_is_told_an
     (tmp_path / "versions.json").write_text(json.dumps(found))
     sft.run(None, output_dir=str(tmp_path), **TINY)
     (tmp_path / "manifest.json").unlink()
-    with pytest.raises(UsageError, match=rf"was begun with others \({told}\): .*--allow-drift"):
+    with pytest.raises(UsageError, match=rf"was begun with other versions or processes \({told}\): .*--allow-drift"):
         sft.run(None, output_dir=str(tmp_path), **TINY)
     sft.clone(load("sft", None, TINY | {"output_dir": str(tmp_path)}, flags={"allow-drift"}))
 
