@@ -12,17 +12,18 @@ from typing import Any
 
 from rich.console import Console
 
-from bcft.clock import Clock
-from bcft.command import execute
-from bcft.config import Recipe, load
-from bcft.data import Splits
+from bcft.algorithms.session import run_or_tell
+from bcft.cli import execute
+from bcft.config.loader import Recipe, load
+from bcft.data.loading import Splits
 from bcft.errors import DataError
-from bcft.filtering import apply_filter
-from bcft.grading import Grading
-from bcft.journal import write_json, write_manifest
-from bcft.processes import rank
-from bcft.run import RunDirectory, run_or_tell
-from bcft.scoring import diversity, tally
+from bcft.evaluation.metrics import diversity, tally
+from bcft.runs.clock import Clock
+from bcft.runs.directory import RunDirectory
+from bcft.runs.distributed import barrier, rank
+from bcft.runs.storage import write_json, write_manifest
+from bcft.selection.apply import apply_filter
+from bcft.selection.scoring import Grading
 
 FILES = ("rollouts.jsonl", "scores.jsonl", "kept.jsonl", "metrics.json", "config.yaml", "problems.jsonl")
 
@@ -41,10 +42,13 @@ def collect(recipe: Recipe) -> dict[str, Any]:
 
 
 def _collect(recipe: Recipe, splits: Splits, directory: RunDirectory, console: Console) -> dict[str, Any]:
-    from bcft.evaluation import turns_of  # these load torch, which nothing above does
-    from bcft.model import load_policy
-    from bcft.playing import gather
-    from bcft.rollouts import draw, roll_out
+    from bcft.policy.loading import load_policy
+    from bcft.rollout.sample import (
+        draw,
+        roll_out,
+        turns_of,  # these load torch, which nothing above does
+    )
+    from bcft.runs.distributed import gather
 
     # 1. Play: training problems alone, so that what is held out stays so.
     problems = {d.problem.id: d.problem for d in splits.train}
@@ -59,7 +63,7 @@ def _collect(recipe: Recipe, splits: Splits, directory: RunDirectory, console: C
     console.print(f"data: {asked:,} of {len(problems):,} problems, {len(attempts):,} attempts", markup=False)
     if note := grading.check(list(problems.values())):
         console.print(note, markup=False)
-    gather(policy, [])  # every process has seen what the directory held
+    barrier()  # every process has seen what the directory held
     directory.record([*splits.train, *splits.held_out], splits.digest)
     played = roll_out(recipe, policy, attempts, place=directory.path, clock=Clock())
 
@@ -74,7 +78,7 @@ def _collect(recipe: Recipe, splits: Splits, directory: RunDirectory, console: C
         write_json(directory.path / "metrics.json", metrics[0])
         files = [directory.path / name for name in FILES]
         write_manifest(directory.path, files, about={"tokenizer": policy.renderer.fingerprint})
-    return dict(gather(policy, metrics)[0])
+    return dict(gather(metrics)[0])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -10,8 +10,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from bcft.command import execute
-from bcft.config import Recipe, load
+from bcft.cli import execute
+from bcft.config.loader import Recipe, load
 from bcft.errors import DataError
 
 
@@ -28,14 +28,15 @@ def measure_recipe(recipe: Recipe) -> dict[str, Any]:
     `<output_dir>/evaluate`."""
     import dataclasses
 
-    from bcft.data import load_splits
-    from bcft.evaluation import measure, turns_of
-    from bcft.grading import success_function
-    from bcft.journal import write_json
-    from bcft.model import load_policy
-    from bcft.processes import rank
-    from bcft.run import open_run, plain_console
-    from bcft.summary import conclusion, level, print_table
+    from bcft.data.loading import load_splits
+    from bcft.evaluation.held_out import measure
+    from bcft.policy.loading import load_policy
+    from bcft.reporting.tables import conclusion, level, plain_console, print_table
+    from bcft.rollout.sample import turns_of
+    from bcft.runs.directory import open_run
+    from bcft.runs.distributed import rank
+    from bcft.runs.storage import write_json
+    from bcft.selection.scoring import success_function
 
     console = plain_console(quiet=bool({"quiet", "json"} & recipe.flags))
     names = {"model": recipe["model_name_or_path"], "against": recipe["against"]}

@@ -15,14 +15,15 @@ from typing import Any
 
 from rich.console import Console
 
-from bcft.command import execute
-from bcft.config import Recipe, load
-from bcft.data import Splits
-from bcft.dry_run import command, dry_run
+from bcft.algorithms.session import run_or_tell
+from bcft.cli import execute
+from bcft.config.loader import Recipe, load
+from bcft.data.loading import Splits
 from bcft.errors import UsageError
-from bcft.processes import rank
-from bcft.rewards import described
-from bcft.run import RunDirectory, run_or_tell
+from bcft.reporting.dry_run import command, dry_run
+from bcft.rewards.base import described
+from bcft.runs.directory import RunDirectory
+from bcft.runs.distributed import rank
 from bcft.types import Environment
 
 LONG_ROUND = 60.0
@@ -80,7 +81,7 @@ def _improve(
     directory: RunDirectory,
     console: Console,
 ) -> dict[str, Any]:
-    from bcft.rounds import Rounds
+    from bcft.algorithms.filtered_bc import Rounds
 
     rounds = Rounds(recipe, splits, directory, console, reward_funcs=reward_funcs, environment=environment)
     rounds.baseline()
@@ -100,7 +101,7 @@ def _improve(
 
 
 def _report(recipe: Recipe, directory: Path) -> Path:
-    from bcft.learning_curve import write_report
+    from bcft.reporting.report import write_report
 
     against = Path(recipe["against"]) if recipe["against"] else None
     return write_report(directory, command=command(recipe), against=against)

@@ -13,8 +13,8 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from bcft.command import execute
-from bcft.config import Recipe, load
+from bcft.cli import execute
+from bcft.config.loader import Recipe, load
 
 
 def run(recipe: str | PathLike[str] | None = None, **overrides: Any) -> list[dict[str, Any]]:
@@ -27,9 +27,9 @@ def run(recipe: str | PathLike[str] | None = None, **overrides: Any) -> list[dic
 
 def first_rows(recipe: Recipe) -> tuple[list[dict[str, Any]], str]:
     """Return the first rows by a parsed recipe, and the census of all rows in words."""
-    from bcft.data import load_splits
-    from bcft.model import load_renderer, longest_row
-    from bcft.rows import make_rows
+    from bcft.data.examples import make_rows
+    from bcft.data.loading import load_splits
+    from bcft.policy.loading import load_renderer, longest_row
 
     renderer = load_renderer(recipe)
     rows, census = make_rows(

@@ -13,16 +13,17 @@ from typing import Any
 
 import yaml
 
-from bcft.command import execute
-from bcft.config import Recipe, load
-from bcft.data import SOURCE
+from bcft.cli import execute
+from bcft.config.loader import Recipe, load
+from bcft.data.loading import SOURCE
 from bcft.errors import DataError, UsageError
-from bcft.filtering import apply_filter
-from bcft.grading import Grading
-from bcft.journal import MANIFEST, SEAL, read_json, read_jsonl, sealed, write_json, write_manifest, write_text
-from bcft.processes import rank
-from bcft.run import open_run, plain_console
-from bcft.scoring import diversity, tally
+from bcft.evaluation.metrics import diversity, tally
+from bcft.reporting.tables import plain_console
+from bcft.runs.directory import open_run
+from bcft.runs.distributed import rank
+from bcft.runs.storage import MANIFEST, SEAL, read_json, read_jsonl, sealed, write_json, write_manifest, write_text
+from bcft.selection.apply import apply_filter
+from bcft.selection.scoring import Grading
 from bcft.types import Problem, Trajectory
 
 ROLLOUTS = "rollouts.jsonl"

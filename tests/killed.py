@@ -16,7 +16,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bcft import filtered, rollouts, rounds, training
+from bcft import filtered
+from bcft.algorithms import filtered_bc as rounds
+from bcft.rollout import sample as rollouts
+from bcft.training import trainer as training
 
 # What a run imports when it needs it: children do not import it again.
 import bcft.generation.hf  # noqa: F401 isort: skip

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 
-from bcft import filtered, rounds
-from bcft.processes import rank
+from bcft import filtered
+from bcft.algorithms import filtered_bc as rounds
+from bcft.runs.distributed import rank
 
 hashes = []
 commit = rounds.Rounds.commit

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from bcft.problems.arithmetic import CARRIES, FORGETS, STEPS, Sum, check_steps, items, problem
+from bcft.environments.arithmetic import CARRIES, FORGETS, STEPS, Sum, check_steps, items, problem
 from bcft.types import problem_id
 
 WORKED = Sum((47, 35, -36, 21))

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from bcft.config import load
-from bcft.model import ASSETS, load_policy, load_renderer
+from bcft.config.loader import load
+from bcft.policy.loading import ASSETS, load_policy, load_renderer
 
 TINY = ASSETS / "tiny-math"
 RECIPE = {"model_name_or_path": "bcft:tiny-math", "dataset_name": "bcft:arithmetic"}

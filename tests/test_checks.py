@@ -7,7 +7,7 @@ from test_environments import ALL, problem_of
 
 from bcft.environments.single_turn import SingleTurn
 from bcft.environments.two_attempts import TwoAttempts
-from bcft.rewards import math_reward
+from bcft.rewards.math_answers import math_reward
 from bcft.testing import check_environment, check_reward
 from bcft.types import Feedback, Problem
 

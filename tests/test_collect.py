@@ -7,12 +7,12 @@ import re
 import pytest
 
 from bcft import collect, filtered, refilter, sft
-from bcft.config import load
-from bcft.data import load_splits
+from bcft.config.loader import load
+from bcft.data.loading import load_splits
 from bcft.errors import DataError, UsageError
-from bcft.journal import committed, read_json, read_jsonl
-from bcft.model import load_renderer
-from bcft.rewards import math_reward
+from bcft.policy.loading import load_renderer
+from bcft.rewards.math_answers import math_reward
+from bcft.runs.storage import committed, read_json, read_jsonl
 
 KEYS = {
     "model_name_or_path": "bcft:tiny-math", "dataset_name": "bcft:arithmetic", "dataset_train_split": "train[:400]",
@@ -59,7 +59,7 @@ def test_what_is_collected_is_a_round_of_filtered_with_the_same_files(collected,
 
 
 def test_collecting_again_plays_nothing_and_tells_the_same(collected, capsys, monkeypatch):
-    monkeypatch.setattr("bcft.rollouts.played", None)
+    monkeypatch.setattr("bcft.rollout.sample.played", None)
     collect.run(None, output_dir=str(collected), keep_quantile=0.0, **KEYS, **PLAY)
     assert capsys.readouterr().out.splitlines()[-1] == read_json(collected / "metrics.json")["conclusion"]
 
@@ -80,7 +80,7 @@ def test_the_same_selection_keeps_the_same_attempts_in_filtered_and_from_its_fil
 
 
 def test_another_reward_and_quantile_keep_others_without_generating(collected, tmp_path, monkeypatch):
-    monkeypatch.setattr("bcft.playing.played", None)
+    monkeypatch.setattr("bcft.rollout.sample.played", None)
     keys = {"reward_funcs": [SHORT], "success_func": "", "keep_quantile": 0.9}
     metrics = refilter.run(None, rollouts=collected, output_dir=str(tmp_path), **SAVED, **keys)
     scores = read_jsonl(tmp_path / "scores.jsonl")

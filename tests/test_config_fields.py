@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-TABLE = Path(__file__).parents[1] / "bcft" / "fields.json"
+TABLE = Path(__file__).parents[1] / "bcft" / "config" / "library_fields.json"
 DATASET = ("dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split")
 SAMPLING = (
     *("num_generations", "num_generations_eval", "max_completion_length", "temperature", "top_p", "top_k", "min_p"),
@@ -24,7 +24,7 @@ SAMPLING = (
 
 
 def kinds(annotation: Any) -> list[str]:
-    """Return the words of `fields.json` for one type, `null` last."""
+    """Return the words of `library_fields.json` for one type, `null` last."""
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         words = [word for part in typing.get_args(annotation) for word in kinds(part)]
         if "dict" in words:  # `dict | str` is the libraries' way to say that a command line may give JSON

@@ -5,8 +5,8 @@ import json
 import pytest
 from tiny import write_jsonl
 
-from bcft.config import load
-from bcft.data import load_splits
+from bcft.config.loader import load
+from bcft.data.loading import load_splits
 from bcft.errors import DataError
 from bcft.types import bucket, problem_id
 

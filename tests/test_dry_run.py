@@ -11,14 +11,15 @@ import pytest
 import torch
 from tiny import gsm8k, llama_tokenizer, save_llama, write_jsonl
 
-from bcft import dry_run as dry
-from bcft import model, sft
-from bcft.config import load, parse
-from bcft.dry_run import command, dry_run, evaluated_rounds, steps
+from bcft import sft
+from bcft.config.loader import load, parse
 from bcft.errors import DataError, UsageError
-from bcft.ledger import Ledger
-from bcft.memory import memory, outline
-from bcft.model import Precision, load_policy, with_adapter
+from bcft.policy import loading as model
+from bcft.policy.loading import Precision, load_policy, with_adapter
+from bcft.reporting import dry_run as dry
+from bcft.reporting.dry_run import command, dry_run, evaluated_rounds, steps
+from bcft.reporting.memory import memory, outline
+from bcft.runs.history import Ledger
 from bcft.types import Request, Sampling
 
 ROOT = Path(__file__).parent.parent

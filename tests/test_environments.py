@@ -2,15 +2,15 @@
 
 import pytest
 
-from bcft.config import load
-from bcft.data import load_splits
-from bcft.environments import environment_factory
+from bcft.config.loader import load
+from bcft.data.loading import load_splits
+from bcft.environments import grid_walk, guess_number, twenty_questions
+from bcft.environments.base import environment_factory
 from bcft.environments.grid_walk import GridWalk
 from bcft.environments.guess_number import GuessNumber
 from bcft.environments.single_turn import SingleTurn
 from bcft.environments.twenty_questions import TwentyQuestions
 from bcft.errors import UsageError
-from bcft.problems import grid_walk, guess_number, twenty_questions
 from bcft.types import Problem, problem_id
 
 ALL = [(grid_walk, GridWalk), (guess_number, GuessNumber), (twenty_questions, TwentyQuestions)]

@@ -5,13 +5,13 @@ import torch
 from tiny import llama_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bcft import evaluation
-from bcft.evaluation import Evaluation, compare, evaluate, held_out_loss
+from bcft.data.examples import make_rows
+from bcft.evaluation import held_out as evaluation
+from bcft.evaluation.held_out import Evaluation, compare, evaluate, held_out_loss
 from bcft.generation import hf
-from bcft.model import Policy, Precision
-from bcft.rendering import Renderer
-from bcft.rows import make_rows
-from bcft.scoring import score
+from bcft.policy.chat_template import Renderer
+from bcft.policy.loading import Policy, Precision
+from bcft.selection.scoring import score
 from bcft.types import IGNORED, Demonstration, Problem, Sampling, Trajectory, Turn
 
 

@@ -9,10 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bcft import filtered, rollouts, rounds
-from bcft.config import load
+from bcft import filtered
+from bcft.algorithms import filtered_bc as rounds
+from bcft.config.loader import load
 from bcft.errors import FaultError, UsageError
-from bcft.journal import Journal, committed, read_journal, read_json, read_jsonl
+from bcft.rollout import sample as rollouts
+from bcft.runs.storage import Journal, committed, read_journal, read_json, read_jsonl
 from bcft.types import IGNORED, Trajectory
 
 KEYS = {
@@ -117,7 +119,7 @@ CUTS = {
 )
 def test_a_run_cut_anywhere_goes_on_to_the_same_rows_and_weights(tmp_path, finished, monkeypatch, cut):
     name, when, times = CUTS[cut]
-    from bcft import training
+    from bcft.training import trainer as training
 
     holder = {"append": Journal, "fit": training}.get(name, rounds.Rounds)
     original, calls = getattr(holder, name), iter(range(1, 100))
@@ -153,7 +155,7 @@ def test_a_run_cut_anywhere_goes_on_to_the_same_rows_and_weights(tmp_path, finis
     ],
 )  # fmt: skip
 def test_a_signal_ends_the_run_resumably_and_the_same_command_goes_on(tmp_path, finished, monkeypatch, phase, number):
-    from bcft import training
+    from bcft.training import trainer as training
 
     holder, name, times = (
         (rollouts.Journal, "append", 2) if phase == "roll out" else (training.BCTrainer, "training_step", 3)

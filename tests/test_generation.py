@@ -229,7 +229,7 @@ def test_a_conversation_reads_only_what_is_new(model):
 
 
 def test_without_room_for_caches_nothing_changes_but_the_time(model, monkeypatch):
-    monkeypatch.setattr("bcft.generation.cache.SESSION_BYTES", 0)
+    monkeypatch.setattr("bcft.generation.kv_cache.SESSION_BYTES", 0)
     engine = HFEngine(model, pad_id=0)
     assert conversation(model, engine=engine) == conversation(model, sessions=False)
     assert not len(engine.sessions)

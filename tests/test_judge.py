@@ -15,9 +15,9 @@ from typing import get_args
 
 import pytest
 
-from bcft import judge as module
 from bcft.errors import FaultError
-from bcft.judge import Judge, Verdict
+from bcft.rewards import sandbox as module
+from bcft.rewards.sandbox import Judge, Verdict
 
 HALF = (r"\boxed{\frac{1}{2}}", r"\boxed{0.5}")
 NOT_HALF = (r"\boxed{\frac{1}{2}}", r"\boxed{0.7}")

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-import bcft.learning_curve
-from bcft.clock import PHASES
+import bcft.reporting.report
 from bcft.errors import StorageError, UsageError
-from bcft.evaluation import Evaluation, Measured
-from bcft.journal import write_json, write_jsonl, write_text
-from bcft.learning_curve import COLOURS, PICTURE, _figure, _Run, write_report
-from bcft.selection import REASONS
-from bcft.summary import conclusion, percent
+from bcft.evaluation.held_out import Evaluation, Measured
+from bcft.reporting.report import COLOURS, PICTURE, _figure, _Run, write_report
+from bcft.reporting.tables import conclusion, percent
+from bcft.runs.clock import PHASES
+from bcft.runs.storage import write_json, write_jsonl, write_text
+from bcft.selection.filter import REASONS
 
 COMMAND = "bcft filtered recipes/filtered_bc.yaml --seed 1"
 SAMPLES = 4
@@ -295,7 +295,7 @@ def test_any_directory_may_stand_in_picture_and_tables(run, tmp_path, name):
 
 
 def test_only_drawing_imports_matplotlib():
-    tree = ast.parse(Path(bcft.learning_curve.__file__).read_text(encoding="utf-8"))
+    tree = ast.parse(Path(bcft.reporting.report.__file__).read_text(encoding="utf-8"))
     loaded = [ast.unparse(node) for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
     assert loaded
     assert not [line for line in loaded if "matplotlib" in line]

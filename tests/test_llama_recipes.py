@@ -8,11 +8,13 @@ import torch
 from safetensors.torch import load_file
 from tiny import gsm8k, llama_tokenizer, save_llama, write_jsonl
 
-from bcft import filtered, model, rounds, sft
-from bcft.config import load
+from bcft import filtered, sft
+from bcft.algorithms import filtered_bc as rounds
+from bcft.config.loader import load
 from bcft.errors import UsageError
-from bcft.journal import read_json, read_jsonl
-from bcft.model import load_policy
+from bcft.policy import loading as model
+from bcft.policy.loading import load_policy
+from bcft.runs.storage import read_json, read_jsonl
 
 ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "recipes" / "llama-3.2-3b"

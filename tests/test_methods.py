@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from bcft import filtered
-from bcft.config import load
-from bcft.journal import read_jsonl
+from bcft.config.loader import load
+from bcft.runs.storage import read_jsonl
 
 RECIPES = Path(__file__).parent.parent / "recipes" / "methods"
 METHODS = ["archer", "raft", "rest_em", "star", "best_of_n", "rft"]

@@ -4,9 +4,9 @@ import pytest
 import torch
 from tiny import llama_tokenizer, save_llama
 
-from bcft.config import load
+from bcft.config.loader import load
 from bcft.errors import UsageError
-from bcft.model import choose_precision, load_model, load_policy, load_tokenizer
+from bcft.policy.loading import choose_precision, load_model, load_policy, load_tokenizer
 
 KEYS = {"model_name_or_path": "bcft:tiny-init", "dataset_name": "bcft:arithmetic"}
 

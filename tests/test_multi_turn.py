@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from bcft import collect, evaluate, filtered, refilter, sft
-from bcft.config import load
-from bcft.data import load_splits
+from bcft.config.loader import load
+from bcft.data.loading import load_splits
 from bcft.errors import DataError, FaultError, UsageError
-from bcft.journal import read_json, read_jsonl
+from bcft.runs.storage import read_json, read_jsonl
 from bcft.types import IGNORED, Feedback, Trajectory
 
 KEYS = {
@@ -162,7 +162,7 @@ def test_an_environment_that_cannot_be_made_is_told_before_anything_is_loaded_or
     tmp_path, command, monkeypatch
 ):
     """Else the directory would be begun with the mistake, and the mended recipe refused there."""
-    monkeypatch.setattr("bcft.model.load_model", None)
+    monkeypatch.setattr("bcft.policy.loading.load_model", None)
     names = ("model_name_or_path", "dataset_name", "dataset_train_split", "eval_test_problems", "eval_dev_problems")
     keys = {key: KEYS[key] for key in names} | {"learning_rate": 1e-4, "output_dir": str(tmp_path)}
     for wrong, told in (
@@ -195,7 +195,7 @@ def test_an_environment_that_breaks_ends_any_command_by_name(tmp_path, command):
 
 @pytest.mark.slow
 def test_the_learning_rate_of_a_round_decays(tmp_path, monkeypatch):
-    from bcft import training
+    from bcft.training import trainer as training
 
     rates, fit = [], training.fit
 

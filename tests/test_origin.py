@@ -12,10 +12,10 @@ import torch
 from tiny import llama_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from bcft.data.examples import make_rows
+from bcft.evaluation.statistics import wilson
 from bcft.generation.hf import HFEngine, sampling_mode
-from bcft.rendering import Renderer
-from bcft.rows import make_rows
-from bcft.statistics import wilson
+from bcft.policy.chat_template import Renderer
 from bcft.types import IGNORED, Demonstration, Problem, Request, Sampling
 
 STEPS, BATCH = 600, 64

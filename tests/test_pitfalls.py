@@ -22,20 +22,23 @@ from test_processes import torchrun
 from tiny import llama_tokenizer, save_llama
 from transformers import LlamaForCausalLM
 
-from bcft import filtered, rollouts, rounds, training
-from bcft.config import load
+from bcft import filtered
+from bcft.algorithms import filtered_bc as rounds
+from bcft.config.loader import load
 from bcft.environments.single_turn import SingleTurn
 from bcft.errors import UsageError
-from bcft.evaluation import held_out_loss
+from bcft.evaluation.held_out import held_out_loss
 from bcft.generation import hf
-from bcft.journal import read_json, read_jsonl
-from bcft.model import Policy, Precision
-from bcft.play import Attempt, play
-from bcft.rendering import Renderer
-from bcft.rewards import math_reward
-from bcft.scoring import score
-from bcft.selection import Rule, select
-from bcft.training import BCTrainer, to_dataset, training_arguments
+from bcft.policy.chat_template import Renderer
+from bcft.policy.loading import Policy, Precision
+from bcft.rewards.math_answers import math_reward
+from bcft.rollout import sample as rollouts
+from bcft.rollout.episode import Attempt, play
+from bcft.runs.storage import read_json, read_jsonl
+from bcft.selection.filter import Rule, select
+from bcft.selection.scoring import score
+from bcft.training import trainer as training
+from bcft.training.trainer import BCTrainer, to_dataset, training_arguments
 from bcft.types import IGNORED, Action, Problem, Row, Sampling, Trajectory, Turn
 
 ROOT = Path(__file__).parent.parent

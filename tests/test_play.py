@@ -8,8 +8,8 @@ import pytest
 from tiny import llama_tokenizer
 
 from bcft.environments.single_turn import SingleTurn
-from bcft.play import MOST_AT_ONCE, Attempt, play
-from bcft.rendering import Renderer
+from bcft.policy.chat_template import Renderer
+from bcft.rollout.episode import MOST_AT_ONCE, Attempt, play
 from bcft.types import Action, Feedback, Problem, Sampling, Trajectory, Turn, messages, problem_id
 
 # A template that drops what stands before the last `>` of every action but the newest, as those of thinking models do.
@@ -201,7 +201,7 @@ def test_an_attempt_comes_back_while_the_engine_is_still_at_work(renderer, monke
             if item is not None and len(item) == 3:  # an answer, not a call
                 answered.release()
 
-    monkeypatch.setattr("bcft.play.SimpleQueue", Telling)
+    monkeypatch.setattr("bcft.rollout.episode.SimpleQueue", Telling)
 
     class Slow(Scripted):
         def generate(self, requests):
@@ -389,7 +389,7 @@ def test_with_the_embedded_policy_single_turn_is_what_the_engine_samples_and_bat
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from bcft.generation.hf import HFEngine, sampling_mode
-    from bcft.model import ASSETS
+    from bcft.policy.loading import ASSETS
     from bcft.types import Request
 
     tokenizer = AutoTokenizer.from_pretrained(ASSETS / "tiny-math")

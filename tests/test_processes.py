@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from bcft import filtered, sft
-from bcft.journal import committed, read_json
+from bcft.runs.storage import committed, read_json
 
 ROOT = Path(__file__).parent.parent
 KEYS = {

@@ -13,10 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bcft import rewards
 from bcft.errors import DataError, FaultError
-from bcft.judge import Verdict
-from bcft.rewards import answer_key, ask, extract_answer, math_reward
+from bcft.rewards import math_answers as rewards
+from bcft.rewards.base import ask
+from bcft.rewards.math_answers import answer_key, extract_answer, math_reward
+from bcft.rewards.sandbox import Verdict
 from bcft.types import Problem
 
 LAW = settings(max_examples=60, deadline=None)

@@ -8,15 +8,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bcft import filtered, rounds, training
-from bcft.clock import Clock
-from bcft.config import load
+from bcft import filtered
+from bcft.algorithms import filtered_bc as rounds
+from bcft.config.loader import load
 from bcft.errors import DataError, FaultError, UsageError
-from bcft.journal import read_json, read_jsonl
-from bcft.ledger import Ledger
-from bcft.model import load_policy
-from bcft.probe import probe
-from bcft.scoring import Score
+from bcft.policy.loading import load_policy
+from bcft.reporting.sanity_check import probe
+from bcft.runs.clock import Clock
+from bcft.runs.history import Ledger
+from bcft.runs.storage import read_json, read_jsonl
+from bcft.selection.scoring import Score
+from bcft.training import trainer as training
 from bcft.types import Problem, Row, Trajectory, Turn
 
 KEYS = {
@@ -297,7 +299,7 @@ def test_a_hopeless_run_ends_before_its_first_round(tmp_path):
 
 
 def test_what_the_probe_played_is_not_played_again(tmp_path, monkeypatch):
-    from bcft import rollouts
+    from bcft.rollout import sample as rollouts
 
     asked = []
     original = rollouts.played
@@ -316,7 +318,7 @@ def test_what_the_probe_played_is_not_played_again(tmp_path, monkeypatch):
 
 def test_every_moment_belongs_to_one_phase(monkeypatch):
     now = iter(range(100))
-    monkeypatch.setattr("bcft.clock.time.perf_counter", lambda: float(next(now)))
+    monkeypatch.setattr("bcft.runs.clock.time.perf_counter", lambda: float(next(now)))
     clock = Clock()  # 0
     with clock.phase("rollout"):  # 1
         with clock.phase("other"):  # 2

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from tiny import gsm8k, llama_tokenizer
 
+from bcft.data.examples import make_rows
 from bcft.errors import DataError
-from bcft.rendering import Renderer
-from bcft.rows import make_rows
+from bcft.policy.chat_template import Renderer
 from bcft.types import IGNORED, Demonstration, Problem, Row, problem_id
 
 FIFTY = Path(__file__).parent / "data" / "gsm8k_50.jsonl"

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bcft.selection import REASONS, Candidate, Rule, Selection, select
+from bcft.selection.filter import REASONS, Candidate, Rule, Selection, select
 
 LAW = settings(max_examples=40, deadline=None)
 FINITE = {"allow_nan": False, "allow_infinity": False}

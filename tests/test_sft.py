@@ -12,10 +12,10 @@ import torch
 from tiny import llama_tokenizer, save_llama, write_jsonl
 
 from bcft import evaluate, preview, sft
-from bcft.config import load
+from bcft.config.loader import load
 from bcft.errors import BcftError, CheckpointError, DataError, DivergedError, LockedError, UsageError
-from bcft.journal import committed, read_json
-from bcft.model import load_policy
+from bcft.policy.loading import load_policy
+from bcft.runs.storage import committed, read_json
 
 SMALL = {
     "dataset_train_split": "train[:64]", "max_steps": 3, "per_device_train_batch_size": 8, "eval_test_problems": 6,
@@ -137,7 +137,7 @@ def test_four_bit_lora_trains_in_fp32_reloads_bit_equal_and_leaves_the_base_alon
     from peft import AutoPeftModelForCausalLM
     from safetensors.torch import load_file
 
-    from bcft import training
+    from bcft.training import trainer as training
 
     seen = {}
     original = training.fit

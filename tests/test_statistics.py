@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bcft.statistics import Paired, majority, mcnemar, mean_interval, paired, pass_at_k, verdict, wilson
+from bcft.evaluation.statistics import Paired, majority, mcnemar, mean_interval, paired, pass_at_k, verdict, wilson
 
 LAW = settings(max_examples=60, deadline=None)
 RATES = st.lists(st.integers(0, 4).map(lambda right: right / 4), max_size=40)

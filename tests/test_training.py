@@ -8,7 +8,7 @@ from tiny import llama_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bcft.errors import DivergedError, Preempted
-from bcft.training import BCTrainer, fit, newest_checkpoint, to_dataset, training_arguments
+from bcft.training.trainer import BCTrainer, fit, newest_checkpoint, to_dataset, training_arguments
 from bcft.types import IGNORED, Row
 
 VOCABULARY = 40

@@ -4,10 +4,9 @@ import pytest
 from test_play import FORGETFUL, Counting, Scripted, attempts, played, retold
 from tiny import llama_tokenizer
 
+from bcft.data.examples import conversation_turns, kept_lines, make_rows, row_of, stretches
 from bcft.errors import DataError
-from bcft.rendering import Renderer
-from bcft.rows import conversation_turns, make_rows
-from bcft.transcripts import kept_lines, row_of, stretches
+from bcft.policy.chat_template import Renderer
 from bcft.types import IGNORED, Demonstration, Turn
 
 TEMPLATES = ["llama", "plain", "forgetful"]

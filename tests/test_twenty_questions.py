@@ -8,15 +8,15 @@ import re
 
 import pytest
 
-from bcft.environments.twenty_questions import TwentyQuestions
-from bcft.problems import twenty_questions
-from bcft.problems.twenty_questions import (
+from bcft.environments import twenty_questions
+from bcft.environments.base import SHARES
+from bcft.environments.twenty_questions import (
     ATTRIBUTES,
     MOST_TURNS,
     OBJECTS,
     PAIRS,
-    SHARES,
     Riddle,
+    TwentyQuestions,
     answer,
     items,
     riddles,

@@ -5,9 +5,10 @@ from tiny import llama_tokenizer
 
 from bcft.environments.two_attempts import REVIEW, TwoAttempts
 from bcft.errors import UsageError
-from bcft.play import Attempt, play
-from bcft.rendering import Renderer
-from bcft.scoring import revision, score
+from bcft.evaluation.metrics import revision
+from bcft.policy.chat_template import Renderer
+from bcft.rollout.episode import Attempt, play
+from bcft.selection.scoring import score
 from bcft.testing import ScriptedPolicy
 from bcft.types import Problem, Sampling
 

@@ -1,7 +1,119 @@
-"""Walk to a goal on a grid: every step costs 1, nothing is hidden, nothing is drawn."""
+"""The embedded problems `bcft:grid-walk`: from a start to a goal on a grid, one step at a time.
 
-from bcft.problems.grid_walk import Cell, offset, step
-from bcft.types import Feedback, Problem, Prompt
+The walker reads how far the goal is (`2E 1N`: two steps east, one north) and says where to go (`N`). A step off the
+grid leaves it where it stands. Nothing is hidden and nothing is drawn, so a walk is as long as its steps were good:
+its return reflects skill, unlike that of `guess_number`.
+
+The demonstrations are those of a sloppy walker, who at every step goes in any direction with probability `SLOPPY`, else
+towards the goal.
+"""
+
+from collections.abc import Sequence
+from hashlib import sha256
+from itertools import count
+from typing import TypedDict
+
+from bcft.environments.base import SHARES, Split
+from bcft.environments.base import lots as draw
+from bcft.types import Feedback, Message, Problem, Prompt, bucket, problem_id
+
+SIZE = 6
+"""Cells on each side of the grid."""
+SLOPPY = 0.7
+LONGEST = 40
+"""Steps of the longest demonstration; a longer walk is drawn again."""
+STEPS = {"N": (0, 1), "E": (1, 0), "S": (0, -1), "W": (-1, 0)}
+Cell = tuple[int, int]
+"""Column from the west and row from the south, from 0."""
+
+
+class Item(TypedDict):
+    """One row of the dataset."""
+
+    prompt: str
+    messages: list[Message]
+    start: list[int]
+    goal: list[int]
+
+
+def offset(at: Cell, goal: Cell) -> str:
+    """Return how far the goal is, as the walker reads it: `2E 1N`; `here` at the goal.
+
+    >>> offset((0, 3), (2, 3))
+    '2E'
+    """
+    east, north = goal[0] - at[0], goal[1] - at[1]
+    parts = [f"{abs(n)}{words[n < 0]}" for n, words in ((east, "EW"), (north, "NS")) if n]
+    return " ".join(parts) or "here"
+
+
+def step(at: Cell, direction: str) -> Cell:
+    """Return where a step leads; at the edge of the grid, and for what is no direction, to where it was made.
+
+    A direction is a letter of `NESW` or a word that begins with it, in any case.
+    """
+    east, north = STEPS.get(direction.strip()[:1].upper(), (0, 0))
+    there = at[0] + east, at[1] + north
+    return there if all(0 <= place < SIZE for place in there) else at
+
+
+def shortest(start: Cell, goal: Cell) -> int:
+    """Return the least number of steps."""
+    return abs(goal[0] - start[0]) + abs(goal[1] - start[1])
+
+
+def prompt(start: Cell, goal: Cell) -> str:
+    """Return the problem's text, which makes its id; the walker reads offsets only."""
+    return f"Walk from {start[0]},{start[1]} to {goal[0]},{goal[1]} on a grid of {SIZE} x {SIZE}."
+
+
+def items(split: Split, n: int, *, seed: int = 0) -> list[Item]:
+    """Return n walks, of which any fewer are the first: all pairs of the split once, then other walks of the same.
+
+    Of 1,260 pairs of start and goal some 5 % each are held out as test and dev.
+    """
+    pairs = _pairs(split, seed)
+    return [_item(*pairs[index % len(pairs)], seed, index // len(pairs)) for index in range(n)]
+
+
+def _pairs(split: Split, seed: int) -> list[tuple[Cell, Cell]]:
+    """Return the split's pairs of start and goal in an order drawn from the seed."""
+    low, high = SHARES[split]
+    cells = [(column, row) for column in range(SIZE) for row in range(SIZE)]
+    found = [
+        (start, goal)
+        for start in cells
+        for goal in cells
+        if start != goal and low <= bucket(problem_id(prompt(start, goal))) < high
+    ]
+    return sorted(found, key=lambda pair: sha256(f"{seed}-{pair}".encode()).digest())
+
+
+def _item(start: Cell, goal: Cell, seed: int, copy: int) -> Item:
+    asked = prompt(start, goal)
+    walks = (_walk(start, goal, f"{seed}-{copy}-{attempt}-{asked}") for attempt in count())
+    walk = next(walk for walk in walks if walk)
+    said: list[Message] = []
+    at = start
+    for direction in walk:
+        said += [{"role": "user", "content": offset(at, goal)}, {"role": "assistant", "content": direction}]
+        at = step(at, direction)
+    return Item(prompt=asked, messages=said, start=list(start), goal=list(goal))
+
+
+def _walk(start: Cell, goal: Cell, key: str) -> Sequence[str]:
+    """Return the sloppy walker's steps; none when they are too many."""
+    lots = draw(key)
+    at = start
+    walk: list[str] = []
+    while at != goal:
+        if len(walk) == LONGEST:
+            return []
+        towards = [d for d in STEPS if shortest(step(at, d), goal) < shortest(at, goal)]
+        choices = list(STEPS) if next(lots) < SLOPPY else towards
+        walk.append(choices[int(next(lots) * len(choices))])
+        at = step(at, walk[-1])
+    return walk
 
 
 class GridWalk:

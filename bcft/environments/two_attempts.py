@@ -4,7 +4,7 @@ Filtered behaviour cloning is not known to teach self-correction: what is kept a
 of these were right at once. Kumar et al. 2024 (SCoRe, https://arxiv.org/abs/2409.12917) measure it.
 """
 
-from bcft.rewards import Reward, ask, import_function
+from bcft.rewards.base import Reward, ask, import_function
 from bcft.types import Feedback, Message, Problem, Prompt
 
 REVIEW = "Check your solution and correct any mistake in it. Then give the whole solution again."

@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer
 
-from bcft.generation.cache import Sessions, Slab, stack
+from bcft.generation.kv_cache import Sessions, Slab, stack
 from bcft.generation.noise import gumbel, identity_seed
 from bcft.types import Action, Request, Sampling, Stop
 

@@ -18,11 +18,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from transformers import PrinterCallback, ProgressCallback
 from trl import SFTTrainer
 
-from bcft.config import load
-from bcft.data import load_splits
-from bcft.model import load_policy
-from bcft.rows import make_rows
-from bcft.training import BCTrainer, fit, to_dataset, training_arguments
+from bcft.config.loader import load
+from bcft.data.examples import make_rows
+from bcft.data.loading import load_splits
+from bcft.policy.loading import load_policy
+from bcft.training.trainer import BCTrainer, fit, to_dataset, training_arguments
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "bc_math.yaml"
 

@@ -1,0 +1,58 @@
+"""Which of the processes that the launcher started this one is: what torchrun and accelerate export, without torch."""
+
+import os
+import sys
+from typing import Any
+
+
+def rank() -> int:
+    """Return this process's number; 0 writes and prints."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def local_rank() -> int:
+    """Return this process's number on its machine: that of its accelerator."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def world_size() -> int:
+    """Return how many processes there are."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def leave() -> None:
+    """Take leave of the other processes, at the end of a command that is done.
+
+    Gloo's threads, where they are still there when Python ends, abort some of the runs that are done: PyTorch's issue
+    190489.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def connect(*, cpu: bool) -> None:
+    """Join the group of processes; cpu: over gloo, for models that are not on an accelerator."""
+    if world_size() > 1:
+        from accelerate import PartialState
+
+        PartialState(cpu=cpu)
+
+
+def gather(items: list[Any]) -> list[Any]:
+    """Return the items of all processes, in the order of their ranks; every process must call it, after `connect`."""
+    if world_size() == 1:
+        return items
+    from accelerate.utils import gather_object
+
+    return list(gather_object(items))
+
+
+def broadcast(value: Any) -> Any:
+    """Return rank 0's value on every process; every process must call it, after `connect`."""
+    return gather([value] if rank() == 0 else [])[0]
+
+
+def barrier() -> None:
+    """Wait until every process is here."""
+    gather([])
