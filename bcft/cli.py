@@ -1,4 +1,4 @@
-"""The console script: `bcft COMMAND ...` is `python -m bcft.COMMAND ...`."""
+"""The console script: `bcft X ...` is `python -m bcft.X ...`. Foreseen errors become one line and an exit code here."""
 
 import importlib
 import os
@@ -8,47 +8,40 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from bcft import __version__
-from bcft.config.loader import Recipe, help_text, parse
-from bcft.config.schema import COMMANDS
+from bcft.config.keys import COMMANDS
+from bcft.config.loader import Config, parse
+from bcft.config.reference import help_text
 from bcft.errors import BcftError, Preempted
 from bcft.runs.distributed import leave, rank
 
 
-def execute(command: str, action: Callable[[Recipe], object], argv: Sequence[str] | None) -> int:
+def execute(command: str, action: Callable[[Config], object], argv: Sequence[str] | None) -> int:
     """Parse the command line, act, and return the exit code; with `--debug` errors keep their traceback.
 
     Of several processes rank 0 alone prints.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if "-h" in arguments or "--help" in arguments:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `bcft X --help | head` ends quietly
         print(help_text(command))
         return 0
     signal.signal(signal.SIGTERM, _preempt)
-    # Read when torch is loaded: threads that spin while they wait are 25 times slower once anything shares the cores.
+    # torch reads it when it is loaded: threads that spin while they wait are 25 times slower on shared cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if "--debug" not in arguments:
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when it is loaded
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when transformers is loaded
     try:
         action(parse(command, arguments))
     except BcftError as error:
         if "--debug" in arguments:
             raise
-        _tell(*(f"bcft: error: {line}" for line in str(error).splitlines()))
+        _print_error(*(f"bcft: error: {line}" for line in str(error).splitlines()))
         return error.exit_code
     except KeyboardInterrupt:
-        _tell("", "bcft: stopped; the same command goes on from here")
+        _print_error("", "bcft: interrupted; re-run the same command to resume")
         return Preempted.exit_code
     leave()
     return 0
-
-
-def _tell(*lines: str) -> None:
-    if rank() == 0:
-        print(*lines, sep="\n", file=sys.stderr)
-
-
-def _preempt(*_: object) -> NoReturn:
-    raise Preempted("asked to stop; the same command goes on from here")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,10 +59,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 0 if arguments else 2
     if arguments[0] not in COMMANDS:
-        print(f"bcft: error: {arguments[0]!r} is no command; there are {', '.join(COMMANDS)}", file=sys.stderr)
+        names = ", ".join(COMMANDS)
+        print(f"bcft: error: {arguments[0]!r} is not a command; the commands are {names}", file=sys.stderr)
         return 2
     entry: Callable[[Sequence[str]], int] = importlib.import_module(f"bcft.{arguments[0]}").main
     return entry(arguments[1:])
+
+
+def _print_error(*lines: str) -> None:
+    if rank() == 0:
+        print(*lines, sep="\n", file=sys.stderr)
+
+
+def _preempt(*_: object) -> NoReturn:
+    raise Preempted("asked to stop; re-run the same command to resume")
 
 
 if __name__ == "__main__":

@@ -1,84 +1,98 @@
 """Demonstrations from a policy: `python -m bcft.collect RECIPE`.
 
-One round's attempts of any policy, a stronger teacher or the one that is to be trained, scored and selected as a round
-of `filtered` does it. What is kept is a dataset: `bcft sft RECIPE --dataset_name OUTPUT_DIR` clones it.
+One round's attempts of any policy, a stronger teacher or the one to be trained, are rolled out, scored and selected as
+a round of `filtered` does it. The kept rows are a dataset: `bcft sft RECIPE --dataset_name OUTPUT_DIR` clones them.
 """
 
 import sys
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any
 
-from rich.console import Console
-
-from bcft.algorithms.session import run_or_tell
+from bcft.algorithms.session import Session, run_or_report
 from bcft.cli import execute
-from bcft.config.loader import Recipe, load
-from bcft.data.loading import Splits
-from bcft.errors import DataError
+from bcft.config.loader import Config, load
+from bcft.data.loading import Splits, load_splits
+from bcft.environments.base import rollout_settings, step_checker
 from bcft.evaluation.metrics import diversity, tally
 from bcft.runs.clock import Clock
-from bcft.runs.directory import RunDirectory
-from bcft.runs.distributed import barrier, rank
-from bcft.runs.storage import write_json, write_manifest
-from bcft.selection.apply import apply_filter
-from bcft.selection.scoring import Grading
+from bcft.runs.distributed import barrier, broadcast, rank
+from bcft.runs.storage import KEPT, ROLLOUTS, SCORES, write_json, write_manifest
+from bcft.selection.apply import apply_filter, rule_of
+from bcft.selection.scoring import Scorer
+from bcft.types import Problem, RolloutSettings
 
-FILES = ("rollouts.jsonl", "scores.jsonl", "kept.jsonl", "metrics.json", "config.yaml", "problems.jsonl")
+FILES = (ROLLOUTS, SCORES, KEPT, "metrics.json", "config.yaml", "problems.jsonl")
 
 
 def run(recipe: str | PathLike[str] | None = None, **overrides: Any) -> dict[str, Any]:
-    """Collect demonstrations by a recipe; return what `metrics.json` holds.
+    """Collect demonstrations with a recipe; return what `metrics.json` holds.
 
     Raises a `bcft.errors.BcftError` for everything a user can cause.
     """
     return collect(load("collect", recipe, overrides))
 
 
-def collect(recipe: Recipe) -> dict[str, Any]:
-    """Run a parsed recipe, or tell what it came to if it is finished; return what `metrics.json` holds."""
-    return run_or_tell(recipe, partial(_collect, recipe))
+def collect(config: Config) -> dict[str, Any]:
+    """Run a configuration, or report what it came to if it is finished; return what `metrics.json` holds."""
+    # Dotted paths and data are checked before torch is loaded and before a directory is made.
+    rollouts = rollout_settings(config.sampling, config.environment, seed=config.training.seed)
+    splits = load_splits(config.data, config.evaluation)
+    problems = splits.problems_to_attempt()
+    held_out = [d.problem for d in splits.held_out]
+    scorer = Scorer.of(config.selection, held_out, environment=config.environment.environment)
+
+    def work(session: Session) -> dict[str, Any]:
+        return _collect(config, splits, session, problems=problems, rollouts=rollouts, scorer=scorer)
+
+    return run_or_report(config, splits, work)
 
 
-def _collect(recipe: Recipe, splits: Splits, directory: RunDirectory, console: Console) -> dict[str, Any]:
+def _collect(
+    config: Config,
+    splits: Splits,
+    session: Session,
+    *,
+    problems: Mapping[str, Problem],
+    rollouts: RolloutSettings,
+    scorer: Scorer,
+) -> dict[str, Any]:
     from bcft.policy.loading import load_policy
-    from bcft.rollout.sample import (
-        draw,
-        roll_out,
-        turns_of,  # these load torch, which nothing above does
-    )
-    from bcft.runs.distributed import gather
+    from bcft.rollout.sample import draw, roll_out
 
-    # 1. Play: training problems alone, so that what is held out stays so.
-    problems = {d.problem.id: d.problem for d in splits.train}
-    if not problems:
-        raise DataError("no problems to attempt: the training split is empty once dev and test are taken out")
-    grading = Grading.of(recipe, [d.problem for d in splits.held_out])
-    turns_of(recipe)  # what cannot be made is told before a model is loaded
-    policy = load_policy(recipe, trainable=False)
-    attempts = draw(recipe, problems.values(), 1)
-    asked = len({attempt.problem.id for attempt in attempts})
-    console.print(f"policy: {recipe['model_name_or_path']} on {policy.precision.why}", markup=False)
-    console.print(f"data: {asked:,} of {len(problems):,} problems, {len(attempts):,} attempts", markup=False)
-    if note := grading.check(list(problems.values())):
-        console.print(note, markup=False)
-    barrier()  # every process has seen what the directory held
-    directory.record([*splits.train, *splits.held_out], splits.digest)
-    played = roll_out(recipe, policy, attempts, place=directory.path, clock=Clock())
+    # 1. Roll out on training problems only: held-out problems stay held out.
+    note = scorer.check(list(problems.values()))
+    policy = load_policy(config.model.model_name_or_path, config.model, trainable=False)
+    seed, samples = config.training.seed, config.sampling.num_generations
+    attempts = draw(problems.values(), 1, seed=seed, prompts=config.rounds.prompts_per_round, samples=samples)
+    session.say(f"policy: {config.model.model_name_or_path} on {policy.precision.why}")
+    session.say(f"data: {len(attempts) // samples:,} of {len(problems):,} problems, {len(attempts):,} attempts")
+    if note:
+        session.say(note)
+    barrier()  # every process has read the directory before it is written
+    session.directory.record([d.problem for d in (*splits.train, *splits.held_out)], splits.digest)
+    label = "" if session.quiet else "roll out"
+    trajectories = roll_out(policy, attempts, rollouts, directory=session.path, clock=Clock(), label=label)
 
-    # 2. Score and select, on one process: a reward function asked twice might answer twice.
-    metrics: list[dict[str, Any]] = []
+    # 2. Score and select on one process: a reward function called twice might answer differently.
+    metrics: dict[str, Any] = {}
     if rank() == 0:
-        scores = grading.score(played, problems)
-        found = apply_filter(recipe, scores, problems, number=1, source="teacher")
-        found.write(directory.path)
-        metrics = [{"rollout": tally(scores), "selection": found.metrics, "diversity": diversity(scores)}]
-        metrics[0]["conclusion"] = found.conclusion(recipe, directory.path)
-        write_json(directory.path / "metrics.json", metrics[0])
-        files = [directory.path / name for name in FILES]
-        write_manifest(directory.path, files, about={"tokenizer": policy.renderer.fingerprint})
-    return dict(gather(metrics)[0])
+        scores = scorer.score(trajectories, problems)
+        filtered = apply_filter(
+            scores,
+            rule_of(config.selection, seed=seed, number=1),
+            problems,
+            source="teacher",
+            train_on=config.data.train_on,
+            check_steps=step_checker(config.data.dataset_name, config.environment.environment),
+        )
+        filtered.write(session.path)
+        metrics = {"rollout": tally(scores), "selection": filtered.metrics, "diversity": diversity(scores)}
+        metrics["conclusion"] = filtered.conclusion(config.path, session.path)
+        write_json(session.path / "metrics.json", metrics)
+        files = [session.path / name for name in FILES]
+        write_manifest(session.path, files, about={"tokenizer": policy.renderer.fingerprint})
+    return dict(broadcast(metrics))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,8 +1,8 @@
-"""One exception per exit code: what a user can cause ends in one line and a number, never in a traceback."""
+"""One exception per exit code: an error that a user can cause ends in one line and a number, never in a traceback."""
 
 
 class BcftError(Exception):
-    """A failure that was foreseen. `str(error)` is what the user reads: what, where, what to do.
+    """A foreseen failure. `str(error)` is what the user reads: what was given, where, what to do.
 
     Several findings at once (a recipe with five mistakes) are several lines.
     """
@@ -45,24 +45,18 @@ class LockedError(BcftError):
 
 
 class StorageError(BcftError):
-    """The disk is full, read-only or not ours to write to."""
+    """The disk is full, read-only or not writable by this user."""
 
     exit_code = 7
 
 
-class PeerError(BcftError):
-    """Another process of the same run died or stopped answering."""
-
-    exit_code = 8
-
-
 class CheckpointError(BcftError):
-    """What is on disk does not match its manifest, and nothing older does."""
+    """Files on disk do not match their manifest, and nothing older does."""
 
     exit_code = 9
 
 
 class Preempted(BcftError):  # noqa: N818 - not a fault
-    """The run was asked to stop; the same command resumes it."""
+    """The run was asked to stop; re-running the same command resumes it."""
 
     exit_code = 75

@@ -11,8 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from bcft.cli import execute
-from bcft.config.loader import Recipe, load
+from bcft.config.loader import Config, load
+from bcft.data.loading import load_splits
+from bcft.environments.base import rollout_settings
 from bcft.errors import DataError
+from bcft.reporting.tables import conclusion, level, print_table, say
+from bcft.runs.directory import open_run
+from bcft.runs.distributed import rank
+from bcft.runs.storage import write_json
+from bcft.selection.scoring import success_function
 
 
 def run(recipe: str | PathLike[str] | None = None, **overrides: Any) -> dict[str, Any]:
@@ -20,61 +27,62 @@ def run(recipe: str | PathLike[str] | None = None, **overrides: Any) -> dict[str
 
     Raises a `bcft.errors.BcftError` for everything a user can cause.
     """
-    return measure_recipe(load("evaluate", recipe, overrides))
+    return evaluate(load("evaluate", recipe, overrides))
 
 
-def measure_recipe(recipe: Recipe) -> dict[str, Any]:
-    """Evaluate by a parsed recipe; return `{model, against, vs_base, conclusion}` and write it, with all rows, below
+def evaluate(config: Config) -> dict[str, Any]:
+    """Evaluate as configured; return `{model, against, vs_base, conclusion}` and write it, with every attempt, below
     `<output_dir>/evaluate`."""
-    import dataclasses
+    rollouts = rollout_settings(config.sampling, config.environment, seed=config.training.seed)
+    splits, split = load_splits(config.data, config.evaluation), config.evaluation.eval_split
+    if not (splits.test if split == "test" else splits.dev):
+        raise DataError(f"{config.data.dataset_name} has no {split} problems to evaluate")
+    environment = config.environment.environment
+    success = success_function(config.selection, [d.problem for d in splits.held_out], environment=environment)
+    names = {"model": config.model.model_name_or_path, "against": config.evaluation.against or ""}
 
-    from bcft.data.loading import load_splits
-    from bcft.evaluation.held_out import measure
+    from bcft.evaluation.held_out import measure, samples_of
     from bcft.policy.loading import load_policy
-    from bcft.reporting.tables import conclusion, level, plain_console, print_table
-    from bcft.rollout.sample import turns_of
-    from bcft.runs.directory import open_run
-    from bcft.runs.distributed import rank
-    from bcft.runs.storage import write_json
-    from bcft.selection.scoring import success_function
 
-    console = plain_console(quiet=bool({"quiet", "json"} & recipe.flags))
-    names = {"model": recipe["model_name_or_path"], "against": recipe["against"]}
-    with open_run(recipe, Path(recipe["output_dir"]) / "evaluate", writes=rank() == 0) as directory:
-        splits = load_splits(recipe)
-        if not (splits.test if recipe["eval_split"] == "test" else splits.dev):
-            raise DataError(f"{recipe['dataset_name']} has no {recipe['eval_split']} problems to evaluate")
-        turns_of(recipe)  # what cannot be made is told before a model is loaded
-        success, found = success_function(recipe, [d.problem for d in splits.held_out]), {}
+    with open_run(
+        Path(config.training.output_dir) / "evaluate",
+        command=config.command,
+        recipe=config.resolved,
+        writes=rank() == 0,
+        debug="debug" in config.flags,
+    ) as directory:
+        measured = {}
         for part, name in names.items():
-            if name:
-                policy = load_policy(dataclasses.replace(recipe, values={**recipe.values, "model_name_or_path": name}))
-                console.print(f"{part}: {name} on {policy.precision.why}")
-                found[part] = measure(
-                    recipe,
-                    splits,
-                    policy,
-                    success=success,
-                    split=recipe["eval_split"],
-                    rows=[],
-                    directory=directory.path / part,
-                    quiet=console.quiet,
-                )
-        print_table({names[part]: measured.summary for part, measured in found.items()}, console)
-        result: dict[str, Any] = {part: measured.summary for part, measured in found.items()}
-        if "against" in found:
-            result |= conclusion(found["against"], found["model"], before=f"with {recipe['against']}")
+            if not name:
+                continue
+            policy = load_policy(name, config.model, trainable=False)
+            say(f"{part}: {name} on {policy.precision.why}", quiet=config.quiet)
+            measured[part] = measure(
+                policy,
+                splits,
+                rollouts,
+                split=split,
+                samples=samples_of(config.evaluation, split, graded=bool(success or environment)),
+                success=success,
+                examples=[],
+                directory=directory.path / part,
+                quiet=config.quiet,
+            )
+        print_table({names[part]: one.summary for part, one in measured.items()}, quiet=config.quiet)
+        result: dict[str, Any] = {part: one.summary for part, one in measured.items()}
+        if "against" in measured:
+            result |= conclusion(measured["against"], measured["model"], before=f"with {names['against']}")
         else:
-            result["conclusion"] = level(found["model"])
+            result["conclusion"] = level(measured["model"])
         if rank() == 0:
             write_json(directory.path / "metrics.json", result)
-            print(json.dumps(result) if "json" in recipe.flags else result["conclusion"])
+            print(json.dumps(result) if "json" in config.flags else result["conclusion"])
     return result
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
-    return execute("evaluate", measure_recipe, argv)
+    return execute("evaluate", evaluate, argv)
 
 
 if __name__ == "__main__":

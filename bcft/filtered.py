@@ -1,33 +1,30 @@
-"""Filtered behaviour cloning: `python -m bcft.filtered RECIPE`.
+"""Filtered behavior cloning: `python -m bcft.filtered RECIPE`.
 
-Rounds of four phases: roll out the policy, score what it played, select the best, clone them. Dev problems choose the
-round to ship, test problems are touched twice: by the policy as it was, and by that round. Every round is committed;
-the same command goes on where it was stopped, to the same weights.
+Rounds of roll out, score, select and train, on the policy's own trajectories. Dev problems choose the best round; test
+problems are attempted twice, by the base and by that round. Every round is committed: re-running the same command
+resumes an interrupted run with bit-identical rows and weights.
 """
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
-from bcft.algorithms.session import run_or_tell
+from bcft.algorithms.session import Session, run_or_report
 from bcft.cli import execute
-from bcft.config.loader import Recipe, load
-from bcft.data.loading import Splits
+from bcft.config.loader import Config, load
+from bcft.data.loading import load_splits
+from bcft.environments.base import rollout_settings
 from bcft.errors import UsageError
-from bcft.reporting.dry_run import command, dry_run
+from bcft.reporting.report import write_report
 from bcft.rewards.base import described
-from bcft.runs.directory import RunDirectory
-from bcft.runs.distributed import rank
+from bcft.selection.scoring import Scorer
 from bcft.types import Environment
 
 LONG_ROUND = 60.0
-"""Seconds of a round after which the learning curve is drawn at once: that costs less than a hundredth of it."""
+"""Seconds of a round after which the report is written at once: it costs less than a hundredth of them."""
 
 
 def run(
@@ -39,77 +36,81 @@ def run(
 ) -> dict[str, Any]:
     """Run the recipe's rounds; return what `metrics.json` holds.
 
-    `reward_funcs` and `environment`, which is called with `environment_args`, take the place of the recipe's: as
-    dotted paths, or themselves.
+    `reward_funcs` and `environment`, a factory that is called with `environment_args`, take the place of the recipe's:
+    as dotted paths or as objects.
 
     Raises a `bcft.errors.BcftError` for everything a user can cause.
     """
     functions = [function for function in reward_funcs or () if not isinstance(function, str)]
     if reward_funcs and not functions:
         overrides["reward_funcs"] = reward_funcs
-    make = None if isinstance(environment, str) else environment
+    factory = None if isinstance(environment, str) else environment
     if isinstance(environment, str):
         overrides["environment"] = environment
-    return improve(load("filtered", recipe, overrides), reward_funcs=functions or None, environment=make)
+    return improve(load("filtered", recipe, overrides), reward_funcs=functions or None, environment=factory)
 
 
 def improve(
-    recipe: Recipe,
+    config: Config,
     *,
     reward_funcs: Sequence[Callable[..., Any]] | None = None,
     environment: Callable[..., Environment] | None = None,
 ) -> dict[str, Any]:
-    """Run a parsed recipe, or tell what it came to if it is finished; return what `metrics.json` holds."""
-    named: dict[str, Any] = {}  # on record, so that a run does not go on with another reward or environment
-    if reward_funcs:
-        named["reward_funcs"] = [described(function) for function in reward_funcs]
-    if environment:
-        named["environment"] = described(environment)
-    recipe = replace(recipe, values={**recipe.values, **named}, given=recipe.given | named.keys())
-    against = recipe["against"]
-    if against and not (Path(against) / "metrics.jsonl").is_file():
-        raise UsageError(f"against: {against} is no run of bcft filtered: its rounds are in DIR/metrics.jsonl")
-    make = partial(environment, **recipe["environment_args"]) if environment else None
-    return run_or_tell(recipe, partial(_improve, recipe, reward_funcs, make), report=partial(_report, recipe))
+    """Run a configuration, or report what it came to if it is finished; return what `metrics.json` holds."""
+    config = config.naming(
+        reward_funcs=[described(function) for function in reward_funcs or ()],
+        environment=described(environment) if environment else "",
+    )
+    against = Path(config.evaluation.against) if config.evaluation.against else None
+    if against and not (against / "metrics.jsonl").is_file():
+        raise UsageError(f"against: {against} is not a run of bcft filtered, whose rounds are in DIR/metrics.jsonl")
+    # Dotted paths and data are checked before torch is loaded and before a directory is made.
+    make = partial(environment, **config.environment.environment_args) if environment else None
+    rollouts = rollout_settings(config.sampling, config.environment, seed=config.training.seed, make=make)
+    splits = load_splits(config.data, config.evaluation)
+    if not splits.dev:
+        raise UsageError("eval_dev_problems: dev problems choose the best round, and there are none: raise it")
+    problems = splits.problems_to_attempt()
+    held_out = [d.problem for d in splits.held_out]
+    scorer = Scorer.of(
+        config.selection, held_out, environment=config.environment.environment, reward_funcs=reward_funcs
+    )
+    report = partial(write_report, command=config.command_line, against=against)
+
+    def work(session: Session) -> dict[str, Any]:
+        from bcft.algorithms.filtered_bc import filtered_bc
+
+        def report_round(seconds: float) -> None:
+            if seconds > LONG_ROUND:
+                report(session.path)
+
+        return filtered_bc(
+            config, splits, session, problems=problems, rollouts=rollouts, scorer=scorer, report=report_round
+        )
+
+    return run_or_report(config, splits, work, report=report)
 
 
-def _improve(
-    recipe: Recipe,
-    reward_funcs: Sequence[Callable[..., Any]] | None,
-    environment: Callable[[], Environment] | None,
-    splits: Splits,
-    directory: RunDirectory,
-    console: Console,
-) -> dict[str, Any]:
-    from bcft.algorithms.filtered_bc import Rounds
+def _dry_run(config: Config) -> None:
+    from bcft.reporting.dry_run import dry_run_filtered
 
-    rounds = Rounds(recipe, splits, directory, console, reward_funcs=reward_funcs, environment=environment)
-    rounds.baseline()
-    while number := rounds.next():
-        # 1. Roll out: the policy attempts problems it may train on.
-        trajectories = rounds.roll_out(number)
-        # 2. Score: rewards, and success apart from reward.
-        scores = rounds.score(number, trajectories)
-        # 3. Select: one pure function says of each what becomes of it.
-        rows = rounds.select(number, scores)
-        # 4. Clone: the kept ones, as they were sampled, are the next demonstrations.
-        rounds.clone(number, rows)
-        seconds = rounds.commit(number)
-        if seconds > LONG_ROUND and rank() == 0:
-            _report(recipe, directory.path)
-    return rounds.conclude()
-
-
-def _report(recipe: Recipe, directory: Path) -> Path:
-    from bcft.reporting.report import write_report
-
-    against = Path(recipe["against"]) if recipe["against"] else None
-    return write_report(directory, command=command(recipe), against=against)
+    dry_run_filtered(
+        model=config.model,
+        data=config.data,
+        training=config.training,
+        evaluation=config.evaluation,
+        sampling=config.sampling,
+        environment=config.environment,
+        selection=config.selection,
+        rounds=config.rounds,
+        command_line=config.command_line,
+        debug="debug" in config.flags,
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
-    return execute("filtered", lambda recipe: (dry_run if "dry-run" in recipe.flags else improve)(recipe), argv)
+    return execute("filtered", lambda config: (_dry_run if "dry-run" in config.flags else improve)(config), argv)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,9 @@ from rich.console import Console
 from rich.text import Text
 
 from bcft.cli import execute
-from bcft.config.loader import Recipe, load
+from bcft.config.loader import Config, load
+from bcft.data.loading import load_splits
+from bcft.types import IGNORED
 
 
 def run(recipe: str | PathLike[str] | None = None, **overrides: Any) -> list[dict[str, Any]]:
@@ -25,66 +27,69 @@ def run(recipe: str | PathLike[str] | None = None, **overrides: Any) -> list[dic
     return first_rows(load("preview", recipe, overrides))[0]
 
 
-def first_rows(recipe: Recipe) -> tuple[list[dict[str, Any]], str]:
-    """Return the first rows by a parsed recipe, and the census of all rows in words."""
-    from bcft.data.examples import make_rows
-    from bcft.data.loading import load_splits
+def first_rows(config: Config) -> tuple[list[dict[str, Any]], str]:
+    """Return the first rows as configured, and the counts of all rows in words."""
+    demonstrations = load_splits(config.data, config.evaluation).train
+
+    from bcft.data.examples import make_examples
     from bcft.policy.loading import load_renderer, longest_row
 
-    renderer = load_renderer(recipe)
-    rows, census = make_rows(
-        load_splits(recipe).train,
+    name = config.model.model_name_or_path
+    renderer = load_renderer(name, config.model)
+    examples, counts = make_examples(
+        demonstrations,
         renderer,
-        max_length=longest_row(recipe),
-        overlength=recipe["overlength"],
-        train_on=recipe["train_on"],
+        max_length=longest_row(name, config.model, config.data.max_length),
+        overlength=config.data.overlength,
+        train_on=config.data.train_on,
     )
-    shown = []
-    for row in rows[: recipe["preview_rows"]]:
-        texts = [renderer.tokenizer.decode([token]) for token in row.input_ids]
+    rows = []
+    for example in examples[: config.data.preview_rows]:
+        texts = [renderer.tokenizer.decode([token]) for token in example.input_ids]
         tokens = [
             {"id": token, "text": text, "label": label}
-            for token, text, label in zip(row.input_ids, texts, row.labels, strict=True)
+            for token, text, label in zip(example.input_ids, texts, example.labels, strict=True)
         ]
-        shown.append({"where": row.where, "problem_id": row.problem_id, "tokens": tokens})
-    return shown, str(census)
+        rows.append({"where": example.where, "problem_id": example.problem_id, "tokens": tokens})
+    return rows, str(counts)
 
 
-def show(recipe: Recipe) -> None:
-    """Print the rows in colour, as JSON or as a page."""
-    rows, census = first_rows(recipe)
-    if "json" in recipe.flags:
+def show(config: Config) -> None:
+    """Print the rows in color, as JSON or as a page."""
+    rows, counts = first_rows(config)
+    if "json" in config.flags:
         print(json.dumps(rows, ensure_ascii=False))
         return
-    if "html" in recipe.flags:
-        print(page(rows, census))
+    if "html" in config.flags:
+        print(page(rows, counts))
         return
     console = Console(soft_wrap=True, highlight=False)
     for row in rows:
-        supervised = sum(token["label"] != -100 for token in row["tokens"])
+        supervised = sum(token["label"] != IGNORED for token in row["tokens"])
         console.print(f"[bold]{row['where']}[/]: {len(row['tokens'])} tokens, {supervised} with loss", style="cyan")
         text = Text()
         for token in row["tokens"]:
-            # Alternating shades keep neighbouring tokens apart; without colour, brackets do.
-            style = "dim" if token["label"] == -100 else ("black on green", "black on bright_green")[len(text) % 2]
+            # Alternating shades keep neighboring tokens apart; without color, brackets do.
+            masked = token["label"] == IGNORED
+            style = "dim" if masked else ("black on green", "black on bright_green")[len(text) % 2]
             shown = visible(token["text"])
-            text.append(shown if console.is_terminal or token["label"] == -100 else f"[{shown}]", style=style)
+            text.append(shown if console.is_terminal or masked else f"[{shown}]", style=style)
         console.print(text)
     console.print("\n[black on green]green[/] (or in brackets): carries loss; dim: prompt, no loss")
-    console.print(f"all rows: {census}")
+    console.print(f"all rows: {counts}")
 
 
 def visible(text: str) -> str:
-    """Return a token's text with its line breaks and tabs to be seen."""
+    """Return a token's text with visible line breaks and tabs."""
     return text.replace("\n", "⏎\n").replace("\t", "⇥") or "∅"
 
 
-def page(rows: Sequence[Mapping[str, Any]], census: str) -> str:
+def page(rows: Sequence[Mapping[str, Any]], counts: str) -> str:
     """Return the rows as one self-contained HTML page."""
     body = []
     for row in rows:
         spans = "".join(
-            f'<span class="{"off" if token["label"] == -100 else "on"}" title="{token["id"]}">'
+            f'<span class="{"off" if token["label"] == IGNORED else "on"}" title="{token["id"]}">'
             f"{html.escape(visible(token['text']))}</span>"
             for token in row["tokens"]
         )
@@ -93,8 +98,8 @@ def page(rows: Sequence[Mapping[str, Any]], census: str) -> str:
 <style>body{{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}}
 h2{{font-size:1rem}}pre{{white-space:pre-wrap;font:15px/1.8 ui-monospace,monospace}}
 .on{{background:#b7f0c1;color:#000;outline:1px solid #7ccf8c}}.off{{color:#888}}</style>
-<h1>What carries loss</h1><p><span class="on">Green tokens</span> carry loss, <span class="off">grey ones</span>
-do not; a token's id shows when pointed at. {html.escape(census)}.</p>
+<h1>What carries loss</h1><p><span class="on">Green tokens</span> carry loss, <span class="off">gray ones</span>
+do not; hover over a token to see its id. {html.escape(counts)}.</p>
 {"".join(body)}</html>"""
 
 

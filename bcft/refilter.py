@@ -1,12 +1,11 @@
 """Saved rollouts scored and selected again: `python -m bcft.refilter RECIPE --rollouts FILE_OR_DIRECTORY`.
 
-Nothing is generated and no model is loaded: other rewards, another quantile or cap, on what was played already. What is
-kept is a dataset as that of `collect` is; `sft` on it is offline filtered behaviour cloning.
+Nothing is generated and no model is loaded: other rewards, another quantile or another limit, on saved trajectories.
+The kept rows are a dataset, as those of `collect` are; `sft` on them is offline filtered behavior cloning.
 """
 
 import sys
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -14,67 +13,86 @@ from typing import Any
 import yaml
 
 from bcft.cli import execute
-from bcft.config.loader import Recipe, load
+from bcft.config.loader import Config, load
 from bcft.data.loading import SOURCE
+from bcft.environments.base import step_checker
 from bcft.errors import DataError, UsageError
 from bcft.evaluation.metrics import diversity, tally
-from bcft.reporting.tables import plain_console
+from bcft.reporting.tables import say
 from bcft.runs.directory import open_run
 from bcft.runs.distributed import rank
-from bcft.runs.storage import MANIFEST, SEAL, read_json, read_jsonl, sealed, write_json, write_manifest, write_text
-from bcft.selection.apply import apply_filter
-from bcft.selection.scoring import Grading
+from bcft.runs.storage import (
+    KEPT,
+    MANIFEST,
+    ROLLOUTS,
+    SCORES,
+    SEAL,
+    read_json,
+    read_jsonl,
+    sealed,
+    write_json,
+    write_manifest,
+    write_text,
+)
+from bcft.selection.apply import apply_filter, rule_of
+from bcft.selection.scoring import Scorer
 from bcft.types import Problem, Trajectory
-
-ROLLOUTS = "rollouts.jsonl"
 
 
 def run(recipe: str | PathLike[str] | None = None, **overrides: Any) -> dict[str, Any]:
-    """Select from saved rollouts by a recipe; return what `metrics.json` holds.
+    """Select from saved rollouts with a recipe; return what `metrics.json` holds.
 
     Raises a `bcft.errors.BcftError` for everything a user can cause.
     """
     return refilter(load("refilter", recipe, overrides))
 
 
-def refilter(recipe: Recipe) -> dict[str, Any]:
-    """Run a parsed recipe; what an earlier one wrote into its directory is written anew.
+def refilter(config: Config) -> dict[str, Any]:
+    """Run a configuration; the files of an earlier refilter in its directory are replaced.
 
-    All attempts of the rollouts are selected from together, with the lots of their last round.
+    All attempts of the rollouts are selected from together, with the draws of their last round.
 
-    Raises UsageError without rollouts, DataError where they are not what a run wrote.
+    Raises UsageError without rollouts, DataError where they are not as a run wrote them.
     """
-    if rank() > 0:  # there is nothing to share out
+    if rank() > 0:  # there is nothing to share among processes
         return {}
-    if recipe["rollouts"] is None:
+    if config.selection.rollouts is None:
         raise UsageError("rollouts: required: a rollouts.jsonl, a round, or the directory of a run")
-    files = rollout_files(Path(recipe["rollouts"]))
+    files = rollout_files(Path(config.selection.rollouts))
     top = run_of(files[0])
     made = yaml.safe_load((top / "config.yaml").read_text(encoding="utf-8"))
-    # Problems, what was held out and the environment are those of the run that played them.
-    recipe = replace(recipe, values={**recipe.values, **{key: made[key] for key in (*SOURCE, "environment")}})
-    place = Path(recipe["output_dir"])
+    # Problems, held-out problems and the environment are those of the run that made the rollouts.
+    recipe = {**config.resolved, **{key: made[key] for key in (*SOURCE, "environment")}}
+    place = Path(config.training.output_dir)
     if place.resolve() in {top.resolve(), *(file.parent.resolve() for file in files)}:
-        raise UsageError(f"output_dir: {place} is where the rollouts are: give another")
+        raise UsageError(f"output_dir: {place} holds the rollouts: give another")
     problems = {line["problem_id"]: _problem(line) for line in read_jsonl(top / "problems.jsonl")}
-    played = [_trajectory(line, file) for file in files for line in read_jsonl(file)]
-    console = plain_console(quiet="quiet" in recipe.flags)
-    console.print(f"rollouts: {len(played):,} attempts of {len(files)} rounds in {top}", markup=False)
-    if missing := {trajectory.problem_id for trajectory in played} - problems.keys():
-        raise DataError(f"{top / 'problems.jsonl'}: {len(missing)} problems of the rollouts are not there")
-    grading = Grading.of(recipe, [problems[identity] for identity in {t.problem_id for t in played}])
-    with open_run(recipe, place, writes=True):
-        scores = grading.score(played, problems)
-        source = "self" if "num_rounds" in made else "teacher"
-        found = apply_filter(recipe, scores, problems, number=max(t.round for t in played), source=source)
-        found.write(place)
-        metrics: dict[str, Any] = {"rollout": tally(scores), "selection": found.metrics, "diversity": diversity(scores)}
-        metrics["conclusion"] = found.conclusion(recipe, place)
-        write_text(place / "config.yaml", yaml.safe_dump(recipe.resolved(), allow_unicode=True))
-        write_json(place / "metrics.json", metrics)
-        written = [place / name for name in ("scores.jsonl", "kept.jsonl", "metrics.json", "config.yaml")]
-        about = {"tokenizer": _tokenizer(files), "rollouts": [str(file) for file in files]}
-        write_manifest(place, written, about=about)
+    trajectories = [_trajectory(line, file) for file in files for line in read_jsonl(file)]
+    say(f"rollouts: {len(trajectories):,} attempts of {len(files)} rounds in {top}", quiet=config.quiet)
+    attempted = {trajectory.problem_id for trajectory in trajectories}
+    if missing := attempted - problems.keys():
+        raise DataError(f"{top / 'problems.jsonl'}: {len(missing)} problems of the rollouts are missing")
+    environment = made["environment"]
+    scorer = Scorer.of(config.selection, [problems[identity] for identity in attempted], environment=environment)
+    last = max(trajectory.round for trajectory in trajectories)
+    with open_run(place, command=config.command, recipe=recipe, debug="debug" in config.flags):
+        scores = scorer.score(trajectories, problems)
+        filtered = apply_filter(
+            scores,
+            rule_of(config.selection, seed=config.training.seed, number=last),
+            problems,
+            source="self" if "num_rounds" in made else "teacher",
+            train_on=config.data.train_on,
+            check_steps=step_checker(made["dataset_name"], environment),
+        )
+        filtered.write(place)
+        metrics: dict[str, Any] = {
+            "rollout": tally(scores),
+            "selection": filtered.metrics,
+            "diversity": diversity(scores),
+        }
+        metrics["conclusion"] = filtered.conclusion(config.path, place)
+        _write(place, recipe, metrics, files)
     print(metrics["conclusion"])
     return metrics
 
@@ -82,17 +100,17 @@ def refilter(recipe: Recipe) -> dict[str, Any]:
 def rollout_files(path: Path) -> list[Path]:
     """Return the rollouts that a path means: a file, that of `collect` or of a round, or those of all rounds.
 
-    Raises UsageError where there are none, DataError for a file that is not as it was written.
+    Raises UsageError where there are none, DataError for a file that has changed since it was written.
     """
-    found = [path] if path.is_file() else [path / ROLLOUTS]
-    if not found[0].is_file():
-        found = sorted(path.glob(f"round_*/{ROLLOUTS}"))
-    if not found:
-        raise UsageError(f"rollouts: no {ROLLOUTS} in {path}: give the directory of a run of collect or filtered")
-    for file in found:
+    files = [path] if path.is_file() else [path / ROLLOUTS]
+    if not files[0].is_file():
+        files = sorted(path.glob(f"round_*/{ROLLOUTS}"))
+    if not files:
+        raise UsageError(f"rollouts: {path} has no {ROLLOUTS}: give the directory of a run of collect or filtered")
+    for file in files:
         if not sealed(file.parent, file.name):
-            raise DataError(f"{file}: not as it was written, or not finished: the run that makes it must end its round")
-    return found
+            raise DataError(f"{file}: changed since it was written, or not finished: finish the round that writes it")
+    return files
 
 
 def run_of(file: Path) -> Path:
@@ -100,7 +118,7 @@ def run_of(file: Path) -> Path:
     for directory in (file.parent, file.parent.parent):
         if (directory / "config.yaml").is_file() and (directory / "problems.jsonl").is_file():
             return directory
-    raise DataError(f"{file}: neither beside it nor above it are config.yaml and problems.jsonl of the run it is from")
+    raise DataError(f"{file}: neither its directory nor the one above holds config.yaml and problems.jsonl of its run")
 
 
 def _problem(line: dict[str, Any]) -> Problem:
@@ -112,16 +130,25 @@ def _trajectory(line: dict[str, Any], file: Path) -> Trajectory:
     try:
         return Trajectory.from_json(line)
     except (ValueError, TypeError, KeyError) as error:
-        raise DataError(f"{file}: {line.get('id', '')}: no trajectory: {error}") from error
+        raise DataError(f"{file}: {line.get('id', '')}: not a trajectory: {error}") from error
+
+
+def _write(place: Path, recipe: Mapping[str, Any], metrics: Mapping[str, Any], files: Sequence[Path]) -> None:
+    """Write recipe and metrics, and the manifest that commits them with the selected rows."""
+    write_text(place / "config.yaml", yaml.safe_dump(dict(recipe), allow_unicode=True))
+    write_json(place / "metrics.json", metrics)
+    written = [place / name for name in (SCORES, KEPT, "metrics.json", "config.yaml")]
+    about = {"tokenizer": _tokenizer(files), "rollouts": [str(file) for file in files]}
+    write_manifest(place, written, about=about)
 
 
 def _tokenizer(files: Sequence[Path]) -> str:
     """Return the fingerprint of the tokenizer whose ids the rollouts hold; '' where they do not agree."""
-    told = set()
+    fingerprints = set()
     for file in files:
-        there = [file.parent / name for name in (MANIFEST, SEAL) if (file.parent / name).is_file()]
-        told.add(str(read_json(there[0]).get("tokenizer", "")) if there else "")
-    return told.pop() if len(told) == 1 else ""
+        manifests = [file.parent / name for name in (MANIFEST, SEAL) if (file.parent / name).is_file()]
+        fingerprints.add(str(read_json(manifests[0]).get("tokenizer", "")) if manifests else "")
+    return fingerprints.pop() if len(fingerprints) == 1 else ""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,8 +1,10 @@
-"""For tests of users' environments and reward functions: the checks, and a policy that says what it is told to."""
+"""For tests of users' environments and reward functions: checks, a scripted policy, and a tiny model to play with."""
 
 import copy
+import importlib.util
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from threading import Thread
 from typing import Any
 
@@ -12,7 +14,7 @@ from bcft.rewards.base import Reward, ask, name_of
 from bcft.types import Action, Environment, Feedback, Message, Problem, Request, messages
 
 ACTIONS = ("", "1", "yes", "½ 𝔘 <|eot_id|>", "word " * 2000)
-"""What a policy may say: nothing, a little, control tokens as text, more than anyone wants to read."""
+"""Actions of a policy: nothing, a little, control tokens as text, more than anyone wants to read."""
 
 
 def check_environment(
@@ -22,9 +24,9 @@ def check_environment(
     actions: Sequence[str] = ACTIONS,
     max_turns: int = 20,
 ) -> None:
-    """Check that what `make` returns is an environment: on every problem, with `actions` said again and again.
+    """Check that `make` returns an environment: on every problem, with `actions` repeated in turn.
 
-    max_turns: after so many an attempt ends, as in the loop. Raises AssertionError with what was found.
+    max_turns: an attempt ends after so many, as in the loop. Raises AssertionError with the broken promise.
     """
     checked = 0
     for problem in problems:
@@ -44,69 +46,74 @@ def check_environment(
         )
         _require(
             (problem.prompt, dict(problem.columns)) == before,
-            f"{problem.id}: the problem was changed: copy what you change, other attempts read it",
+            f"{problem.id}: the problem was changed: copy before you change it, because other attempts read it",
         )
         checked += 1
-    _require(checked, "no problem was given to check with")
+    _require(checked, "give at least one problem to check with")
 
 
 def check_reward(function: Reward, problems: Sequence[Problem]) -> None:
-    """Check that a reward function takes TRL's arguments and grades each completion alike, however it is asked.
+    """Check that a reward function takes TRL's arguments and that a completion's grade depends on nothing else.
 
-    Raises AssertionError with what was found; whatever `bcft.rewards.ask` raises for what it returns.
+    Raises AssertionError with the broken promise, and what `bcft.rewards.base.ask` raises for a wrong return value.
     """
-    _require(problems, "no problem was given to check with")
-    for said in ACTIONS:
+    _require(problems, "give at least one problem to check with")
+    for action in ACTIONS:
         chat = [not isinstance(problem.prompt, str) for problem in problems]
-        replies: list[str | Sequence[Message]] = [
-            [{"role": "assistant", "content": said}] if as_messages else said for as_messages in chat
+        completions: list[str | Sequence[Message]] = [
+            [{"role": "assistant", "content": action}] if as_messages else action for as_messages in chat
         ]
-        found = ask(function, problems, replies)
-        again = ask(function, problems, replies)
-        _require(found == again, f"{name_of(function)} graded {said[:20]!r} as {found[:3]}, then as {again[:3]}")
-        alone = [ask(function, [one], [reply])[0] for one, reply in zip(problems, replies, strict=True)]
-        _require(found == alone, f"{name_of(function)} grades {said[:20]!r} otherwise alone: {alone[:3]}, {found[:3]}")
+        grades = ask(function, problems, completions)
+        again = ask(function, problems, completions)
+        _require(grades == again, f"{name_of(function)} graded {action[:20]!r} as {grades[:3]}, then as {again[:3]}")
+        alone = [
+            ask(function, [problem], [completion])[0] for problem, completion in zip(problems, completions, strict=True)
+        ]
+        _require(
+            grades == alone,
+            f"{name_of(function)} grades {action[:20]!r} as {grades[:3]} together, but as {alone[:3]} one by one",
+        )
 
 
 def _attempt(environment: Any, problem: Problem, seed: int, actions: Sequence[str], max_turns: int) -> list[Any]:
-    """Return all that an environment answered to an attempt."""
-    seen: list[Any] = [_reset(environment, problem, seed)]
+    """Return everything that an environment answered in an attempt."""
+    answers: list[Any] = [_reset(environment, problem, seed)]
     for turn in range(max_turns):
-        seen.append(_step(environment, actions[turn % len(actions)], problem))
-        if seen[-1].done:
+        answers.append(_step(environment, actions[turn % len(actions)], problem))
+        if answers[-1].done:
             break
     _close(environment)
-    return seen
+    return answers
 
 
 def _beside_another(
     make: Callable[[], Environment], problem: Problem, actions: Sequence[str], max_turns: int
 ) -> list[Any]:
-    """Return the same, another attempt being played turn by turn beside it, with other actions."""
-    one, other = make(), make()
-    seen: list[Any] = [_reset(one, problem, 0)]
+    """Return the same while another attempt is played turn by turn beside it, with other actions."""
+    environment, other = make(), make()
+    answers: list[Any] = [_reset(environment, problem, 0)]
     _reset(other, problem, 1)
-    over = False
+    other_done = False
     for turn in range(max_turns):
-        over = over or _step(other, actions[-1 - turn % len(actions)], problem).done
-        seen.append(_step(one, actions[turn % len(actions)], problem))
-        if over:
+        other_done = other_done or _step(other, actions[-1 - turn % len(actions)], problem).done
+        answers.append(_step(environment, actions[turn % len(actions)], problem))
+        if other_done:
             _reset(other, problem, 2 + turn)
-            over = False
-        if seen[-1].done:
+            other_done = False
+        if answers[-1].done:
             break
-    _close(one)
+    _close(environment)
     _close(other)
-    return seen
+    return answers
 
 
 def _in_a_thread(call: Callable[[], Any]) -> Any:
-    found: list[Any] = []
+    results: list[Any] = []
     errors: list[AssertionError] = []
 
     def work() -> None:
         try:
-            found.append(call())
+            results.append(call())
         except AssertionError as error:
             errors.append(error)
 
@@ -115,25 +122,23 @@ def _in_a_thread(call: Callable[[], Any]) -> Any:
     thread.join()
     if errors:
         raise errors[0]
-    return found[0] if found else None
+    return results[0] if results else None
 
 
 def _reset(environment: Any, problem: Problem, seed: int) -> list[Message]:
-    shown = environment.reset(problem, seed=seed)
+    observation = environment.reset(problem, seed=seed)
     try:
-        return messages(shown)
+        return messages(observation)
     except ValueError as error:
-        raise AssertionError(f"{problem.id}: reset returned no observation: {error}") from error
+        raise AssertionError(f"{problem.id}: reset did not return an observation: {error}") from error
 
 
 def _step(environment: Any, action: str, problem: Problem) -> Feedback:
-    answer = environment.step(action)
-    kind = type(answer).__name__
-    _require(
-        isinstance(answer, Feedback), f"{problem.id}: step({action[:20]!r}) returned {kind}, not bcft.types.Feedback"
-    )
-    found: Feedback = answer
-    return found
+    feedback = environment.step(action)
+    if not isinstance(feedback, Feedback):
+        kind = type(feedback).__name__
+        raise AssertionError(f"{problem.id}: step({action[:20]!r}) returned {kind}, not bcft.types.Feedback")
+    return feedback
 
 
 def _close(environment: Any) -> None:
@@ -147,7 +152,7 @@ def _require(holds: Any, otherwise: str) -> None:
 
 
 class ScriptedPolicy:
-    """An engine for `play` that answers by a function, from an attempt's key and what the policy would read.
+    """An engine for `play` whose actions a function decides, from an attempt's key and the text of its context.
 
     The key is (seed, phase, round, problem id, sample, turn).
     """
@@ -158,5 +163,82 @@ class ScriptedPolicy:
     def generate(self, requests: Sequence[Request]) -> Iterator[Action]:
         """Yield one action for each request, in their order."""
         for request in requests:
-            said = self.answer(request.key, self.renderer.tokenizer.decode(list(request.context_ids)))
-            yield Action(request.key, tuple(self.renderer.completions([said])[0]), "stop_token")
+            action = self.answer(request.key, self.renderer.tokenizer.decode(list(request.context_ids)))
+            yield Action(request.key, tuple(self.renderer.completions([action])[0]), "stop_token")
+
+
+_LLAMA_SPECIAL = [
+    "<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
+    "<|finetune_right_pad_id|>",
+]  # fmt: skip
+
+
+def tiny_tokenizer(texts: Iterable[str], *, vocabulary: int = 600, chat: bool = True) -> Any:
+    """Train a byte-level BPE with the control tokens of Llama 3 on texts, and return it as a transformers tokenizer.
+
+    vocabulary: most tokens, of which 262 are bytes and control tokens; chat: with the chat template of Llama 3.2, as
+    TRL has it. Without, its EOS token is that of a base model.
+    """
+    # A test of an environment must not load these.
+    from tokenizers import (  # noqa: PLC0415 - see above
+        Tokenizer,
+        decoders,
+        models,
+        pre_tokenizers,
+        processors,
+        trainers,
+    )
+    from transformers import PreTrainedTokenizerFast  # noqa: PLC0415 - see above
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=_LLAMA_SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    backend.post_processor = processors.TemplateProcessing(
+        single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", 0)]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<|begin_of_text|>",
+        eos_token="<|eot_id|>" if chat else "<|end_of_text|>",
+        pad_token="<|finetune_right_pad_id|>",
+    )
+    if chat:
+        tokenizer.chat_template = _llama_template()
+    return tokenizer
+
+
+def save_tiny_model(
+    directory: str | Path, tokenizer: Any, *, hidden: int = 32, layers: int = 2, positions: int = 512, seed: int = 0
+) -> str:
+    """Save a small random Llama with its tokenizer; return the directory as text.
+
+    hidden: size of its states, a multiple of 8; positions: its longest context, in tokens; seed: of its weights.
+    """
+    # A test of an environment must not load these.
+    import torch  # noqa: PLC0415 - see above
+    from transformers import LlamaConfig, LlamaForCausalLM  # noqa: PLC0415 - see above
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=positions,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return str(directory)
+
+
+def _llama_template() -> str:
+    """Return the Llama-3.2 template as TRL ships it, without importing trl."""
+    spec = importlib.util.find_spec("trl")
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError("trl, which bcft requires, is not installed")
+    return (Path(spec.origin).parent / "chat_templates" / "llama3_2.jinja").read_text(encoding="utf-8")

@@ -1,13 +1,13 @@
-"""The values that flow through the package: frozen, and wrong ones cannot be made; and the protocols between floors.
+"""The values that flow through the package, frozen and checked when made, and the protocols between its layers.
 
-Problem -> Demonstration -> Row is plain behaviour cloning from left to right. Problem -> Request -> Action -> Feedback
--> Turn -> Trajectory is how demonstrations of the policy's own come about.
+Plain behavior cloning goes from a Problem to a Demonstration to a TrainingExample. Filtered behavior cloning makes its
+own demonstrations: Problem, Request, Action, Feedback, Turn, Trajectory, TrainingExample.
 """
 
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any, Literal, Protocol, TypeAlias, TypedDict, get_args
@@ -25,8 +25,10 @@ Stop = Literal["stop_token", "max_tokens", "context_full"]
 Success: TypeAlias = Literal["yes", "no", "unknown"]
 Ended = Literal["done", "turn_limit", "error"]
 """`done`: the environment ended it; `turn_limit`: the loop did, after the last turn allowed or with a full context (the
-last turn's `stop` tells); `error`: the environment failed, so the trajectory is never data."""
+last turn's `stop` says which); `error`: the environment failed, so the trajectory is never data."""
 
+Source = Literal["self", "demonstration", "teacher"]
+"""Whose trajectory an example is made from."""
 IGNORED = -100
 """The label of a token that carries no loss, as in `torch.nn.CrossEntropyLoss`."""
 
@@ -60,46 +62,97 @@ class Problem:
 
 
 @dataclass(frozen=True, slots=True)
-class Demonstration:
-    """A problem and what a demonstrator answered, as text."""
+class TrainingExample:
+    """One row to train on: token ids, and labels that are `IGNORED` where there is no loss.
 
-    problem: Problem
-    completion: str
-    """What the demonstrator answered, at last where there were more turns; empty where a problem has no solution."""
-    conversation: tuple[Message, ...] = ()
-    """All that was said, as the policy reads it, from the first observation to the last action; empty where that is
-    just the problem's prompt and the completion."""
-    begins: int = 0
-    """How many messages of the conversation are the prompt's: actions among these are history, and not demonstrated."""
-    sampled: "Row | None" = None
-    """Of what a policy made, the ids as sampled: trained as they are by a model with the same tokenizer."""
-    tokenizer: str = ""
-    """The fingerprint of the tokenizer that `sampled` is of."""
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """What the trainer gets: token ids, and labels that are `IGNORED` where there is no loss.
-
-    Raises ValueError when the two differ in length or a label is neither `IGNORED` nor its token.
+    `to_json` is a line of `kept.jsonl`; `from_json` reads one. Raises ValueError when ids and labels differ in length
+    or a label is neither `IGNORED` nor its token.
     """
 
+    id: str
+    """The trajectory it is made from, or `demonstration-N`; several examples of one trajectory share it."""
     problem_id: str
     input_ids: tuple[int, ...]
+    """(T,) prompt and completion."""
     labels: tuple[int, ...]
+    """(T,)"""
+    turn: int = 0
+    """The first turn of the trajectory that it holds."""
+    source: Source = "demonstration"
+    prompt: tuple[Message, ...] = ()
+    """To read, and for another tokenizer: the messages before the first action that is trained."""
+    completion: tuple[Message, ...] = ()
+    """To read: the messages from that action to the last one that is trained."""
+    reward: float = 0.0
+    weight: float = 1.0
     where: str = ""
+    """`file:line` or the like, for messages."""
 
     def __post_init__(self) -> None:
+        where = self.where or self.id
         if len(self.input_ids) != len(self.labels):
-            raise ValueError(f"{self.where}: {len(self.input_ids)} input_ids but {len(self.labels)} labels")
+            raise ValueError(f"{where}: {len(self.input_ids)} input_ids but {len(self.labels)} labels")
         for position, (token, label) in enumerate(zip(self.input_ids, self.labels, strict=True)):
             if label not in (IGNORED, token):
-                raise ValueError(f"{self.where}: label {label} at position {position} is not its token {token}")
+                raise ValueError(f"{where}: label {label} at position {position} is not its token {token}")
 
     @property
     def supervised(self) -> int:
         """How many tokens carry loss."""
         return sum(label != IGNORED for label in self.labels)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a line of `kept.jsonl`."""
+        return {
+            "id": self.id,
+            "problem_id": self.problem_id,
+            "turn": self.turn,
+            "source": self.source,
+            "prompt": [dict(message) for message in self.prompt],
+            "completion": [dict(message) for message in self.completion],
+            "input_ids": list(self.input_ids),
+            "labels": list(self.labels),
+            "reward": self.reward,
+            "weight": self.weight,
+        }
+
+    @classmethod
+    def from_json(cls, line: Mapping[str, Any], *, where: str = "") -> "TrainingExample":
+        """Return the example of a line. Raises ValueError, TypeError or KeyError when it is not one."""
+        return cls(
+            id=str(line["id"]),
+            problem_id=str(line["problem_id"]),
+            input_ids=tuple(map(int, line["input_ids"])),
+            labels=tuple(map(int, line["labels"])),
+            turn=int(line["turn"]),
+            source=line["source"],
+            prompt=tuple(messages(line["prompt"])),
+            completion=tuple(messages(line["completion"])),
+            reward=float(line["reward"]),
+            weight=float(line["weight"]),
+            where=where,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Demonstration:
+    """A problem and what a demonstrator said, as text."""
+
+    problem: Problem
+    prompt: Prompt
+    """What the policy reads first: mostly the problem's prompt, as given."""
+    completion: tuple[Message, ...] = ()
+    """What follows, from the first action to the last, observations between them; empty for a problem without a
+    solution."""
+    sampled: TrainingExample | None = None
+    """For what a policy sampled, its ids: trained as they are by a model with the same tokenizer."""
+    tokenizer: str = ""
+    """The fingerprint of the tokenizer that `sampled` is made with."""
+
+    @property
+    def answered(self) -> bool:
+        """Whether the last action says anything."""
+        return bool(self.completion and self.completion[-1]["content"].strip())
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,6 +259,32 @@ class Environment(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class RolloutSettings:
+    """How attempts are rolled out: in which environment, with which sampling, and within which limits.
+
+    Raises ValueError when a limit is not positive.
+    """
+
+    make_environment: Callable[[], Environment]
+    sampling: Sampling
+    max_new_tokens: int
+    """Of an action."""
+    max_turns: int
+    """Actions of an attempt."""
+    step_timeout: float
+    """Seconds that a call of an environment may take."""
+    seed: int
+    """Part of the noise's key: tokens depend on it, the phase and the attempt's identity alone."""
+
+    def __post_init__(self) -> None:
+        if self.max_turns < 1 or self.max_new_tokens < 1 or not self.step_timeout > 0:
+            raise ValueError(
+                "max_turns, max_new_tokens and step_timeout must be positive, "
+                f"not {self.max_turns}, {self.max_new_tokens} and {self.step_timeout}"
+            )
+
+
+@dataclass(frozen=True, slots=True)
 class Turn:
     """One action, what the policy read before it and what the environment answered. Raises ValueError if malformed."""
 
@@ -275,11 +354,11 @@ class Trajectory:
     @property
     def contexts(self) -> tuple[tuple[int, ...], ...]:
         """The ids the policy read before each action."""
-        found: list[tuple[int, ...]] = []
+        contexts: list[tuple[int, ...]] = []
         for turn in self.turns:
-            before = self.turns[len(found) - 1].action_ids if found else ()
-            found.append(turn.ids if turn.rewritten or not found else found[-1] + before + turn.ids)
-        return tuple(found)
+            before = self.turns[len(contexts) - 1].action_ids if contexts else ()
+            contexts.append(turn.ids if turn.rewritten or not contexts else contexts[-1] + before + turn.ids)
+        return tuple(contexts)
 
     @property
     def messages(self) -> tuple[Message, ...]:
@@ -290,7 +369,7 @@ class Trajectory:
         return tuple(said[: len(said) - len(self.turns[-1].observation)] if self.turns else ())
 
     @property
-    def cut(self) -> bool:
+    def truncated(self) -> bool:
         """Whether an action ended without a stop token: at the token limit or with a full context."""
         return any(turn.stop != "stop_token" for turn in self.turns)
 
@@ -344,11 +423,11 @@ class Trajectory:
             )
             for turn in values.pop("turns")
         )
-        opening = values.pop("opening", ())  # files of before there were environments have none
-        found = cls(**values, turns=turns, opening=tuple(messages(opening)) if opening else ())
-        if found.id != identity:
-            raise ValueError(f"trajectory {found.id} is filed under the id {identity!r}")
-        return found
+        opening = values.pop("opening")
+        trajectory = cls(**values, turns=turns, opening=tuple(messages(opening)) if opening else ())
+        if trajectory.id != identity:
+            raise ValueError(f"trajectory {trajectory.id} is filed under the id {identity!r}")
+        return trajectory
 
 
 def _shown(value: Any) -> str:

@@ -1,45 +1,68 @@
-"""A command's work in its run directory: opened, resumed, reported."""
+"""A command at work in its run directory: opened, resumed, reported."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
-from bcft.config.loader import Recipe
-from bcft.data.loading import Splits, load_splits
-from bcft.reporting.tables import plain_console
+from bcft.config.loader import Config
+from bcft.data.loading import Splits
+from bcft.reporting.tables import say
 from bcft.runs.directory import RunDirectory, open_run
 from bcft.runs.distributed import rank
 from bcft.runs.storage import finished, read_json
 
 
-def run_or_tell(
-    recipe: Recipe,
-    work: Callable[[Splits, RunDirectory, Console], dict[str, Any]],
+@dataclass(frozen=True)
+class Session:
+    """The directory that this process holds, and whether it prints anything but the conclusion."""
+
+    directory: RunDirectory
+    quiet: bool
+
+    @property
+    def path(self) -> Path:
+        """Where the run's files are."""
+        return self.directory.path
+
+    def say(self, text: str) -> None:
+        """Print a line on rank 0, unless quiet."""
+        say(text, quiet=self.quiet)
+
+
+def run_or_report(
+    config: Config,
+    splits: Splits,
+    work: Callable[[Session], dict[str, Any]],
     *,
     report: Callable[[Path], Path] | None = None,
 ) -> dict[str, Any]:
-    """Do the work in the recipe's directory, or tell what it came to if it is finished; return its `metrics.json`.
+    """Do the work in the run's directory, or report what it came to if it is finished; return its `metrics.json`.
 
-    report: makes a page of a finished directory, of one that was finished before as well; on one process.
+    work: resumes an unfinished run by itself. report: writes a page about a finished directory, on rank 0.
 
-    Raises UsageError when the directory was begun with another recipe or other data, or, unless it is finished, with
+    Raises UsageError when the directory was started with another recipe or other data, or, unless it is finished, with
     other versions of packages or another number of processes.
     """
-    console = plain_console(quiet="quiet" in recipe.flags)
-    with open_run(recipe, Path(recipe["output_dir"]), writes=rank() == 0) as directory:
+    with open_run(
+        Path(config.training.output_dir),
+        command=config.command,
+        recipe=config.resolved,
+        writes=rank() == 0,
+        allow_drift="allow-drift" in config.flags,
+        debug="debug" in config.flags,
+    ) as directory:
+        session = Session(directory, config.quiet)
         directory.check_recipe()
-        splits = load_splits(recipe)
         directory.check_data(splits.digest)
         if finished(directory.path):
             metrics = read_json(directory.path / "metrics.json")
-            console.print(f"{directory.path} is finished", markup=False)
+            session.say(f"{directory.path} is finished")
         else:
             directory.check_versions()
-            metrics = work(splits, directory, console)
+            metrics = work(session)
         if report and rank() == 0:
-            console.print(f"What happened, with a picture: {report(directory.path)}", markup=False)
+            session.say(f"Report with the learning curve: {report(directory.path)}")
     if rank() == 0:
         print(metrics["conclusion"])
     return metrics

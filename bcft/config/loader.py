@@ -1,76 +1,129 @@
-"""Strict recipes: one flat YAML file and a command line become one frozen `Recipe`, or a list of what is wrong.
+"""Strict recipes: one flat YAML file and a command line become one frozen `Config`, or a list of findings.
 
-Every mistake is told at once, with its place and the right name, before torch is imported. Nothing is translated,
-guessed or corrected: a key that is not known here is an error, and so is a known one whose value has another type.
-The tables of keys are in `config_tables.py`, the conversion of values in `config_values.py`.
+All mistakes are reported at once, each with its place and the right name, before torch is imported. Nothing is
+translated, guessed or corrected: an unknown key is an error, and so is a value of another type.
 """
 
 import copy
+import dataclasses
 import json
 import os
 import re
+import shlex
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from bcft.config.keys import COMMANDS, FLAGS, KEYS, PASSED_THROUGH, REFUSED, REFUSED_VALUES, RENAMED
 from bcft.config.schema import (
-    COMMANDS,
-    FLAGS,
-    KEYS,
-    OWN,
-    RECORDED,
-    REFUSED,
-    REFUSED_VALUES,
-    RENAMED,
+    LIBRARY_FIELDS,
     REQUIRED,
-    TRAINING,
+    SECTIONS,
+    DataSettings,
+    EnvironmentSettings,
+    EvaluationSettings,
+    ModelSettings,
+    RoundSettings,
+    SamplingSettings,
+    SelectionSettings,
+    SettingError,
+    TrainingSettings,
 )
 from bcft.config.values import MAX_BYTES, Plain, Raw, YamlError, convert, nearest, read_yaml, show, wanted
 from bcft.errors import UsageError
 
 SECRET = re.compile(r"\b(hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,})")
-DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 ASSIGNMENT = re.compile(r"[A-Za-z_][\w.-]*=")
+DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
+DOTTED_PATHS = {"environment": "package.module.Class", "success_func": "package.module.function"}
+QUOTES = ("'", '"', "`", "\u2018", "\u2019", "\u201c", "\u201d")
+"""What an output_dir cannot begin with: quotation marks that were meant for the shell, typographic ones included."""
 COMMAND_LINE = "command line"
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """What a command was asked to do: every key has a checked value."""
+class Config:
+    """The recipe's keys, in typed sections."""
 
     command: str
     path: str
     """The recipe file as given, or '' if there was none."""
     values: Mapping[str, Any]
-    """Every key there is, defaults filled in."""
+    """Every key, flat, defaults filled in: for files and messages."""
     given: frozenset[str]
     """The keys that the file, the command line or the caller set."""
     flags: frozenset[str]
-    """The switches of the command line, without their hyphens in front."""
+    """The flags of the command line, without their leading hyphens."""
+    model: ModelSettings
+    data: DataSettings
+    sampling: SamplingSettings
+    environment: EnvironmentSettings
+    selection: SelectionSettings
+    rounds: RoundSettings
+    training: TrainingSettings
+    evaluation: EvaluationSettings
 
-    def __getitem__(self, key: str) -> Any:
-        return self.values[key]
+    @property
+    def quiet(self) -> bool:
+        """Whether only the conclusion is printed."""
+        return not self.flags.isdisjoint({"quiet", "json"})
 
+    @property
     def resolved(self) -> dict[str, Any]:
-        """Return what decides the result, as a recipe that gives this one again: the content of `config.yaml`."""
-        own = {key.name for key in OWN if self.command in key.commands}
-        library = {key.name for key in KEYS.values() if key.group in ("ModelConfig", "ScriptArguments", "GRPOConfig")}
-        return {name: copy.deepcopy(self.values[name]) for name in sorted(self.given | own | library | RECORDED)}
+        """The keys that decide the result, as a recipe that loads to the same one: the content of `config.yaml`."""
+        declared = (
+            key.name for key in KEYS.values() if self.command in key.commands and key.name not in PASSED_THROUGH
+        )
+        return {name: copy.deepcopy(self.values[name]) for name in sorted({*declared, *self.given})}
+
+    @property
+    def command_line(self) -> str:
+        """The command that starts this run: the recipe, and every key that differs from its file."""
+        try:
+            in_file = load(self.command, self.path, {}, flags=self.flags).values if self.path else {}
+        except UsageError:  # the file is incomplete without the command line
+            in_file = {}
+        words = ["bcft", self.command, *([self.path] if self.path else [])]
+        for key in sorted(self.given):
+            value = self.values[key]
+            if key not in in_file or in_file[key] != value:
+                words.append(f"{key}={_argument(key, value)}")
+        return shlex.join([*words, *(f"--{flag}" for flag in sorted(self.flags - {"dry-run"}))])
+
+    def naming(self, *, reward_funcs: Sequence[str] = (), environment: str = "") -> "Config":
+        """Return a copy with the names of reward functions and an environment that were given as Python objects.
+
+        They are recorded, so that a run is not resumed with others.
+        """
+        names: dict[str, Any] = {}
+        selection, section = self.selection, self.environment
+        if reward_funcs:
+            names["reward_funcs"] = list(reward_funcs)
+            selection = dataclasses.replace(selection, reward_funcs=tuple(reward_funcs))
+        if environment:
+            names["environment"] = environment
+            section = dataclasses.replace(section, environment=environment)
+        return dataclasses.replace(
+            self,
+            values=MappingProxyType({**self.values, **names}),
+            given=self.given | names.keys(),
+            selection=selection,
+            environment=section,
+        )
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """One key as it was given, before it is known whether there is such a key."""
+    """One key as given, not yet checked."""
 
     key: str
     raw: Raw
     where: str
 
 
-def parse(command: str, argv: Sequence[str]) -> Recipe:
-    """Read `RECIPE [--key value | --key=value | key=value | --flag ...]`; `--config RECIPE` is a recipe too.
+def parse(command: str, argv: Sequence[str]) -> Config:
+    """Read `RECIPE [--key value | --key=value | key=value | --flag ...]`; `--config RECIPE` gives a recipe too.
 
     Raises UsageError with one line for each finding.
     """
@@ -103,7 +156,7 @@ def parse(command: str, argv: Sequence[str]) -> Recipe:
         f"{COMMAND_LINE}: {show(extra)}: one recipe is enough; keys are --key value or key=value, lists '[a, b]'"
         for extra in paths[1:]
     ]
-    return _recipe(command, paths[0] if paths else "", entries, flags, findings)
+    return _config(command, paths[0] if paths else "", entries, flags, findings)
 
 
 def _takes_next(name: str, rest: Sequence[str]) -> bool:
@@ -116,8 +169,19 @@ def _takes_next(name: str, rest: Sequence[str]) -> bool:
 
 
 def _may_stand_alone(name: str) -> bool:
-    """Say whether `--name` without a value is `true`, as in transformers' own command lines."""
+    """Say whether `--name` without a value means `true`, as in transformers' own command lines."""
     return "bool" in KEYS[name].type.split(" | ")
+
+
+def _argument(key: str, value: Any) -> str:
+    """Return a value as the command line reads it; text in quotes where it would mean something else without."""
+    if not isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False)
+    try:
+        plain = convert(Plain(value) if value else "", KEYS[key])
+    except ValueError:
+        plain = None
+    return value if plain == value else json.dumps(value, ensure_ascii=False)
 
 
 def load(
@@ -126,8 +190,8 @@ def load(
     overrides: Mapping[str, Any],
     *,
     flags: Collection[str] = frozenset(),
-) -> Recipe:
-    """Read a recipe file and set keys from Python, where values may be Python's or text.
+) -> Config:
+    """Read a recipe file and set keys from Python, with values of Python's or as text.
 
     Raises UsageError with one line for each finding.
     """
@@ -135,45 +199,75 @@ def load(
         _Entry(key, os.fspath(value) if isinstance(value, os.PathLike) else value, "override")
         for key, value in overrides.items()
     ]
-    return _recipe(command, os.fspath(path) if path is not None else "", entries, flags, [])
+    return _config(command, os.fspath(path) if path is not None else "", entries, flags, [])
 
 
-def _recipe(
+def _config(
     command: str, path: str, overrides: Sequence[_Entry], flags: Collection[str], findings: list[str]
-) -> Recipe:
-    """Check everything, and make the recipe if nothing was found."""
+) -> Config:
+    """Check everything; return the configuration if nothing is wrong."""
     in_file, problems = _read(path) if path else ([], [])
     findings += problems
-    ours = {name for name, flag in FLAGS.items() if command in flag.commands}
-    findings += [f"{COMMAND_LINE}: --{flag}: not a flag of bcft {command}" for flag in sorted(set(flags) - ours)]
-    values: dict[str, Any] = {key.name: key.default for key in KEYS.values()}
-    values["output_dir"] = f"runs/{Path(path).stem or command}"
-    where: dict[str, str] = {}
-    for entries, commands in ((in_file, tuple(COMMANDS)), (overrides, (command,))):
-        seen: dict[str, str] = {}
-        for entry in entries:
-            name = entry.key if re.fullmatch(r"[\w.-]{1,64}", entry.key) else show(entry.key)
-            try:
-                value = _checked(entry, commands)
-                if entry.key in seen:
-                    raise ValueError(f"given twice, first at {seen[entry.key]}")
-                values[entry.key] = value
-            except ValueError as error:
-                findings.append(f"{entry.where}: {name}: {error}")
-            seen.setdefault(entry.key, entry.where)
-        where |= {key: place for key, place in seen.items() if key in KEYS}
+    allowed = {name for name, flag in FLAGS.items() if command in flag.commands}
+    findings += [f"{COMMAND_LINE}: --{flag}: not a flag of bcft {command}" for flag in sorted(set(flags) - allowed)]
+    values: dict[str, Any] = {key.name: copy.copy(key.default) for key in KEYS.values()}
+    values["output_dir"] = f"runs/{os.path.splitext(os.path.basename(path))[0] or command}"
+    file_values, file_places = _valid(in_file, tuple(COMMANDS), findings)
+    override_values, override_places = _valid(overrides, (command,), findings)
+    values |= file_values | override_values
+    where = file_places | override_places
+    sections, conflicts = _sections(values, where)
     if not problems:
         at = path or COMMAND_LINE
         findings += [f"{at}: {key}: required" for key in REQUIRED if key not in where]
-        together = (*_together(values, where, flags), *_ruinous(command, in_file, overrides))
-        findings += [f"{where[key]}: {key}: {message}" for key, message in together]
+        conflicts += [*_permissions(values, where, flags), *_ruinous(command, file_values, override_values)]
+        findings += [f"{where.get(key, at)}: {key}: {message}" for key, message in conflicts]
     if findings:
         raise UsageError("\n".join(findings))
-    return Recipe(command, path, MappingProxyType(values), frozenset(where), frozenset(flags))
+    return Config(command, path, MappingProxyType(values), frozenset(where), frozenset(flags), **sections)
+
+
+def _valid(
+    entries: Sequence[_Entry], commands: Sequence[str], findings: list[str]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the valid values and the places of all keys that exist; add what is wrong to the findings."""
+    values: dict[str, Any] = {}
+    seen: dict[str, str] = {}
+    for entry in entries:
+        try:
+            value = _checked(entry, commands)
+            if entry.key in seen:
+                raise ValueError(f"given twice, first at {seen[entry.key]}")
+            values[entry.key] = value
+        except ValueError as error:
+            name = entry.key if re.fullmatch(r"[\w.-]{1,64}", entry.key) else show(entry.key)
+            findings.append(f"{entry.where}: {name}: {error}")
+        seen.setdefault(entry.key, entry.where)
+    return values, {key: place for key, place in seen.items() if key in KEYS}
+
+
+def _sections(values: Mapping[str, Any], given: Collection[str]) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """Return the sections, and the conflicts within them: the key to change and what is wrong.
+
+    given: of the keys of a conflict, one that is given is the one to change.
+    """
+    sections: dict[str, Any] = {}
+    conflicts: list[tuple[str, str]] = []
+    for section, cls in SECTIONS.items():
+        names = [key.name for key in KEYS.values() if key.section == section and key.name not in PASSED_THROUGH]
+        settings = {name: tuple(values[name]) if isinstance(values[name], list) else values[name] for name in names}
+        if section == "training":
+            settings["passed_through"] = {name: values[name] for name in PASSED_THROUGH if name in given}
+        try:
+            sections[section] = cls(**settings)
+        except SettingError as error:
+            for keys, message in error.conflicts:
+                conflicts.append((next((key for key in keys if key in given), keys[0]), message))
+    return sections, conflicts
 
 
 def _read(path: str) -> tuple[list[_Entry], list[str]]:
-    """Return the entries of a recipe file, and why there are none."""
+    """Return the entries of a recipe file, and the findings if it cannot be read."""
     at = path if path.isprintable() else show(path)
     try:
         with open(path, "rb") as file:
@@ -193,7 +287,7 @@ def _read(path: str) -> tuple[list[_Entry], list[str]]:
 def _checked(entry: _Entry, commands: Sequence[str]) -> Any:
     """Return an entry's value.
 
-    Raises ValueError if there is no such key, or not for these commands, or not with this value.
+    Raises ValueError when the key is unknown, not a key of these commands, or cannot have this value.
     """
     name = entry.key
     if name in REFUSED:
@@ -201,13 +295,7 @@ def _checked(entry: _Entry, commands: Sequence[str]) -> Any:
     if name in RENAMED:
         raise ValueError(f"not a key here; use {RENAMED[name]}")
     if name not in KEYS:
-        flag = name.replace("_", "-")
-        if flag in FLAGS:
-            raise ValueError(f"a flag, not a key: give --{flag} on the command line")
-        near = nearest(name, tuple(KEYS)) or nearest(name, tuple(REFUSED))
-        if not near and (near := nearest(name, tuple(FLAGS))):
-            near = f"--{near}"
-        raise ValueError("unknown key" + (f"; did you mean {near}?" if near else ""))
+        raise ValueError(_unknown(name))
     key = KEYS[name]
     if not set(commands) & set(key.commands):
         raise ValueError(f"not used here; it is a key of bcft {' and '.join(key.commands)}")
@@ -218,13 +306,30 @@ def _checked(entry: _Entry, commands: Sequence[str]) -> Any:
         raise ValueError(f"wants {wanted(key)}, and is empty")
     if isinstance(value, str) and (name, value) in REFUSED_VALUES:
         raise ValueError(f"{value} is refused: {REFUSED_VALUES[name, value]}")
-    if name == "success_func" and value and not DOTTED.fullmatch(value):
-        raise ValueError(f"wants a dotted path such as package.module.function, not {show(value)}")
+    if name in DOTTED_PATHS and value and not DOTTED.fullmatch(value):
+        raise ValueError(f"wants a dotted path such as {DOTTED_PATHS[name]}, not {show(value)}")
+    if name == "output_dir" and value.startswith(QUOTES):
+        raise ValueError(f"begins with a quotation mark, {show(value)}: quote the whole argument for the shell instead")
     return value
 
 
-def _together(values: Mapping[str, Any], given: Collection[str], flags: Collection[str]) -> Iterator[tuple[str, str]]:
-    """Yield what is wrong about keys that are right one by one."""
+def _unknown(name: str) -> str:
+    """Return why a name is not a key: a library's field that bcft does not use, a flag, or a misspelled key."""
+    if name in LIBRARY_FIELDS:
+        return f"refused: bcft does not use this field of TRL's {LIBRARY_FIELDS[name][0]}; recipes/KEYS.md has the keys"
+    flag = name.replace("_", "-")
+    if flag in FLAGS:
+        return f"a flag, not a key: give --{flag} on the command line"
+    near = nearest(name, tuple(KEYS)) or nearest(name, tuple(REFUSED))
+    if not near and (near := nearest(name, tuple(FLAGS))):
+        near = f"--{near}"
+    return "unknown key" + (f"; did you mean {near}?" if near else "")
+
+
+def _permissions(
+    values: Mapping[str, Any], given: Collection[str], flags: Collection[str]
+) -> Iterator[tuple[str, str]]:
+    """Yield the conflicts that depend on flags, or on which keys were given."""
     pinned = re.fullmatch("[0-9a-f]{40}", values["model_revision"])
     if values["trust_remote_code"] and not (pinned and "allow-remote-code" in flags):
         yield (
@@ -232,94 +337,20 @@ def _together(values: Mapping[str, Any], given: Collection[str], flags: Collecti
             "runs the model author's code: it needs --allow-remote-code on the command line "
             "and a model_revision of 40 hex digits",
         )
-    if values["bf16"] and values["fp16"]:
-        yield "fp16", "bf16 is on too; a run has one precision"
-    if values["warmup_rounds"] >= values["num_rounds"]:
-        yield "warmup_rounds" if "warmup_rounds" in given else "num_rounds", "warm-up rounds leave none that trains"
-    if values["ties"] == "sample" and values["keep_quantile"] == 1:
-        yield "ties" if "ties" in given else "keep_quantile", "ties: sample with keep_quantile: 1 would keep nothing"
-    band = values["pass_rate"]
-    if band is not None and not (len(band) == 2 and 0 <= band[0] <= band[1] <= 1):
-        yield "pass_rate", f"wants two numbers in [0, 1], the lower first, such as [0.1, 0.9], not {show(str(band))}"
-    if values["environment"] is not None and not DOTTED.fullmatch(values["environment"]):
-        yield "environment", f"wants a dotted path such as package.module.Class, not {show(values['environment'])}"
     if "use_peft" not in given:
         for key in sorted(given):
             if key.startswith("lora_") or key in ("use_dora", "use_rslora"):
                 yield key, "has no effect without use_peft: true"
 
 
-def _ruinous(command: str, in_file: Sequence[_Entry], overrides: Sequence[_Entry]) -> Iterator[tuple[str, str]]:
-    """Yield a finding if a recipe for an embedded model is turned on another one and its learning rate kept."""
-    small, model = ({entry.key: str(entry.raw) for entry in entries} for entries in (in_file, overrides))
-    was, now = small.get("model_name_or_path", ""), model.get("model_name_or_path", "bcft:")
-    if command not in TRAINING or not was.startswith("bcft:") or now.startswith("bcft:") or "learning_rate" in model:
+def _ruinous(command: str, in_file: Mapping[str, Any], overrides: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield a finding when the model of an embedded-model recipe is overridden and its learning rate is not."""
+    small, model = in_file.get("model_name_or_path", ""), overrides.get("model_name_or_path", "bcft:")
+    if command not in ("sft", "filtered") or not small.startswith("bcft:") or model.startswith("bcft:"):
         return
-    yield (
-        "model_name_or_path",
-        f"this recipe's learning rate is for {was} and would ruin a larger model; "
-        "start from recipes/llama-3.2-3b/bc_math.yaml, or give learning_rate as well",
-    )
-
-
-def help_text(command: str) -> str:
-    """Return what `--help` prints."""
-    about = COMMANDS[command]
-    lines = [
-        f"usage: bcft {command} RECIPE [--key value | --key=value | key=value | --flag ...]",
-        f"       (or python -m bcft.{command}, accelerate launch -m bcft.{command}, torchrun -m bcft.{command})",
-        "",
-        about.summary,
-        "",
-        f"example: {about.example}",
-    ]
-    sections = {"required": [KEYS[name] for name in REQUIRED]}
-    sampling = (key for key in KEYS.values() if key.group == "GRPOConfig")
-    for key in (*OWN, *sampling):
-        if command in key.commands:
-            sections.setdefault("sampling" if key.group == "GRPOConfig" else key.group, []).append(key)
-    for heading, keys in sections.items():
-        lines += ["", f"{heading}:"]
-        for key in keys:
-            default = "" if key.name in REQUIRED else f", default {_yaml(key.default)}"
-            lines += [f"  {key.name}: {wanted(key)}{default}", f"      {key.meaning}"]
-    lines += ["", "flags:"]
-    lines += [f"  --{name:<20}{flag.meaning}" for name, flag in FLAGS.items() if command in flag.commands]
-    return "\n".join(
-        [
-            *lines,
-            "",
-            "Every other field of TRL's SFTConfig and ModelConfig is a key as well, and so are dataset_config,",
-            "dataset_train_split and dataset_test_split of ScriptArguments. A key that makes no sense is refused by",
-            "name, with the reason. The command line wins over the file.",
-        ]
-    )
-
-
-def reference() -> str:
-    """Return the page of all keys, flags and refused names, in Markdown."""
-    lines = ["# Keys of a recipe", "", "The same names are `--key value` on the command line."]
-    for group in dict.fromkeys(key.group for key in KEYS.values()):
-        lines += ["", f"## {group}", "", "| key | takes | default | commands | meaning |", "|---|---|---|---|---|"]
-        for key in KEYS.values():
-            if key.group == group:
-                lines.append(
-                    _row(f"`{key.name}`", wanted(key), _yaml(key.default), ", ".join(key.commands), key.meaning)
-                )
-    lines += ["", "## Flags", "", "| flag | commands | meaning |", "|---|---|---|"]
-    lines += [_row(f"`--{name}`", ", ".join(flag.commands), flag.meaning) for name, flag in FLAGS.items()]
-    lines += ["", "## Refused", "", "| name | reason |", "|---|---|"]
-    lines += [_row(f"`{name}`", reason) for name, reason in sorted(REFUSED.items())]
-    lines += [_row(f"`{name}: {value}`", reason) for (name, value), reason in sorted(REFUSED_VALUES.items())]
-    lines += ["", "## Names from elsewhere", "", "| there | here |", "|---|---|"]
-    lines += [_row(f"`{name}`", right) for name, right in sorted(RENAMED.items())]
-    return "\n".join(lines) + "\n"
-
-
-def _row(*cells: str) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-
-def _yaml(value: Any) -> str:
-    """Return a default as it would stand in a recipe."""
-    return json.dumps(value) if value is None or isinstance(value, bool) else str(value) or "''"
+    if "learning_rate" not in overrides:
+        yield (
+            "model_name_or_path",
+            f"this recipe's learning rate is for {small} and would ruin a larger model; "
+            "start from recipes/llama-3.2-3b/bc_math.yaml, or give learning_rate as well",
+        )

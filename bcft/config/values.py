@@ -1,8 +1,8 @@
 """From text to values: YAML without its surprises, and each scalar converted by the type of its key.
 
-YAML 1.1 reads `1e-6` as a word, `no` as false, `010` as 8 and `12:30:45` as 45045. Nothing of that can happen here,
-because only the structure is YAML's: a scalar stays the text it is until its key says what it should be. The same
-conversion serves the command line, so that a value means the same in both places.
+YAML 1.1 reads `1e-6` as a word, `no` as false, `010` as 8 and `12:30:45` as 45045. None of that happens here, because
+only the structure is YAML's: a scalar stays text until its key determines its type. The command line uses the same
+conversion, so a value means the same in both places.
 """
 
 import difflib
@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from bcft.config.schema import Key
+from bcft.config.keys import Key
 
 MAX_BYTES, MAX_VALUES, MAX_ALIASES, MAX_DEPTH = 1_000_000, 1_000, 100, 20
 NULLS = ("", "~", "null", "Null", "NULL")
@@ -34,15 +34,15 @@ WORDS = {
 }
 
 Raw = Any
-"""What a value is before its key is asked: `Plain`, `str`, a list or a mapping of such, or a Python value."""
+"""A value before conversion: `Plain`, `str`, a list or a mapping of such, or a Python value."""
 
 
 class Plain(str):
-    """Text that stood without quotes: here `null` means nothing, in quotes it is a word."""
+    """A scalar without quotes, in which `null` means no value (in quotes it is a word), or a command-line value."""
 
 
 class YamlError(ValueError):
-    """A file that is not a recipe; `line` counts from 1."""
+    """A file that cannot be read as a recipe; `line` counts from 1."""
 
     def __init__(self, line: int, message: str) -> None:
         super().__init__(message)
@@ -50,13 +50,13 @@ class YamlError(ValueError):
 
 
 def show(value: object) -> str:
-    """Return a value for a message: one line, quoted, not long."""
+    """Return a value for a message: one line, quoted, at most 60 characters."""
     text = repr(str(value) if isinstance(value, str) else value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
 def nearest(word: str, words: tuple[str, ...]) -> str:
-    """Return the word that was probably meant, or an empty string."""
+    """Return the word that is most like this one, or an empty string."""
     matches = difflib.get_close_matches(word.lower().replace("-", "_"), words, n=1, cutoff=0.7)
     return matches[0] if matches else ""
 
@@ -64,10 +64,10 @@ def nearest(word: str, words: tuple[str, ...]) -> str:
 def read_yaml(data: bytes) -> list[tuple[str, Raw, int]]:
     """Return `(key, raw value, line)` for each line of a flat YAML mapping, duplicates included.
 
-    Raises YamlError for what is no UTF-8, no YAML, no mapping, or larger than any recipe.
+    Raises YamlError when the data is not UTF-8, not YAML, not a mapping, or larger than any recipe.
     """
     if len(data) > MAX_BYTES:
-        raise YamlError(1, f"larger than {MAX_BYTES // 1_000_000} MB: this is no recipe")
+        raise YamlError(1, f"larger than {MAX_BYTES // 1_000_000} MB: this is not a recipe")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -77,7 +77,7 @@ def read_yaml(data: bytes) -> list[tuple[str, Raw, int]]:
 
 
 def _flow(text: str) -> Raw:
-    """Read one value from text such as `[a, b]` or `{"a": 1}`."""
+    """Read one value from text such as `[a, b]`, `{"a": 1}` or `"a"`."""
     try:
         ((_, raw, _),) = _Reader("value: " + text.replace("\n", " ")).document()
     except YamlError as error:
@@ -86,7 +86,7 @@ def _flow(text: str) -> Raw:
 
 
 class _Reader:
-    """Builds raw values from YAML's events, within limits that no honest recipe meets."""
+    """Builds raw values from YAML's events, within limits that no real recipe reaches."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -94,7 +94,7 @@ class _Reader:
         self.values = self.aliases = 0
 
     def document(self) -> list[tuple[str, Raw, int]]:
-        """Return the key, raw value and line of each pair; raise YamlError for what is no flat recipe."""
+        """Return the key, raw value and line of each pair; raise YamlError when this is not a flat recipe."""
         try:
             events = yaml.parse(self.text, Loader=yaml.SafeLoader)
             next(events), next(events)  # the stream starts; so does the document, or the stream ends
@@ -152,14 +152,14 @@ class _Reader:
     def _check(self, event: Any) -> None:
         self.values += 1
         if self.values > MAX_VALUES:
-            raise YamlError(_line(event), f"more than {MAX_VALUES} values: this is no recipe")
+            raise YamlError(_line(event), f"more than {MAX_VALUES} values: this is not a recipe")
         if event.tag is not None:
             raise YamlError(_line(event), f"tags are not used in recipes: {show(event.tag)}")
 
     def _alias(self, event: Any) -> str:
         self.aliases += 1
         if self.aliases > MAX_ALIASES:
-            raise YamlError(_line(event), f"more than {MAX_ALIASES} aliases: this is no recipe")
+            raise YamlError(_line(event), f"more than {MAX_ALIASES} aliases: this is not a recipe")
         if event.anchor not in self.anchors:
             raise YamlError(_line(event), f"*{event.anchor} does not stand for a single value")
         return self.anchors[event.anchor]
@@ -174,6 +174,8 @@ def convert(raw: Raw, key: Key) -> Any:
 
     Raises ValueError with what is wanted and what was given.
     """
+    if isinstance(raw, Plain) and raw.startswith(("'", '"')):  # from the command line: in a file it would not be plain
+        raw = _flow(raw)
     kinds = key.type.split(" | ")
     if raw is None or (isinstance(raw, Plain) and raw in NULLS):
         if "null" in kinds:
@@ -196,7 +198,7 @@ def convert(raw: Raw, key: Key) -> Any:
 
 
 def wanted(key: Key) -> str:
-    """Return in words what a key takes: `an integer >= 1 or null`."""
+    """Return in words the values of a key: `an integer >= 1 or null`."""
     words = []
     for kind in key.type.split(" | "):
         if kind == "str" and key.choices:
@@ -250,7 +252,7 @@ def _number(raw: Raw) -> float | None:
 
 
 def _untyped(raw: Raw) -> Any:
-    """Return a value inside a mapping of a library's keyword arguments, where no key declares a type."""
+    """Return a value inside a mapping of keyword arguments, whose types no key declares."""
     if isinstance(raw, Mapping):
         return {str(name): _untyped(value) for name, value in raw.items()}
     if isinstance(raw, list | tuple):

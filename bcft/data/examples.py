@@ -1,25 +1,23 @@
-"""Demonstrations to training rows, and the census that proves their labels before step 0.
+"""Demonstrations and trajectories to training examples, which are counted and checked before the first step.
 
-Nothing is ever cut: a row that is too long, says nothing or stands twice is dropped and counted, or refused.
+Nothing is ever truncated: an example that is too long, has no loss or repeats another is dropped and counted, or
+refused.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from itertools import pairwise
-from typing import Any
 
-from bcft.config.loader import Recipe
-from bcft.data.loading import Splits
 from bcft.errors import DataError
 from bcft.policy.chat_template import Renderer
-from bcft.policy.loading import longest_row
-from bcft.types import IGNORED, Demonstration, Message, Problem, Row, Trajectory, Turn, messages
+from bcft.types import IGNORED, Demonstration, Message, Problem, Prompt, Source, TrainingExample, Trajectory, Turn
+from bcft.types import messages as as_messages
 
 
 @dataclass(frozen=True)
-class Census:
-    """What was counted over every row before the first step."""
+class ExampleCounts:
+    """Counts over all examples before the first step."""
 
     given: int
     kept: int
@@ -29,13 +27,13 @@ class Census:
     tokens: int
     tokens_supervised: int
     longest: int
-    """Tokens of the longest row given, dropped ones included."""
+    """Tokens of the longest example given, dropped ones included."""
     bos: int
-    """BOS tokens at the head of each row: 0 or 1, as the tokenizer's template has it."""
+    """BOS tokens at the head of each example: 0 or 1, as the tokenizer's template has it."""
     stop: str
-    """The stop token that is the last label of every row, as text."""
+    """The stop token that is the last label of every example, as text."""
     sampled: int = 0
-    """Rows whose ids are those that a policy sampled, not those of a text."""
+    """Examples with the ids that a policy sampled, rather than those of a text."""
 
     def __str__(self) -> str:
         dropped = {"over-long": self.overlong, "duplicate": self.duplicate, "empty": self.unsupervised}
@@ -48,7 +46,8 @@ class Census:
         )
 
 
-def make_rows(
+# From demonstrations
+def make_examples(
     demonstrations: Sequence[Demonstration],
     renderer: Renderer,
     *,
@@ -56,45 +55,47 @@ def make_rows(
     overlength: str = "drop",
     train_on: str = "all_turns",
     may_be_empty: bool = False,
-) -> tuple[list[Row], Census]:
-    """Return the rows to train on and their census.
+) -> tuple[list[TrainingExample], ExampleCounts]:
+    """Return the examples to train on, and their counts.
 
-    max_length: most tokens of a row, prompt and completion together; overlength: `drop` or `raise`; train_on: which
-    actions of a conversation carry loss, `all_turns` or `last_turn`.
-    Raises DataError when a row breaks a promise, when one is too long under `raise`, and when nothing is left unless
-    `may_be_empty`.
+    An example of a text has the demonstration's place as its id, and the whole demonstration as prompt and completion.
+    max_length: most tokens of an example, prompt and completion together; overlength: `drop` or `raise`; train_on:
+    which actions of a conversation carry loss, `all_turns` or `last_turn`.
+    Raises DataError when labels are not as promised, when an example is too long under `raise`, and when nothing is
+    left unless `may_be_empty`.
     """
-    kept: dict[tuple[int, ...], Row] = {}
-    overlong, longest, duplicate, unsupervised, sampled = [], 0, 0, 0, 0
-    for demonstration, rows in zip(demonstrations, _tokenised(demonstrations, renderer, train_on), strict=True):
-        longest = max([longest, *(len(row.input_ids) for row in rows)])
-        unsupervised += not rows
-        for row in rows:
-            if len(row.input_ids) > max_length:
-                overlong.append((row.where, len(row.input_ids)))
-            elif row.input_ids in kept:
+    kept: dict[tuple[int, ...], TrainingExample] = {}
+    overlong: list[TrainingExample] = []
+    longest = duplicate = unsupervised = sampled = 0
+    for demonstration, made in zip(demonstrations, _tokenized(demonstrations, renderer, train_on), strict=True):
+        longest = max([longest, *(len(example.input_ids) for example in made)])
+        unsupervised += not made
+        for example in made:
+            if len(example.input_ids) > max_length:
+                overlong.append(example)
+            elif example.input_ids in kept:
                 duplicate += 1
             else:
-                kept[row.input_ids] = row
-                sampled += row is demonstration.sampled
+                kept[example.input_ids] = example
+                sampled += example is demonstration.sampled
     if overlong and overlength == "raise":
-        where, length = overlong[0]
+        first = overlong[0]
         raise DataError(
-            f"{where}: {length} tokens, more than max_length {max_length} (so are {len(overlong) - 1} other rows): "
-            f"raise max_length, or set overlength: drop"
+            f"{first.where}: {len(first.input_ids)} tokens, more than max_length {max_length} (and {len(overlong) - 1} "
+            f"other rows): raise max_length, or set overlength: drop"
         )
-    rows = list(kept.values())
-    if not rows and not may_be_empty:
+    examples = list(kept.values())
+    if not examples and not may_be_empty:
         raise DataError(_nothing_left(demonstrations, len(overlong), unsupervised, longest, max_length))
-    _prove(rows, renderer)
-    return rows, Census(
-        given=len(rows) + len(overlong) + duplicate + unsupervised,
-        kept=len(rows),
+    _check_labels(examples, renderer)
+    return examples, ExampleCounts(
+        given=len(examples) + len(overlong) + duplicate + unsupervised,
+        kept=len(examples),
         overlong=len(overlong),
         duplicate=duplicate,
         unsupervised=unsupervised,
-        tokens=sum(len(row.input_ids) for row in rows),
-        tokens_supervised=sum(row.supervised for row in rows),
+        tokens=sum(len(example.input_ids) for example in examples),
+        tokens_supervised=sum(example.supervised for example in examples),
         longest=longest,
         bos=renderer.bos_count,
         stop=repr(renderer.tokenizer.convert_ids_to_tokens(renderer.tail_ids[-1])),
@@ -102,84 +103,139 @@ def make_rows(
     )
 
 
-def _tokenised(demonstrations: Sequence[Demonstration], renderer: Renderer, train_on: str) -> list[list[Row]]:
-    """Return the rows of each demonstration; none where nothing would carry loss but a stop token."""
-    single = [d for d in demonstrations if not d.conversation and not _as_sampled(d, renderer)]
-    prompts = renderer.prompts([d.problem.prompt for d in single])
-    completions = renderer.completions([d.completion for d in single])
-    pairs = iter(zip(prompts, completions, strict=True))
-    found: list[list[Row]] = []
+def _tokenized(
+    demonstrations: Sequence[Demonstration], renderer: Renderer, train_on: str
+) -> Iterator[list[TrainingExample]]:
+    """Yield the examples of each demonstration; none where only a stop token would carry loss."""
+    # One call of the tokenizer for all demonstrations of one action is much faster than a call for each.
+    pairs = [d for d in demonstrations if len(d.completion) == 1 and not _is_usable(d, renderer)]
+    prompts = iter(renderer.prompts([d.prompt for d in pairs]))
+    actions = iter(renderer.completions([d.completion[0]["content"] for d in pairs]))
     for d in demonstrations:
-        if d.sampled is not None and _as_sampled(d, renderer):
-            found.append([d.sampled])
-        elif d.conversation:
-            turns = conversation_turns(d.conversation, renderer, begins=d.begins, where=d.problem.where)
-            laid = stretches(turns, train_on=train_on)
-            found.append([Row(d.problem.id, s.input_ids, s.labels, d.problem.where) for s in laid])
+        if d.sampled is not None and _is_usable(d, renderer):
+            yield [d.sampled]
+            continue
+        if len(d.completion) == 1:
+            text, ids, action_ids = d.completion[0]["content"], tuple(next(prompts)), tuple(next(actions))
+            turns = [Turn(text, ids, action_ids, "stop_token")]
+        elif d.completion:
+            turns = conversation_turns(d.prompt, d.completion, renderer, where=d.problem.where)
         else:
-            prompt, completion = next(pairs)
-            row = Row(d.problem.id, (*prompt, *completion), (*[IGNORED] * len(prompt), *completion), d.problem.where)
-            found.append([row] if d.completion.strip() else [])
-    return found
+            turns = []
+        prompt, where = tuple(as_messages(d.prompt)), d.problem.where
+        yield [
+            TrainingExample(
+                id=where,
+                problem_id=d.problem.id,
+                input_ids=segment.input_ids,
+                labels=segment.labels,
+                prompt=prompt,
+                completion=d.completion,
+                where=where,
+            )
+            for segment in _segments(turns, train_on)
+        ]
 
 
-def _as_sampled(demonstration: Demonstration, renderer: Renderer) -> bool:
+def _is_usable(demonstration: Demonstration, renderer: Renderer) -> bool:
+    """Return whether the demonstration has ids that were sampled with this tokenizer."""
     return demonstration.sampled is not None and demonstration.tokenizer == renderer.fingerprint
 
 
-def conversation_turns(conversation: Sequence[Message], renderer: Renderer, *, begins: int, where: str) -> list[Turn]:
-    """Return a demonstrated conversation as turns, with the ids that a policy would read and say.
+def conversation_turns(
+    prompt: Prompt, completion: Sequence[Message], renderer: Renderer, *, where: str = ""
+) -> list[Turn]:
+    """Return a demonstrated conversation as turns, with the ids that a policy would read and sample.
 
-    begins: how many messages are the prompt's, whose last is not the assistant's.
-
-    Raises DataError where what follows does not go to and fro, with the assistant's word as the last.
+    prompt: the first observation; completion: the actions, and the observations between them.
+    Raises DataError that names the place unless actions and observations alternate, from an action to an action.
     """
-    mine = [i for i, message in enumerate(conversation) if message["role"] == "assistant"]
-    starts = [i for i in mine if i >= begins]
-    whole = begins and starts and starts[0] == begins and starts[-1] == len(conversation) - 1
-    if not whole or begins - 1 in mine or any(b - a == 1 for a, b in pairwise(starts)):
-        raise DataError(f"{where}: in a conversation the assistant comes after others, never twice running, and last")
+    history = [*as_messages(prompt)]
+    roles = [message["role"] == "assistant" for message in completion]
+    alternating = not any(a and b for a, b in pairwise(roles))
+    if not (roles and roles[0] and roles[-1] and alternating) or history[-1]["role"] == "assistant":
+        raise DataError(
+            f"{where}: in a conversation every assistant message must follow another role's, and the last message must "
+            f"be the assistant's"
+        )
+    starts = [i for i, is_action in enumerate(roles) if is_action]
     turns: list[Turn] = []
-    ids, rewritten = renderer.prompts([list(conversation[: starts[0]])])[0], False
+    ids, rewritten = renderer.prompts([history])[0], False
     for start, following in zip(starts, [*starts[1:], None], strict=True):
-        action = conversation[start]["content"]
+        action = completion[start]["content"]
         action_ids = renderer.completions([action])[0]
         turns.append(Turn(action, tuple(ids), tuple(action_ids), "stop_token", rewritten))
         if following is not None:
-            observation = list(conversation[start + 1 : following])
-            ids, rewritten = renderer.continuation(conversation[:start], action_ids, observation)
+            observation = completion[start + 1 : following]
+            ids, rewritten = renderer.continuation(history, action_ids, observation)
+            history = [*history, completion[start], *observation]
     return turns
 
 
-def _prove(rows: Sequence[Row], renderer: Renderer) -> None:
-    """Check every row against what the package promises of labels; a breach names the row."""
+def _check_labels(examples: Sequence[TrainingExample], renderer: Renderer) -> None:
+    """Raise DataError that names the first example with labels that break a promise of the package."""
     bos = renderer.tokenizer.bos_token_id
-    for row in rows:
-        for label, following in pairwise((*row.labels, IGNORED)):
+    for example in examples:
+        for label, following in pairwise((*example.labels, IGNORED)):
             if label != IGNORED and following == IGNORED and label not in renderer.stop_ids:
                 raise DataError(
-                    f"{row.where}: an action ends in label {label}, not in a stop token: {renderer.stop_ids}"
+                    f"{example.where}: an action ends in label {label}, not in a stop token: {renderer.stop_ids}"
                 )
-        if row.supervised < 2:
-            raise DataError(f"{row.where}: nothing but the stop token carries loss")
-        if bos is not None and bos not in renderer.stop_ids and row.input_ids.count(bos) != renderer.bos_count:
-            raise DataError(f"{row.where}: {row.input_ids.count(bos)} BOS tokens, expected {renderer.bos_count}")
+        if example.supervised < 2:
+            raise DataError(f"{example.where}: only the stop token carries loss")
+        if bos is not None and bos not in renderer.stop_ids and example.input_ids.count(bos) != renderer.bos_count:
+            count = example.input_ids.count(bos)
+            raise DataError(f"{example.where}: {count} BOS tokens, expected {renderer.bos_count}")
 
 
 def _nothing_left(given: Sequence[Demonstration], overlong: int, unsupervised: int, longest: int, limit: int) -> str:
     if not given:
-        return "no rows to train on: the training split is empty once dev and test are taken out"
-    shown = given[0]
+        return "no rows to train on: the training split is empty without the dev and test problems"
+    first = given[0]
+    completion = first.completion[-1]["content"] if first.completion else ""
     return (
-        f"{shown.problem.where}: nothing to train on in {len(given)} rows: {overlong} longer than max_length {limit} "
+        f"{first.problem.where}: nothing to train on in {len(given)} rows: {overlong} longer than max_length {limit} "
         f"(longest {longest}), {unsupervised} with an empty completion; the first is prompt "
-        f"{str(shown.problem.prompt)[:60]!r}, completion {shown.completion[:60]!r}"
+        f"{str(first.problem.prompt)[:60]!r}, completion {completion[:60]!r}"
     )
 
 
+# From trajectories
+def trajectory_examples(
+    trajectory: Trajectory, problem: Problem, *, reward: float, source: Source, train_on: str = "all_turns"
+) -> list[TrainingExample]:
+    """Return the examples of a trajectory, with the ids as sampled: rows of `kept.jsonl`.
+
+    There are several where the chat template rewrites earlier text, and none where no action says anything.
+    source: the policy that sampled it, `self` or `teacher`; train_on: as in `make_examples`.
+    """
+    conversation = list(trajectory.opening) or as_messages(problem.prompt)
+    starts: list[int] = []  # of each action, its index among the messages
+    for turn in trajectory.turns:
+        starts.append(len(conversation))
+        conversation += [{"role": "assistant", "content": turn.action}, *turn.observation]
+    examples = []
+    for segment in _segments(trajectory.turns, train_on):
+        first = starts[segment.last if train_on == "last_turn" else segment.first]
+        examples.append(
+            TrainingExample(
+                id=trajectory.id,
+                problem_id=problem.id,
+                input_ids=segment.input_ids,
+                labels=segment.labels,
+                turn=segment.first,
+                source=source,
+                prompt=tuple(conversation[:first]),
+                completion=tuple(conversation[first : starts[segment.last] + 1]),
+                reward=reward,
+            )
+        )
+    return examples
+
+
 @dataclass(frozen=True, slots=True)
-class Stretch:
-    """What of a conversation one row holds: the turns from `first` to `last`, and their ids."""
+class _Segment:
+    """The turns of a conversation that one example holds, from `first` to `last`, and their ids."""
 
     first: int
     last: int
@@ -187,109 +243,54 @@ class Stretch:
     labels: tuple[int, ...]
 
 
-def stretches(turns: Sequence[Turn], *, train_on: str = "all_turns") -> list[Stretch]:
-    """Return the rows of a conversation, those left out in which nothing would carry loss.
+def _segments(turns: Sequence[Turn], train_on: str) -> list[_Segment]:
+    """Return the segments of a conversation in which an action carries loss.
 
-    train_on: `all_turns`, or `last_turn`: loss on the last action alone, all before it is context. An action that says
-    nothing carries no loss: its stop token alone would teach to say nothing.
+    A segment ends where the template rewrites earlier text. An empty action carries no loss: its stop token alone would
+    teach the policy to say nothing.
     """
-    found: list[Stretch] = []
+    segments: list[_Segment] = []
     ids: list[int] = []
     labels: list[int] = []
     first = 0
     for number, turn in enumerate(turns):
         if turn.rewritten:
-            found.append(Stretch(first, number - 1, tuple(ids), tuple(labels)))
+            segments.append(_Segment(first, number - 1, tuple(ids), tuple(labels)))
             ids, labels, first = [], [], number
         trained = turn.action.strip() and (train_on == "all_turns" or number == len(turns) - 1)
         ids += [*turn.ids, *turn.action_ids]
         labels += [*[IGNORED] * len(turn.ids), *(turn.action_ids if trained else [IGNORED] * len(turn.action_ids))]
-    found.append(Stretch(first, len(turns) - 1, tuple(ids), tuple(labels)))
-    return [_trimmed(one) for one in found if any(label != IGNORED for label in one.labels)]
+    segments.append(_Segment(first, len(turns) - 1, tuple(ids), tuple(labels)))
+    return [_trimmed(segment) for segment in segments if any(label != IGNORED for label in segment.labels)]
 
 
-def _trimmed(row: Stretch) -> Stretch:
-    """Leave out what stands behind the last token that carries loss: nothing is learned from it."""
-    end = max(place for place, label in enumerate(row.labels) if label != IGNORED) + 1
-    return Stretch(row.first, row.last, row.input_ids[:end], row.labels[:end])
+def _trimmed(segment: _Segment) -> _Segment:
+    """Remove the tokens after the last one that carries loss: nothing is learned from them."""
+    end = max(place for place, label in enumerate(segment.labels) if label != IGNORED) + 1
+    return replace(segment, input_ids=segment.input_ids[:end], labels=segment.labels[:end])
 
 
-def kept_lines(
-    trajectory: Trajectory, problem: Problem, *, reward: float, source: str, train_on: str = "all_turns"
-) -> list[dict[str, Any]]:
-    """Return the rows of `kept.jsonl`: messages to read, or for another tokenizer; to train on, the ids as sampled.
+# Replay
+def replay_examples(
+    demonstrations: Sequence[Demonstration], renderer: Renderer, *, max_length: int, train_on: str
+) -> list[TrainingExample]:
+    """Return the examples of `replay_dataset`, numbered for `draw_replay`; none of no demonstrations.
 
-    source: whose attempt it was, `self` or `teacher`.
+    Raises DataError where nothing is left to train on.
     """
-    said = list(trajectory.opening) or messages(problem.prompt)
-    before: list[int] = []  # of each action, how many messages stand before it
-    for turn in trajectory.turns:
-        before.append(len(said))
-        said += [{"role": "assistant", "content": turn.action}, *turn.observation]
-    lines = []
-    for row in stretches(trajectory.turns, train_on=train_on):
-        begins = before[row.last if train_on == "last_turn" else row.first]
-        lines.append(
-            {
-                "id": trajectory.id,
-                "problem_id": problem.id,
-                "turn": row.first,
-                "source": source,
-                "prompt": [dict(message) for message in said[:begins]],
-                "completion": [dict(message) for message in said[begins : before[row.last] + 1]],
-                "input_ids": list(row.input_ids),
-                "labels": list(row.labels),
-                "reward": reward,
-                "weight": 1.0,
-            }
-        )
-    return lines
-
-
-def demonstration_line(demonstration: Demonstration, row: Row, number: int) -> dict[str, Any]:
-    """Return row `number` of demonstrations as `kept.jsonl` holds it: beside what was kept, and graded by nobody."""
-    problem = demonstration.problem
-    said = list(demonstration.conversation) or [
-        *messages(problem.prompt),
-        {"role": "assistant", "content": demonstration.completion},
-    ]
-    first = demonstration.begins or len(said) - 1
-    return {
-        "id": f"demonstration-{number}",
-        "problem_id": problem.id,
-        "turn": 0,
-        "source": "demonstration",
-        "prompt": [dict(message) for message in said[:first]],
-        "completion": [dict(message) for message in said[first:]],
-        "input_ids": list(row.input_ids),
-        "labels": list(row.labels),
-        "reward": 0.0,
-        "weight": 1.0,
-    }
-
-
-def row_of(line: Mapping[str, Any]) -> Row:
-    """Return a row of `kept.jsonl` as the trainer takes it."""
-    return Row(line["problem_id"], tuple(line["input_ids"]), tuple(line["labels"]), line["id"])
-
-
-def replay_lines(recipe: Recipe, splits: Splits, renderer: Renderer) -> list[dict[str, Any]]:
-    """Return the rows of `replay_dataset` as `kept.jsonl` holds them; none without the key.
-
-    Raises DataError where the dataset cannot be trained on.
-    """
-    demonstrations = {d.problem.where: d for d in splits.replay}
     if not demonstrations:
         return []
-    limit = longest_row(recipe)
-    rows, _ = make_rows(list(demonstrations.values()), renderer, max_length=limit, train_on=recipe["train_on"])
-    return [demonstration_line(demonstrations[row.where], row, number) for number, row in enumerate(rows)]
+    examples, _ = make_examples(demonstrations, renderer, max_length=max_length, train_on=train_on)
+    return [
+        replace(example, id=f"demonstration-{number}", source="demonstration", turn=0, reward=0.0, weight=1.0)
+        for number, example in enumerate(examples)
+    ]
 
 
-def draw_replay(recipe: Recipe, lines: Sequence[dict[str, Any]], number: int, *, most: int) -> list[dict[str, Any]]:
-    """Return a round's share of the rows to replay: at most so many, other ones each round."""
+def draw_replay(examples: Sequence[TrainingExample], number: int, *, seed: int, most: int) -> list[TrainingExample]:
+    """Return the examples to replay in round `number`: at most `most`, other ones each round."""
 
-    def lot(line: dict[str, Any]) -> bytes:
-        return sha256(f"{recipe['seed']}-{number}-{line['id']}".encode()).digest()
+    def key(example: TrainingExample) -> bytes:
+        return sha256(f"{seed}-{number}-{example.id}".encode()).digest()
 
-    return sorted(lines, key=lot)[:most]
+    return sorted(examples, key=key)[:most]

@@ -1,203 +1,234 @@
 """Datasets to demonstrations and held-out problems.
 
-A source is a name of this package (`bcft:arithmetic`), a json, jsonl, csv or parquet file, a directory with one
-such file a split, whatever `datasets.load_dataset` takes, or what `collect`, `refilter` or a round kept: then the
-held-out problems are those of the run that kept it. Rows have `prompt` and `completion`, as strings or messages,
-`messages`, or `question` and `answer` as GSM8K ships them. Nothing is guessed: a row of another shape ends the run
-with its file and line.
+A dataset is a name of this package (`bcft:arithmetic`), a json, jsonl, csv or parquet file, a directory with one such
+file for each split, anything that `datasets.load_dataset` takes, or the kept rows of a run (of `collect`, `refilter` or
+a round): the held-out problems are then those of that run. `readers` says which columns a row has.
 """
 
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from bcft.config.loader import Recipe
-from bcft.data.readers import READERS, demonstration, read_json_rows
-from bcft.environments import arithmetic, grid_walk, guess_number, twenty_questions
-from bcft.environments.base import Split
+from bcft.config.schema import DataSettings, EvaluationSettings
+from bcft.data.readers import READERS, Row, demonstration, read_json_rows
+from bcft.environments.base import SHARES, Split, embedded_datasets
 from bcft.errors import DataError
-from bcft.runs.storage import MANIFEST, read_json
-from bcft.types import Demonstration, bucket
+from bcft.runs.storage import KEPT, MANIFEST, read_json
+from bcft.types import Demonstration, Problem, bucket, messages
 
 SUFFIXES = tuple(READERS)
-TEST_SHARE, DEV_SHARE = 0.05, 0.05
 HARDER_PROBLEMS = 200
 EMBEDDED_ROWS = 20_000
 """Length of the `train` split of an embedded dataset; a slice such as `train[:2000]` takes fewer."""
-EMBEDDED: dict[str, Callable[..., Sequence[Mapping[str, Any]]]] = {
-    "bcft:arithmetic": partial(arithmetic.items, demonstrator="expert"),
-    "bcft:arithmetic-apprentice": partial(arithmetic.items, demonstrator="apprentice"),
-    "bcft:grid-walk": grid_walk.items,
-    "bcft:guess-number": guess_number.items,
-    "bcft:twenty-questions": twenty_questions.items,
-}
-KEPT = "kept.jsonl"
-SOURCE = ("dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split")
-"""Keys that say where a run's problems came from."""
 _SPLIT = re.compile(r"([\w.-]+)(?:\[(\d*):(\d*)\])?")
 
 
 @dataclass(frozen=True)
+class DataSource:
+    """The keys of a recipe that say where its problems come from, under their names."""
+
+    dataset_name: str
+    dataset_config: str | None
+    dataset_train_split: str
+    dataset_test_split: str | None
+
+
+SOURCE = tuple(field.name for field in fields(DataSource))
+
+
+@dataclass(frozen=True)
 class Splits:
-    """What a recipe's dataset comes apart into. `harder` is filled by embedded datasets only."""
+    """The demonstrations to train on and the problems held out. Only embedded datasets have `harder` ones."""
 
     train: tuple[Demonstration, ...]
     dev: tuple[Demonstration, ...]
     test: tuple[Demonstration, ...]
     harder: tuple[Demonstration, ...] = ()
     replay: tuple[Demonstration, ...] = ()
-    """Demonstrations of `replay_dataset`, none of them of a held-out problem."""
+    """Demonstrations of `replay_dataset`, none of a held-out problem."""
     shared_prompts: int = 0
     """Training prompts that are also in dev or test: more than 0 only with `allow_overlap`."""
 
     @property
     def held_out(self) -> tuple[Demonstration, ...]:
-        """Everything that is not trained on."""
+        """All problems that are not trained on."""
         return (*self.dev, *self.test, *self.harder)
 
     @property
     def digest(self) -> str:
-        """A hash of all that is trained on and measured on: a run goes on with the same data only."""
+        """A hash of all data that is trained on or evaluated: a run is resumed with the same data only."""
         digest = hashlib.sha256()
         for d in (*self.train, *self.held_out, *self.replay):
+            # A plain pair is its problem and one text. The format is frozen: a run has the hash it was started with.
+            pair = len(d.completion) < 2 and d.sampled is None and d.prompt == d.problem.prompt
+            text = d.completion[-1]["content"] if d.completion else ""
+            conversation = () if pair else (*messages(d.prompt), *d.completion)
             ids = d.sampled.input_ids if d.sampled else ()
-            row = (d.problem.id, d.problem.prompt, d.completion, dict(d.problem.columns), d.conversation, ids)
+            row = (d.problem.id, d.problem.prompt, text, dict(d.problem.columns), conversation, ids)
             digest.update(json.dumps(row, default=str, sort_keys=True).encode())
         return digest.hexdigest()
+
+    def problems_to_attempt(self) -> dict[str, Problem]:
+        """Return the problems that a policy may attempt for training, by id. Raises DataError when there are none."""
+        problems = {d.problem.id: d.problem for d in self.train}
+        if not problems:
+            raise DataError("no problems to attempt: the training split is empty once dev and test are taken out")
+        return problems
 
     def __str__(self) -> str:
         held = f"{len(self.dev):,} dev and {len(self.test):,} test problems held out"
         return f"{len(self.train):,} demonstrations to train on, {held}"
 
 
-def load_splits(recipe: Recipe) -> Splits:
-    """Load the recipe's dataset and take dev and test out of training, and its `replay_dataset` without these.
+def load_splits(data: DataSettings, evaluation: EvaluationSettings) -> Splits:
+    """Load the dataset and hold dev and test out of training; load `replay_dataset` without these problems.
 
-    Raises DataError for a source that cannot be read, a malformed row, or training prompts in dev or test.
+    Raises DataError for a dataset that cannot be read, a malformed row, or training prompts in dev or test.
     """
-    splits = _load(recipe)
-    if recipe["replay_dataset"] is None:
+    source = DataSource(**{name: getattr(data, name) for name in SOURCE})
+    splits = _load(
+        source,
+        dev=evaluation.eval_dev_problems,
+        test=evaluation.eval_test_problems,
+        allow_overlap=data.allow_overlap,
+        require_test=data.dataset_test_split is not None,
+    )
+    if data.replay_dataset is None:
         return splits
-    there = {**recipe.values, "dataset_name": recipe["replay_dataset"], "allow_overlap": True}
+    return replace(splits, replay=_replay(replace(source, dataset_name=data.replay_dataset), splits.held_out))
+
+
+def _replay(source: DataSource, held_out: Sequence[Demonstration]) -> tuple[Demonstration, ...]:
+    """Return the training split of the dataset to replay, without held-out problems."""
     try:
-        found = _load(replace(recipe, values=there, given=recipe.given - {"dataset_test_split"})).train
+        train = _load(source, dev=0, test=0, allow_overlap=True, require_test=False).train
     except DataError as error:
         raise DataError(f"replay_dataset: {str(error).removeprefix('dataset_name: ')}") from error
-    held_out = {d.problem.id for d in splits.held_out}
-    replay = tuple(d for d in found if d.problem.id not in held_out and (d.completion or d.sampled))
+    excluded = {d.problem.id for d in held_out}
+    replay = tuple(
+        d
+        for d in train
+        if d.problem.id not in excluded and (d.sampled or (d.completion and d.completion[-1]["content"]))
+    )
     if not replay:
-        name = recipe["replay_dataset"]
-        raise DataError(f"replay_dataset: {name}: no demonstration that is not of a held-out problem")
-    return replace(splits, replay=replay)
+        raise DataError(f"replay_dataset: {source.dataset_name}: no demonstration is left without held-out problems")
+    return replay
 
 
-def _load(recipe: Recipe) -> Splits:
-    name, sizes = recipe["dataset_name"], (recipe["eval_dev_problems"], recipe["eval_test_problems"])
-    train_split, train_slice = _parse_split(recipe["dataset_train_split"])
+def _load(source: DataSource, *, dev: int, test: int, allow_overlap: bool, require_test: bool) -> Splits:
+    """Return the splits of a dataset, with at most so many dev and test problems.
+
+    require_test: refuse a dataset without the test split, rather than hold out a share of its problems.
+    """
+    name = source.dataset_name
+    train_split, train_slice = _parse_split(source.dataset_train_split)
     if name.startswith("bcft:"):
-        return _embedded(name, train_slice, *sizes)
+        return _embedded(name, train_slice, dev=dev, test=test)
     if (kept := _kept_file(name)) is not None:
-        return _kept(recipe, kept, train_slice)
-    found = [demonstration(row, where) for row, where in _read(recipe, train_split)[train_slice]]
-    test_split, test_slice = _parse_split(recipe["dataset_test_split"])
-    own_test = _has_split(recipe, test_split)
-    train, dev, test = _by_hash(found, test=not own_test)
-    if own_test:
-        test = [demonstration(row, where, problem_only=True) for row, where in _read(recipe, test_split)[test_slice]]
-    shared = _shared(recipe, train, (*dev, *test))
-    return Splits(tuple(train), _first(dev, sizes[0]), _first(test, sizes[1]), shared_prompts=shared)
+        return _kept(source, kept, train_slice, dev=dev, test=test, allow_overlap=allow_overlap)
+    demonstrations = [demonstration(row, where) for row, where in _read(source, train_split)[train_slice]]
+    test_split, test_slice = _parse_split(source.dataset_test_split or "test")
+    has_test = _has_split(source, test_split, required=require_test)
+    parts = _by_hash(demonstrations, test=not has_test)
+    if has_test:
+        rows = _read(source, test_split)[test_slice]
+        parts["test"] = [demonstration(row, where, problem_only=True) for row, where in rows]
+    shared = _shared(parts["train"], (*parts["dev"], *parts["test"]), allowed=allow_overlap)
+    return Splits(tuple(parts["train"]), _first(parts["dev"], dev), _first(parts["test"], test), shared_prompts=shared)
 
 
-def _shared(recipe: Recipe, train: Sequence[Demonstration], held: Sequence[Demonstration]) -> int:
-    """Return how many training prompts are held-out ones too. Raises DataError where there may be none."""
-    held_out = {d.problem.id: d for d in held}
-    shared = [d for d in train if d.problem.id in held_out]
-    if shared and not recipe["allow_overlap"]:
+def _shared(train: Sequence[Demonstration], held_out: Sequence[Demonstration], *, allowed: bool) -> int:
+    """Return how many training prompts are also held-out ones. Raises DataError for any, unless they are allowed."""
+    by_id = {d.problem.id: d for d in held_out}
+    shared = [d for d in train if d.problem.id in by_id]
+    if shared and not allowed:
         first = shared[0].problem
         raise DataError(
             f"{first.where}: {len(shared)} of {len(train)} training prompts are also in dev or test "
-            f"(this one is {held_out[first.id].problem.where}): remove them, or set allow_overlap: true"
+            f"(this one is {by_id[first.id].problem.where}): remove them, or set allow_overlap: true"
         )
     return len(shared)
 
 
+# Kept rows of a run
 def _kept_file(name: str) -> Path | None:
-    """Return the rows that a run kept, where the name is that file or the directory with it."""
+    """Return the file of kept rows that a name leads to: the file itself, or the directory that has one."""
     path = Path(name)
     file = path / KEPT if path.is_dir() else path
     return file if file.name == KEPT and file.is_file() else None
 
 
-def _kept(recipe: Recipe, file: Path, train: slice) -> Splits:
-    """Return rows that a run kept, and what that run held out: its recipe is beside them, or above its rounds."""
+def _kept(source: DataSource, file: Path, train: slice, *, dev: int, test: int, allow_overlap: bool) -> Splits:
+    """Return kept rows, and the problems that their run held out: its config.yaml is beside them or one level above."""
     configs = [folder / "config.yaml" for folder in (file.parent, file.parent.parent)]
     config = next((path for path in configs if path.is_file()), None)
     if config is None:
-        raise DataError(f"{file}: no config.yaml beside it says what was held out: give the run it was made by")
-    run = yaml.safe_load(config.read_text(encoding="utf-8"))
-    values = {**recipe.values, **{key: run[key] for key in SOURCE if key in run}}
-    if _kept_file(values["dataset_name"]) is not None:
-        raise DataError(f"{config}: made from {values['dataset_name']}, which is itself what a run kept")
-    source = _load(replace(recipe, values=values))
-    made = read_json(file.parent / MANIFEST) if (file.parent / MANIFEST).is_file() else {}
+        raise DataError(f"{file}: no config.yaml beside it says which problems were held out: give its run directory")
+    recipe = yaml.safe_load(config.read_text(encoding="utf-8"))
+    made_from = replace(source, **{key: recipe[key] for key in SOURCE if key in recipe})
+    if _kept_file(made_from.dataset_name) is not None:
+        raise DataError(f"{config}: its dataset, {made_from.dataset_name}, is itself the kept rows of a run")
+    required = made_from.dataset_test_split is not None
+    splits = _load(made_from, dev=dev, test=test, allow_overlap=allow_overlap, require_test=required)
+    manifest = read_json(file.parent / MANIFEST) if (file.parent / MANIFEST).is_file() else {}
+    tokenizer = str(manifest.get("tokenizer", ""))
     rows = [demonstration(row, where) for row, where in read_json_rows(file)][train]
-    found = tuple(replace(d, tokenizer=str(made.get("tokenizer", ""))) for d in rows)
-    if not found:
-        raise DataError(f"{file}: no rows: nothing was kept")
-    return replace(source, train=found, shared_prompts=_shared(recipe, found, source.held_out))
+    kept = tuple(replace(d, tokenizer=tokenizer) for d in rows)
+    if not kept:
+        raise DataError(f"{file}: no rows: the run kept none")
+    return replace(splits, train=kept, shared_prompts=_shared(kept, splits.held_out, allowed=allow_overlap))
 
 
-def _embedded(name: str, train: slice, dev: int, test: int) -> Splits:
-    if name not in EMBEDDED:
-        raise DataError(f"dataset_name: {name!r} is not embedded; there are {', '.join(sorted(EMBEDDED))}")
+# Embedded datasets
+def _embedded(name: str, train: slice, *, dev: int, test: int) -> Splits:
+    datasets = embedded_datasets()
+    if name not in datasets:
+        raise DataError(f"dataset_name: {name!r} is not embedded; there are {', '.join(sorted(datasets))}")
+    dataset = datasets[name]
 
-    def take(split: Split, n: int, **level: Any) -> tuple[Demonstration, ...]:
-        rows = EMBEDDED[name](split, n, **level)
-        return tuple(demonstration(dict(row), f"{name} {split} row {i}") for i, row in enumerate(rows))
+    def demonstrations(rows: Sequence[Mapping[str, Any]], part: str) -> tuple[Demonstration, ...]:
+        return tuple(demonstration(row, f"{name} {part} row {i}") for i, row in enumerate(rows))
 
-    def hold(split: Split, n: int) -> tuple[Demonstration, ...]:
-        """Take distinct problems: a split may have fewer than are asked for."""
-        return tuple({d.problem.id: d for d in take(split, n)}.values())
+    def problems(split: Split, n: int) -> tuple[Demonstration, ...]:
+        """Return distinct problems: a split may have fewer than n."""
+        return tuple({d.problem.id: d for d in demonstrations(dataset.items(split, n), split)}.values())
 
     start, stop, _ = train.indices(EMBEDDED_ROWS)
-    worked = name.startswith("bcft:arithmetic")
-    harder = take("test", min(test, HARDER_PROBLEMS), level="harder") if worked else ()
-    return Splits(take("train", stop)[start:], hold("dev", dev), hold("test", test), harder)
+    harder = dataset.harder(min(test, HARDER_PROBLEMS)) if dataset.harder else ()
+    return Splits(
+        demonstrations(dataset.items("train", stop), "train")[start:],
+        problems("dev", dev),
+        problems("test", test),
+        demonstrations(harder, "harder"),
+    )
 
 
-def _by_hash(
-    found: Iterable[Demonstration], *, test: bool
-) -> tuple[list[Demonstration], list[Demonstration], list[Demonstration]]:
-    """Split by the hash of the prompt: under 5 % is test, then 5 % dev, the rest training.
+# Splits by hash
+def _by_hash(demonstrations: Sequence[Demonstration], *, test: bool) -> dict[Split, list[Demonstration]]:
+    """Split by the hash of the prompt, in the shares of `SHARES`; without `test` its share belongs to training.
 
-    However few problems are evaluated, all of a share stay out of training: a later evaluation may take more.
+    All of a share stay out of training, however few are evaluated: a later evaluation may take more.
     """
-    train, dev, held = [], [], []
-    for one in found:
-        share = bucket(one.problem.id)
-        if share < TEST_SHARE and test:
-            held.append(one)
-        elif TEST_SHARE <= share < TEST_SHARE + DEV_SHARE:
-            dev.append(one)
-        else:
-            train.append(one)
-    return train, dev, held
+    parts: dict[Split, list[Demonstration]] = {"train": [], "dev": [], "test": []}
+    for d in demonstrations:
+        split = next(split for split, (low, high) in SHARES.items() if low <= bucket(d.problem.id) < high)
+        parts["train" if split == "test" and not test else split].append(d)
+    return parts
 
 
-def _first(found: Sequence[Demonstration], n: int) -> tuple[Demonstration, ...]:
+def _first(demonstrations: Sequence[Demonstration], n: int) -> tuple[Demonstration, ...]:
     """Return n problems in the order of their hash: a sample that no order of the file can bias."""
-    distinct = {d.problem.id: d for d in reversed(found)}
+    distinct = {d.problem.id: d for d in reversed(demonstrations)}
     return tuple(distinct[key] for key in sorted(distinct)[:n])
 
 
-# Reading
+# Files and Hub datasets
 def _parse_split(text: str) -> tuple[str, slice]:
     match = _SPLIT.fullmatch(text)
     if match is None:
@@ -214,34 +245,31 @@ def _file(name: str, split: str) -> Path | None:
     return path if path.suffix in SUFFIXES else None
 
 
-def _has_split(recipe: Recipe, split: str) -> bool:
-    path = Path(recipe["dataset_name"])
+def _has_split(source: DataSource, split: str, *, required: bool) -> bool:
+    """Return whether a dataset has a split of its own. Raises DataError where it is required and missing."""
+    name, path = source.dataset_name, Path(source.dataset_name)
     if path.suffix in SUFFIXES and not path.is_dir():
-        # A single file is its own training split, unless the test split is named as another file.
-        if "dataset_test_split" in recipe.given:
+        if required:
             raise DataError(
                 f"dataset_test_split: {path} is one file without splits: give its directory, or remove the key"
             )
         return False
-    if _file(recipe["dataset_name"], split):
+    if _file(name, split):
         return True
-    if path.is_dir() and _file(recipe["dataset_name"], _parse_split(recipe["dataset_train_split"])[0]):
-        present = False
-    else:
-        present = split in _hub(recipe)
-    if not present and "dataset_test_split" in recipe.given:
-        raise DataError(f"dataset_test_split: {recipe['dataset_name']} has no split {split!r}")
+    train_split, _ = _parse_split(source.dataset_train_split)
+    present = not (path.is_dir() and _file(name, train_split)) and split in _hub(source)
+    if required and not present:
+        raise DataError(f"dataset_test_split: {name} has no split {split!r}")
     return present
 
 
-def _read(recipe: Recipe, split: str) -> list[tuple[dict[str, Any], str]]:
-    """Return every row of a split with the place it stands at."""
-    path = _file(recipe["dataset_name"], split)
+def _read(source: DataSource, split: str) -> list[Row]:
+    """Return every row of a split with its place."""
+    path = _file(source.dataset_name, split)
     if path is None:
-        splits = _hub(recipe)
+        splits, name = _hub(source), source.dataset_name
         if split not in splits:
-            raise DataError(f"{recipe['dataset_name']} has no split {split!r}; it has {', '.join(splits)}")
-        name = recipe["dataset_name"]
+            raise DataError(f"{name} has no split {split!r}; it has {', '.join(splits)}")
         return [(dict(row), f"{name} {split} row {i}") for i, row in enumerate(splits[split])]
     if not path.is_file():
         raise DataError(f"dataset_name: {path} does not exist")
@@ -251,13 +279,13 @@ def _read(recipe: Recipe, split: str) -> list[tuple[dict[str, Any], str]]:
     return rows
 
 
-def _hub(recipe: Recipe) -> Any:
-    """Return the `DatasetDict` of a Hub id, or of a directory laid out like one."""
-    import datasets
+def _hub(source: DataSource) -> Any:
+    """Return the `DatasetDict` of a Hub id, or of a directory in the same layout."""
+    import datasets  # noqa: PLC0415 - seconds to import, and only a Hub id needs it
 
-    name = recipe["dataset_name"]
+    name = source.dataset_name
     try:
-        return datasets.load_dataset(name, recipe["dataset_config"])
+        return datasets.load_dataset(name, source.dataset_config)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(

@@ -1,20 +1,28 @@
-"""Files of users' rows: json, jsonl, csv and parquet, every row with the place it stands at."""
+"""Rows of users' files, each with its place, and the demonstrations that they become.
+
+Files are json, jsonl, csv or parquet. A malformed file or row raises DataError with file and line. Nothing is guessed
+and nothing is skipped.
+"""
 
 import csv
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from bcft.errors import DataError
-from bcft.rewards.base import REFERENCES
-from bcft.types import Demonstration, Message, Problem, Prompt, Row, problem_id
-from bcft.types import messages as as_messages
+from bcft.rewards.base import REFERENCE_COLUMNS
+from bcft.types import Demonstration, Message, Problem, Prompt, TrainingExample, problem_id
+
+Row = tuple[dict[str, Any], str]
+"""A row's columns and its place, such as `file:line`."""
+SAMPLED_COLUMNS = {"prompt", "completion", "input_ids", "labels", "problem_id"}
+"""Columns that make a row one of `kept.jsonl`."""
 
 
-def read_json_rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
-    """Yield the objects of a JSON file, an array of them or one a line. Raises DataError with file and line."""
+# Files to rows
+def read_json_rows(path: Path) -> Iterator[Row]:
+    """Yield the objects of a JSON file: an array of them, or one on each line. Raises DataError with file and line."""
     raw = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
     if raw.lstrip()[:1] == b"[":
         rows = _parse_json(raw, str(path))
@@ -31,11 +39,11 @@ def _parse_json(raw: bytes, where: str) -> Any:
         keys = [key for key, _ in pairs]
         for key in keys:
             if keys.count(key) > 1:
-                raise DataError(f"{where}: key {key!r} stands twice")
+                raise DataError(f"{where}: key {key!r} is given twice")
         return dict(pairs)
 
     def refuse(constant: str) -> None:
-        raise DataError(f"{where}: {constant} is no JSON number")
+        raise DataError(f"{where}: {constant} is not a JSON number")
 
     try:
         return json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
@@ -50,11 +58,11 @@ def _parse_json(raw: bytes, where: str) -> Any:
 
 def _mapping(row: Any, where: str) -> dict[str, Any]:
     if not isinstance(row, dict):
-        raise DataError(f"{where}: expected an object with columns, found {type(row).__name__}")
+        raise DataError(f"{where}: expected an object with columns, not {type(row).__name__}")
     return row
 
 
-def _read_csv(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
+def _read_csv(path: Path) -> Iterator[Row]:
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, strict=True)
@@ -67,9 +75,9 @@ def _read_csv(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
         raise DataError(f"{path}: not readable as UTF-8 CSV: {error}") from error
 
 
-def _read_parquet(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
-    import pyarrow
-    import pyarrow.parquet
+def _read_parquet(path: Path) -> Iterator[Row]:
+    import pyarrow  # noqa: PLC0415 - slow to import, and other formats do not need it
+    import pyarrow.parquet  # noqa: PLC0415 - as above
 
     try:
         rows = pyarrow.parquet.read_table(path).to_pylist()
@@ -79,26 +87,24 @@ def _read_parquet(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
 
 
 READERS = {".jsonl": read_json_rows, ".json": read_json_rows, ".csv": _read_csv, ".parquet": _read_parquet}
-
-
-def shown(value: Any) -> str:
-    """Return a value for a message, cut where it is long."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 60 else text[:57] + "..."
+"""File suffix -> the function that yields the rows of such a file."""
 
 
 # Rows to demonstrations
-def demonstration(row: dict[str, Any], where: str, *, problem_only: bool = False) -> Demonstration:
-    """Return a row as a demonstration; with `problem_only` the completion may be missing."""
+def demonstration(row: Mapping[str, Any], where: str, *, problem_only: bool = False) -> Demonstration:
+    """Return the demonstration of a row.
+
+    A row has `prompt` and `completion`, `messages`, or `question` and `answer`; all other columns are the problem's.
+    A row of `kept.jsonl` has token ids as well, which become `Demonstration.sampled`.
+    where: the row's place; problem_only: accept a row without a completion.
+    Raises DataError that names the place for a row of another shape.
+    """
     columns = {k: v for k, v in row.items() if k not in ("prompt", "question", "completion", "messages")}
-    for key in REFERENCES:
+    for key in REFERENCE_COLUMNS:
         if key in columns and columns[key] is None:
-            raise DataError(f"{where}: {key}: null: every row needs its reference answer, or none has one")
+            raise DataError(f"{where}: {key}: null: give every row its reference answer, or remove the column")
     if "messages" in row:
-        said = _messages(row["messages"], f"{where}: messages")
-        first = next((i for i, message in enumerate(said) if message["role"] == "assistant"), len(said))
-        prompt = _prompt(row["prompt"], f"{where}: prompt") if "prompt" in row else said[:first]
-        return _conversation(problem_id(prompt), prompt, columns, said, first, where)
+        return _conversation(row, columns, where)
     if "prompt" in row:
         prompt_key, completion_key = "prompt", "completion"
     elif "question" in row and "answer" in row:
@@ -111,38 +117,37 @@ def demonstration(row: dict[str, Any], where: str, *, problem_only: bool = False
     if completion_key not in row and not problem_only:
         raise DataError(f"{where}: no completion: a demonstration is a prompt and a completion")
     prompt = _prompt(row[prompt_key], f"{where}: {prompt_key}")
-    if {"input_ids", "labels", "problem_id"} <= row.keys():
+    if row.keys() >= SAMPLED_COLUMNS:
         return _sampled(row, prompt, where)
-    answer = row.get(completion_key, "")
-    if isinstance(answer, list) and len(answer) > 1:
-        asked = as_messages(prompt)
-        said = [*asked, *_messages(answer, f"{where}: {completion_key}")]
-        return _conversation(problem_id(prompt), prompt, columns, said, len(asked), where)
-    completion = _completion(answer, f"{where}: {completion_key}")
-    return Demonstration(Problem(problem_id(prompt), prompt, columns, where), completion)
+    completion = _completion(row[completion_key], f"{where}: {completion_key}") if completion_key in row else ()
+    return Demonstration(Problem(problem_id(prompt), prompt, columns, where), prompt, completion)
 
 
-def _conversation(
-    identity: str, prompt: Prompt, columns: Mapping[str, Any], said: Sequence[Message], begins: int, where: str
-) -> Demonstration:
-    """Return a demonstration of several turns, as the policy reads them."""
-    if said[-1]["role"] != "assistant":
-        raise DataError(
-            f"{where}: the last message is the {said[-1]['role']}'s: a demonstration ends with the assistant"
-        )
-    return Demonstration(Problem(identity, prompt, columns, where), said[-1]["content"], tuple(said), begins)
+def _conversation(row: Mapping[str, Any], columns: Mapping[str, Any], where: str) -> Demonstration:
+    """Return the demonstration of `messages`: the policy's prompt is everything before the first action.
+
+    The row's own `prompt`, where there is one, identifies the problem.
+    """
+    conversation = _messages(row["messages"], f"{where}: messages")
+    first = next((i for i, message in enumerate(conversation) if message["role"] == "assistant"), len(conversation))
+    if first == 0:
+        raise DataError(f"{where}: messages: the first is the assistant's: a conversation begins with a prompt")
+    _ends_with_assistant(conversation, f"{where}: messages")
+    prompt = _prompt(row["prompt"], f"{where}: prompt") if "prompt" in row else conversation[:first]
+    problem = Problem(problem_id(prompt), prompt, columns, where)
+    return Demonstration(problem, conversation[:first], tuple(conversation[first:]))
 
 
 def _sampled(row: Mapping[str, Any], prompt: Prompt, where: str) -> Demonstration:
-    """Return a row that a run kept: its text, and the ids that were sampled."""
-    asked = as_messages(prompt)
-    said = [*asked, *_messages(row["completion"], f"{where}: completion")]
-    found = _conversation(str(row["problem_id"]), prompt, {}, said, len(asked), where)
+    """Return the demonstration of a row of `kept.jsonl`: its text, and the ids that were sampled."""
+    completion = _messages(row["completion"], f"{where}: completion")
+    _ends_with_assistant(completion, f"{where}: completion")
     try:
-        sampled = Row(found.problem.id, tuple(map(int, row["input_ids"])), tuple(map(int, row["labels"])), where)
-    except (TypeError, ValueError) as error:
-        raise DataError(f"{where}: input_ids and labels are no row: {error}") from error
-    return replace(found, sampled=sampled)
+        example = TrainingExample.from_json(row, where=where)
+    except (KeyError, TypeError, ValueError) as error:
+        reason = f"no {error.args[0]}" if isinstance(error, KeyError) else str(error).removeprefix(f"{where}: ")
+        raise DataError(f"{where}: not a row of kept.jsonl: {reason}") from error
+    return Demonstration(Problem(example.problem_id, prompt, {}, where), prompt, tuple(completion), example)
 
 
 def _prompt(value: Any, where: str) -> Prompt:
@@ -150,31 +155,36 @@ def _prompt(value: Any, where: str) -> Prompt:
         return _text(value, where, empty=False)
     messages = _messages(value, where)
     if messages[-1]["role"] == "assistant":
-        raise DataError(f"{where}: the last message is the assistant's: its words belong into the completion")
+        raise DataError(f"{where}: the last message is the assistant's: move it to the completion")
     return messages
 
 
-def _completion(value: Any, where: str) -> str:
+def _completion(value: Any, where: str) -> tuple[Message, ...]:
     if isinstance(value, str):
-        return _text(value, where)
+        return ({"role": "assistant", "content": _text(value, where)},)
     messages = _messages(value, where)
-    if [message["role"] for message in messages] != ["assistant"]:
-        roles = ", ".join(message["role"] for message in messages)
-        raise DataError(f"{where}: expected one assistant message, found {roles}")
-    return messages[0]["content"]
+    _ends_with_assistant(messages, where)
+    return tuple(messages)
+
+
+def _ends_with_assistant(messages: list[Message], where: str) -> None:
+    if messages[-1]["role"] != "assistant":
+        raise DataError(
+            f"{where}: the last message is the {messages[-1]['role']}'s: a demonstration ends with the assistant's"
+        )
 
 
 def _messages(value: Any, where: str) -> list[Message]:
     if not isinstance(value, list) or not value:
-        raise DataError(f"{where}: expected a string or a list of messages, found {shown(value)}")
+        raise DataError(f"{where}: expected a string or a list of messages, not {_shown(value)}")
     messages: list[Message] = []
     for i, message in enumerate(value):
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            raise DataError(f"{where}: message {i}: expected role and content, found {shown(message)}")
+            raise DataError(f"{where}: message {i}: expected role and content, not {_shown(message)}")
         if message["role"] not in ("system", "user", "assistant"):
             raise DataError(f"{where}: message {i}: role {message['role']!r} is not system, user or assistant")
         if not isinstance(message["content"], str):
-            raise DataError(f"{where}: message {i}: content must be text, found {shown(message['content'])}")
+            raise DataError(f"{where}: message {i}: content must be text, not {_shown(message['content'])}")
         messages.append({"role": message["role"], "content": _text(message["content"], f"{where}: message {i}")})
     return messages
 
@@ -187,3 +197,9 @@ def _text(value: str, where: str, *, empty: bool = True) -> str:
     except UnicodeEncodeError as error:
         raise DataError(f"{where}: half of a surrogate pair at character {error.start}: not valid text") from error
     return value
+
+
+def _shown(value: Any) -> str:
+    """Return a value for a message, shortened where it is long."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."

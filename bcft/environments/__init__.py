@@ -1,1 +1,1 @@
-"""Built-in environments, one file a task: its problems, demonstrations and environment together."""
+"""Built-in tasks, one file each: its problems, its demonstrations and its environment."""

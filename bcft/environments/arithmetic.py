@@ -1,6 +1,6 @@
 """The embedded problems `bcft:arithmetic`: adding and subtracting two-digit numbers, worked out in writing.
 
-A solution does the units, then the tens, then writes the result, one line a step, and ends as GSM8K's do:
+A solution does the units, then the tens, then writes the result, one line for each step. It ends as GSM8K's do:
 
     Work out 47 + 35 - 36 + 21.
 
@@ -9,35 +9,34 @@ A solution does the units, then the tens, then writes the result, one line a ste
     6+1=7, 4+2=6: 67
     #### 67
 
-That is the expert's. The apprentice mostly forgets to carry (`7+5=12, 4+3=7: 72`) and to borrow: then the smaller digit
-is taken from the larger one (`6-2=4, 8-3=5: 54`). What follows goes on from the wrong result. Now and then two mistakes
-cancel and the answer is right by wrong steps, which `check_steps` finds out.
+This is the expert's solution. The apprentice (`bcft:arithmetic-apprentice`) mostly forgets to carry
+(`7+5=12, 4+3=7: 72`) and to borrow: then it takes the smaller digit from the larger one (`6-2=4, 8-3=5: 54`). It
+continues from the wrong result. Now and then two mistakes cancel, and wrong steps lead to the right answer;
+`check_steps` detects that.
 
-All choices come from sha256, so an item is the same in every version of Python. Answers are graded elsewhere, by
-`bcft.rewards`.
+All choices come from sha256, so an item is the same in every version of Python. There is no environment of its own: a
+solution is one completion, and `bcft.rewards.math_reward` grades its answer.
 """
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from itertools import count, pairwise
 from typing import Literal, TypedDict
 
-from bcft.environments.base import SHARES, Split
+from bcft.environments.base import SHARES, EmbeddedDataset, Split
 from bcft.types import bucket, problem_id
 
 Level = Literal["standard", "harder"]
 Demonstrator = Literal["expert", "apprentice"]
 
-FORGETS = 0.65
-"""The probability with which the apprentice forgets a carry or a borrow."""
-
 STEPS = 3
-
 CARRIES: dict[Level, range] = {"standard": range(1, STEPS), "harder": range(STEPS, STEPS + 1)}
 """How many steps of a problem carry or borrow: one or two, or (never in training) all three."""
-
+FORGETS = 0.65
+"""The probability with which the apprentice forgets a carry or a borrow."""
 _PROMPT = re.compile(rf"Work out ([1-9][0-9](?: [+-] [1-9][0-9]){{{STEPS}}})\.")
 
 
@@ -51,13 +50,13 @@ class Item(TypedDict):
 
 @dataclass(frozen=True, slots=True)
 class Sum:
-    """What is to be worked out: numbers of two digits, negative where they are subtracted."""
+    """A problem: numbers of two digits to add up, negative where they are subtracted."""
 
     terms: tuple[int, ...]
 
     @property
     def prompt(self) -> str:
-        """The sum as it is asked."""
+        """The problem's text."""
         steps = [f" {'+' if term > 0 else '-'} {abs(term)}" for term in self.terms[1:]]
         return f"Work out {self.terms[0]}{''.join(steps)}."
 
@@ -88,7 +87,7 @@ class Sum:
         return True
 
     def solution(self, forgets: Sequence[bool] = (False,) * STEPS) -> str:
-        """Work the sum out; `forgets` says for each step whether its carry or borrow, if any, is forgotten."""
+        """Return the sum worked out; `forgets` says for each step whether its carry or borrow, if any, is forgotten."""
         lines, value = [], self.terms[0]
         for term, forget in zip(self.terms[1:], forgets, strict=True):
             working, value = _work_out(value, term, forget)
@@ -96,6 +95,7 @@ class Sum:
         return "\n".join([*lines, f"#### {value}"])
 
 
+# Problems
 def problem(index: int, *, split: Split, seed: int = 0, level: Level = "standard") -> Sum:
     """Return the first sum of the stream (seed, index) that belongs to the split and the level.
 
@@ -110,10 +110,23 @@ def problem(index: int, *, split: Split, seed: int = 0, level: Level = "standard
     )
 
 
+def _candidate(key: str) -> Sum:
+    """Draw the results, from 10 to 99; the terms lead from one to the next."""
+    rest, values = _hash(key), []
+    for _ in range(STEPS + 1):
+        rest, value = divmod(rest, 90)
+        values.append(10 + value)
+    return Sum((values[0], *(after - before for before, after in pairwise(values))))
+
+
+# Demonstrations
 def items(
     split: Split, n: int, *, seed: int = 0, level: Level = "standard", demonstrator: Demonstrator = "expert"
 ) -> list[Item]:
-    """Return n rows of distinct problems, of which any fewer are the first; `answer` is right whoever demonstrates."""
+    """Return n rows of distinct problems, of which any fewer are the first.
+
+    `answer` is right whoever demonstrates.
+    """
     first_index: dict[Sum, int] = {}
     for index in count():
         if len(first_index) == n:
@@ -125,16 +138,10 @@ def items(
     ]
 
 
-def check_steps(prompt: str, completion: str) -> bool:
-    """Whether every step of a worked solution is right, which it can be in one way only: the expert's, to the letter.
-
-    False where the prompt is none of these problems.
-    """
-    match = _PROMPT.fullmatch(prompt)
-    if match is None:
-        return False
-    stated = Sum(tuple(map(int, match[1].replace("+ ", "").replace("- ", "-").split())))
-    return stated.fits and completion == stated.solution()
+def _forgets(demonstrator: Demonstrator, key: str) -> list[bool]:
+    """Draw for each step whether the demonstrator would forget a carry there."""
+    probability = {"expert": 0.0, "apprentice": FORGETS}[demonstrator]
+    return [_hash(f"{key}-{step}-forgets") / 2**256 < probability for step in range(STEPS)]
 
 
 def _work_out(value: int, term: int, forget: bool) -> tuple[str, int]:
@@ -158,25 +165,34 @@ def _work_out(value: int, term: int, forget: bool) -> tuple[str, int]:
 
 
 def _carries(value: int, term: int) -> bool:
-    """Whether adding the term carries, or subtracting it borrows."""
+    """Return whether adding the term carries, or subtracting it borrows."""
     return value % 10 + term % 10 > 9 if term > 0 else value % 10 < -term % 10
-
-
-def _candidate(key: str) -> Sum:
-    """Draw the results from 10 to 99; the terms are what leads from one to the next."""
-    rest, values = _hash(key), []
-    for _ in range(STEPS + 1):
-        rest, value = divmod(rest, 90)
-        values.append(10 + value)
-    return Sum((values[0], *(after - before for before, after in pairwise(values))))
-
-
-def _forgets(demonstrator: Demonstrator, key: str) -> list[bool]:
-    """Draw for each step whether the demonstrator would forget a carry there."""
-    probability = {"expert": 0.0, "apprentice": FORGETS}[demonstrator]
-    return [_hash(f"{key}-{step}-forgets") / 2**256 < probability for step in range(STEPS)]
 
 
 def _hash(key: str) -> int:
     """Return 256 bits that depend on the key alone."""
     return int.from_bytes(sha256(key.encode()).digest(), "big")
+
+
+# Checks
+def check_steps(prompt: str, completion: str) -> bool:
+    """Return whether every step of a worked solution is right.
+
+    Only the expert's solution, to the letter, is. False where the prompt is not one of these problems.
+    """
+    match = _PROMPT.fullmatch(prompt)
+    if match is None:
+        return False
+    stated = Sum(tuple(map(int, match[1].replace("+ ", "").replace("- ", "-").split())))
+    return stated.fits and completion == stated.solution()
+
+
+def _dataset(demonstrator: Demonstrator) -> EmbeddedDataset:
+    return EmbeddedDataset(
+        items=partial(items, demonstrator=demonstrator),
+        harder=lambda n: items("test", n, level="harder", demonstrator=demonstrator),
+        check_steps=check_steps,
+    )
+
+
+DATASETS = {"bcft:arithmetic": _dataset("expert"), "bcft:arithmetic-apprentice": _dataset("apprentice")}

@@ -1,10 +1,10 @@
 """The embedded problems `bcft:grid-walk`: from a start to a goal on a grid, one step at a time.
 
-The walker reads how far the goal is (`2E 1N`: two steps east, one north) and says where to go (`N`). A step off the
-grid leaves it where it stands. Nothing is hidden and nothing is drawn, so a walk is as long as its steps were good:
+The walker reads how far the goal is (`2E 1N`: two steps east, one north) and answers with a direction (`N`). A step off
+the grid leaves it where it is. Nothing is hidden and nothing is random, so a walk is as long as its steps were good:
 its return reflects skill, unlike that of `guess_number`.
 
-The demonstrations are those of a sloppy walker, who at every step goes in any direction with probability `SLOPPY`, else
+The demonstrations come from a sloppy walker: at every step it goes in any direction with probability `SLOPPY`, else
 towards the goal.
 """
 
@@ -13,8 +13,7 @@ from hashlib import sha256
 from itertools import count
 from typing import TypedDict
 
-from bcft.environments.base import SHARES, Split
-from bcft.environments.base import lots as draw
+from bcft.environments.base import SHARES, EmbeddedDataset, Split, uniforms
 from bcft.types import Feedback, Message, Problem, Prompt, bucket, problem_id
 
 SIZE = 6
@@ -36,6 +35,7 @@ class Item(TypedDict):
     goal: list[int]
 
 
+# Rules
 def offset(at: Cell, goal: Cell) -> str:
     """Return how far the goal is, as the walker reads it: `2E 1N`; `here` at the goal.
 
@@ -48,7 +48,7 @@ def offset(at: Cell, goal: Cell) -> str:
 
 
 def step(at: Cell, direction: str) -> Cell:
-    """Return where a step leads; at the edge of the grid, and for what is no direction, to where it was made.
+    """Return the cell that a step leads to: the same cell at the edge of the grid, and for text without a direction.
 
     A direction is a letter of `NESW` or a word that begins with it, in any case.
     """
@@ -62,11 +62,26 @@ def shortest(start: Cell, goal: Cell) -> int:
     return abs(goal[0] - start[0]) + abs(goal[1] - start[1])
 
 
+# Problems
 def prompt(start: Cell, goal: Cell) -> str:
     """Return the problem's text, which makes its id; the walker reads offsets only."""
     return f"Walk from {start[0]},{start[1]} to {goal[0]},{goal[1]} on a grid of {SIZE} x {SIZE}."
 
 
+def _pairs(split: Split, seed: int) -> list[tuple[Cell, Cell]]:
+    """Return the split's pairs of start and goal in an order drawn from the seed."""
+    low, high = SHARES[split]
+    cells = [(column, row) for column in range(SIZE) for row in range(SIZE)]
+    pairs = [
+        (start, goal)
+        for start in cells
+        for goal in cells
+        if start != goal and low <= bucket(problem_id(prompt(start, goal))) < high
+    ]
+    return sorted(pairs, key=lambda pair: sha256(f"{seed}-{pair}".encode()).digest())
+
+
+# Demonstrations
 def items(split: Split, n: int, *, seed: int = 0) -> list[Item]:
     """Return n walks, of which any fewer are the first: all pairs of the split once, then other walks of the same.
 
@@ -76,56 +91,44 @@ def items(split: Split, n: int, *, seed: int = 0) -> list[Item]:
     return [_item(*pairs[index % len(pairs)], seed, index // len(pairs)) for index in range(n)]
 
 
-def _pairs(split: Split, seed: int) -> list[tuple[Cell, Cell]]:
-    """Return the split's pairs of start and goal in an order drawn from the seed."""
-    low, high = SHARES[split]
-    cells = [(column, row) for column in range(SIZE) for row in range(SIZE)]
-    found = [
-        (start, goal)
-        for start in cells
-        for goal in cells
-        if start != goal and low <= bucket(problem_id(prompt(start, goal))) < high
-    ]
-    return sorted(found, key=lambda pair: sha256(f"{seed}-{pair}".encode()).digest())
-
-
 def _item(start: Cell, goal: Cell, seed: int, copy: int) -> Item:
-    asked = prompt(start, goal)
-    walks = (_walk(start, goal, f"{seed}-{copy}-{attempt}-{asked}") for attempt in count())
+    text = prompt(start, goal)
+    walks = (_walk(start, goal, f"{seed}-{copy}-{attempt}-{text}") for attempt in count())
     walk = next(walk for walk in walks if walk)
-    said: list[Message] = []
+    conversation: list[Message] = []
     at = start
     for direction in walk:
-        said += [{"role": "user", "content": offset(at, goal)}, {"role": "assistant", "content": direction}]
+        conversation += [{"role": "user", "content": offset(at, goal)}, {"role": "assistant", "content": direction}]
         at = step(at, direction)
-    return Item(prompt=asked, messages=said, start=list(start), goal=list(goal))
+    return Item(prompt=text, messages=conversation, start=list(start), goal=list(goal))
 
 
 def _walk(start: Cell, goal: Cell, key: str) -> Sequence[str]:
-    """Return the sloppy walker's steps; none when they are too many."""
-    lots = draw(key)
+    """Return the sloppy walker's steps; none when there are too many."""
+    numbers = uniforms(key)
     at = start
     walk: list[str] = []
     while at != goal:
         if len(walk) == LONGEST:
             return []
         towards = [d for d in STEPS if shortest(step(at, d), goal) < shortest(at, goal)]
-        choices = list(STEPS) if next(lots) < SLOPPY else towards
-        walk.append(choices[int(next(lots) * len(choices))])
+        choices = list(STEPS) if next(numbers) < SLOPPY else towards
+        walk.append(choices[int(next(numbers) * len(choices))])
         at = step(at, walk[-1])
     return walk
 
 
+# Environment
 class GridWalk:
-    """Tells how far the goal is, takes `N`, `E`, `S` or `W`, and is done at the goal.
+    """Shows how far the goal is, takes `N`, `E`, `S` or `W`, and is done at the goal.
 
-    Reward is -1.0 a step, so that the return is minus the steps walked. What is no direction is a step on the spot.
-    Problems are those of `bcft:grid-walk`, with the columns `start` and `goal`.
+    Reward is -1.0 for each step, so the return is minus the number of steps. Text without a direction is a step on the
+    spot. Problems are those of `bcft:grid-walk`, with the columns `start` and `goal`.
     """
 
     instant = True
 
-    def reset(self, problem: Problem, *, seed: int) -> Prompt:  # noqa: ARG002 - nothing is drawn
+    def reset(self, problem: Problem, *, seed: int) -> Prompt:  # noqa: ARG002 - nothing is random
         """Return the offset of the goal from the start."""
         self.at, self.goal = _cell(problem.columns["start"]), _cell(problem.columns["goal"])
         return offset(self.at, self.goal)
@@ -140,3 +143,6 @@ class GridWalk:
 def _cell(place: list[int]) -> Cell:
     column, row = place
     return column, row
+
+
+DATASETS = {"bcft:grid-walk": EmbeddedDataset(items)}

@@ -1,4 +1,4 @@
-"""One question, one answer: the multi-turn loop that stops at once. Reward functions grade what was answered."""
+"""One prompt and one completion: the multi-turn loop that stops at once. Reward functions grade the completion."""
 
 from bcft.types import Feedback, Problem, Prompt
 
@@ -8,10 +8,10 @@ class SingleTurn:
 
     instant = True
 
-    def reset(self, problem: Problem, *, seed: int) -> Prompt:  # noqa: ARG002 - nothing is drawn
+    def reset(self, problem: Problem, *, seed: int) -> Prompt:  # noqa: ARG002 - nothing is random
         """Return the prompt as given."""
         return problem.prompt
 
-    def step(self, action: str) -> Feedback:  # noqa: ARG002 - nothing is judged here
+    def step(self, action: str) -> Feedback:  # noqa: ARG002 - reward functions grade it
         """End the attempt."""
         return Feedback(observation=None, reward=None, done=True)

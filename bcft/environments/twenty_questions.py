@@ -1,6 +1,6 @@
-"""The embedded problems of `twenty_questions`: an everyday object is to be guessed from yes and no.
+"""The embedded problems `bcft:twenty-questions`: guess an everyday object from answers of yes and no.
 
-A problem is a secret object and two facts that are told at the start. What is said, a wrong guess among it:
+A problem is a secret object and two facts that are given at the start. An attempt, with a wrong guess in it:
 
     user       fur yes, metal no
     assistant  bear?
@@ -9,11 +9,11 @@ A problem is a secret object and two facts that are told at the start. What is s
     user       no
     assistant  cat?
 
-The environment answers "correct" to the last. These are transcripts of a sloppy player: it guesses long before it can
-know, and it asks what it could have inferred. So there is much to be won over it, which cloning alone does not do.
+The environment answers "correct" to the last. The demonstrations are transcripts of a sloppy player like this one: it
+guesses long before it can know, and it asks what it could have inferred. So there is much to gain over it, which
+cloning alone does not do.
 
-All choices come from sha256, so an item is the same in every version of Python. The rules stand here, in `answer`; the
-environment, `bcft.environments.twenty_questions`, keeps the secret and counts the reward.
+All choices come from sha256, so an item is the same in every version of Python.
 """
 
 import re
@@ -22,7 +22,7 @@ from hashlib import sha256
 from itertools import combinations, count
 from typing import TypedDict
 
-from bcft.environments.base import SHARES, Split
+from bcft.environments.base import SHARES, EmbeddedDataset, Split
 from bcft.types import Feedback, Message, Problem, Prompt, bucket, problem_id
 
 GUESSES = 0.25
@@ -30,7 +30,7 @@ GUESSES = 0.25
 GUESSES_THE_LAST = 0.8
 """The same when only one is left."""
 MOST_TURNS = 20
-"""Longer transcripts are drawn again. For who plays, the limit of turns is the loop's (`max_turns`)."""
+"""Turns of the longest demonstration; a longer one is drawn again. The limit of an attempt is `max_turns`."""
 ATTRIBUTES: dict[str, str] = {
     "alive": "lives and grows; what was picked does not",
     "fur": "has fur",
@@ -46,7 +46,7 @@ ATTRIBUTES: dict[str, str] = {
     "round": "is round like a ball or a coin",
     "soft": "is soft to the touch, as bread, cloth, fur and feathers are",
 }
-"""What can be asked, and what is meant by it."""
+"""The attributes that a question may name, with their meaning."""
 OBJECTS: dict[str, frozenset[str]] = {
     name: frozenset(attributes.split())
     for name, attributes in {
@@ -76,27 +76,29 @@ OBJECTS: dict[str, frozenset[str]] = {
         "sock": "small soft",
     }.items()
 }
-"""What can be guessed, each with what is true of it. No two have the same attributes."""
+"""The objects that a guess may name, with their attributes. No two have the same."""
 PAIRS = list(combinations(ATTRIBUTES, 2))
-"""What can be told at the start: two attributes in their order above, so that the same two are the same problem."""
+"""The attributes given at the start: two in their order above, so that the same two are the same problem."""
 
 
 class Item(TypedDict):
     """One row of the dataset."""
 
     prompt: str
-    """Canonical: it makes the id and is never shown, for it names the secret."""
+    """Canonical: it makes the id. The policy never reads it, because it names the secret."""
     messages: list[Message]
-    """All that is said, as the policy reads it, from the first observation to the right guess."""
+    """The transcript as the policy reads it, from the first observation to the right guess."""
     secret: str
     told: list[str]
+    """The two attributes given at the start."""
 
 
+# Problems
 @dataclass(frozen=True, slots=True)
 class Riddle:
-    """What is to be guessed, and what is told at the start.
+    """A problem: the secret, and the two attributes given at the start.
 
-    Raises ValueError for a secret that is none of `OBJECTS` or a `told` that is none of `PAIRS`.
+    Raises ValueError for a secret that is not in `OBJECTS` or a `told` that is not in `PAIRS`.
     """
 
     secret: str
@@ -123,10 +125,39 @@ def riddles(split: Split, *, seed: int = 0) -> list[Riddle]:
     """Return all riddles of a split, in an order that depends on the seed."""
     low, high = SHARES[split]
     every = (Riddle(secret, told) for secret in OBJECTS for told in PAIRS)
-    found = [riddle for riddle in every if low <= bucket(problem_id(riddle.prompt)) < high]
-    return sorted(found, key=lambda riddle: _hash(f"{seed}-{riddle.prompt}"))
+    members = [riddle for riddle in every if low <= bucket(problem_id(riddle.prompt)) < high]
+    return sorted(members, key=lambda riddle: _hash(f"{seed}-{riddle.prompt}"))
 
 
+# Rules
+def answer(secret: str, action: str) -> tuple[str, bool]:
+    """Return the answer to a question or a guess, and whether it is the right guess.
+
+    Only whole words count, in upper or lower case, however often. With exactly one object among them it is a guess
+    ("correct" or "no"), whatever the other words are: "Is the cat alive?" guesses cat. With none or several, but
+    exactly one attribute, it is a question ("yes" or "no"); anything else is not understood ("what?").
+
+    >>> answer("cat", "fur?"), answer("cat", "Does it have fur?"), answer("cat", "Is it a dog or a bear?")
+    (('yes', False), ('yes', False), ('no', False))
+    >>> answer("cat", "cat?"), answer("cat", "It is furry, so a cat."), answer("cat", "Metal or wood?")
+    (('correct', True), ('correct', True), ('what?', False))
+    """
+    words = set(re.findall(r"\w+", action.lower()))
+    for names in (OBJECTS, ATTRIBUTES):
+        if len(named := words & names.keys()) == 1:
+            reply = _reply(secret, named.pop())
+            return reply, reply == "correct"
+    return "what?", False
+
+
+def _reply(secret: str, word: str) -> str:
+    """Return the answer to one word, an object or an attribute."""
+    if word in OBJECTS:
+        return "correct" if word == secret else "no"
+    return "yes" if word in OBJECTS[secret] else "no"
+
+
+# Demonstrations
 def items(split: Split, n: int, *, seed: int = 0) -> list[Item]:
     """Return n rows, of which any fewer are the first: a sloppy player's transcripts, all solved.
 
@@ -138,61 +169,35 @@ def items(split: Split, n: int, *, seed: int = 0) -> list[Item]:
     for index in range(n):
         again, place = divmod(index, len(order))
         riddle = order[place]
-        said = _transcript(riddle, f"{seed}-{again}-{riddle.prompt}")
-        rows.append(Item(prompt=riddle.prompt, messages=said, secret=riddle.secret, told=list(riddle.told)))
+        transcript = _transcript(riddle, f"{seed}-{again}-{riddle.prompt}")
+        rows.append(Item(prompt=riddle.prompt, messages=transcript, secret=riddle.secret, told=list(riddle.told)))
     return rows
-
-
-def answer(secret: str, said: str) -> tuple[str, bool]:
-    """Answer what was said by the rules alone, and whether that was the right guess.
-
-    Only whole words count, in upper or lower case, however often. With exactly one object among them it is a guess
-    ("correct" or "no"), whatever else is said: "Is the cat alive?" guesses cat. With none or several, but exactly one
-    attribute, it is a question ("yes" or "no"); anything else is not understood ("what?").
-
-    >>> answer("cat", "fur?"), answer("cat", "Does it have fur?"), answer("cat", "Is it a dog or a bear?")
-    (('yes', False), ('yes', False), ('no', False))
-    >>> answer("cat", "cat?"), answer("cat", "It is furry, so a cat."), answer("cat", "Metal or wood?")
-    (('correct', True), ('correct', True), ('what?', False))
-    """
-    words = set(re.findall(r"\w+", said.lower()))
-    for names in (OBJECTS, ATTRIBUTES):
-        if len(named := words & names.keys()) == 1:
-            reply = _reply(secret, named.pop())
-            return reply, reply == "correct"
-    return "what?", False
-
-
-def _reply(secret: str, word: str) -> str:
-    """Answer one word, an object or an attribute."""
-    if word in OBJECTS:
-        return "correct" if word == secret else "no"
-    return "yes" if word in OBJECTS[secret] else "no"
 
 
 def _transcript(riddle: Riddle, key: str) -> list[Message]:
     """Return the first transcript of the stream that is solved in `MOST_TURNS`."""
-    return next(said for attempt in count() if (said := _sloppy(riddle, f"{key}-{attempt}")))
+    attempts = (_sloppy(riddle, f"{key}-{attempt}") for attempt in count())
+    return next(transcript for transcript in attempts if transcript)
 
 
 def _sloppy(riddle: Riddle, key: str) -> list[Message]:
-    """Return what a sloppy player and its partner say; nothing when it is not solved."""
-    said: list[Message] = [{"role": "user", "content": riddle.opening}]
+    """Return the transcript of one attempt of the sloppy player; nothing when it is not solved."""
+    transcript: list[Message] = [{"role": "user", "content": riddle.opening}]
     possible = [name for name in OBJECTS if Riddle(name, riddle.told).opening == riddle.opening]
     unasked = [attribute for attribute in ATTRIBUTES if attribute not in riddle.told]
     for turn in range(MOST_TURNS):
         probability = GUESSES if len(possible) > 1 else GUESSES_THE_LAST
-        # When all is asked, one object is left: there is nothing but to guess it.
+        # When every attribute was asked, one object is left: there is nothing to do but guess it.
         guesses = not unasked or _hash(f"{key}-{turn}-guesses") / 2**256 < probability
         choices = possible if guesses else unasked
         word = choices[_hash(f"{key}-{turn}-word") % len(choices)]
-        said.append({"role": "assistant", "content": f"{word}?"})
+        transcript.append({"role": "assistant", "content": f"{word}?"})
         if word == riddle.secret:
-            return said
+            return transcript
         if not guesses:
             unasked.remove(word)
         reply = _reply(riddle.secret, word)
-        said.append({"role": "user", "content": reply})
+        transcript.append({"role": "user", "content": reply})
         possible = [name for name in possible if _reply(name, word) == reply]
     return []
 
@@ -202,19 +207,20 @@ def _hash(key: str) -> int:
     return int.from_bytes(sha256(key.encode()).digest(), "big")
 
 
+# Environment
 class TwentyQuestions:
     """Answers yes, no, what? or correct, by the columns `secret` and `told` of the problem.
 
-    It ends with the right guess and never before: how many turns there are, twenty or any other number, is the loop's
-    to say.
+    Reward is -1.0 for each action but the right guess, which has 0.0. Only the right guess ends an attempt: the number
+    of turns, twenty or any other, is limited by `max_turns`.
     """
 
     instant = True
 
-    def reset(self, problem: Problem, *, seed: int) -> Prompt:  # noqa: ARG002 - nothing is drawn
-        """Return the two facts that are told, never the problem's prompt: that names the secret.
+    def reset(self, problem: Problem, *, seed: int) -> Prompt:  # noqa: ARG002 - nothing is random
+        """Return the two facts, never the problem's prompt, which names the secret.
 
-        Raises ValueError for a problem that is none of `bcft.environments.twenty_questions`.
+        Raises ValueError for a problem that is not one of `bcft:twenty-questions`.
         """
         if missing := [name for name in ("secret", "told") if name not in problem.columns]:
             where = problem.where or f"problem {problem.id}"
@@ -226,6 +232,9 @@ class TwentyQuestions:
         return riddle.opening
 
     def step(self, action: str) -> Feedback:
-        """Answer one question or guess, at -1.0 unless it is the right guess."""
+        """Answer one question or guess."""
         reply, solved = answer(self._secret, action)
         return Feedback(observation=reply, reward=0.0 if solved else -1.0, done=solved, success=solved)
+
+
+DATASETS = {"bcft:twenty-questions": EmbeddedDataset(items)}

@@ -1,23 +1,24 @@
-"""Two attempts at the same problem, with a review between them, each judged apart.
+"""Two attempts at the same problem, with a review between them, each graded by itself.
 
-Filtered behaviour cloning is not known to teach self-correction: what is kept are conversations that end well, and most
-of these were right at once. Kumar et al. 2024 (SCoRe, https://arxiv.org/abs/2409.12917) measure it.
+Filtered behavior cloning is not known to teach self-correction: it keeps conversations that end well, and most of these
+were right at the first attempt. Kumar et al. 2024 (SCoRe, https://arxiv.org/abs/2409.12917) measure it.
 """
 
 from bcft.rewards.base import Reward, ask, import_function
 from bcft.types import Feedback, Message, Problem, Prompt
 
 REVIEW = "Check your solution and correct any mistake in it. Then give the whole solution again."
-TOLD = {True: "That is right. ", False: "That is not right. ", None: ""}
+VERDICTS = {True: "That is right. ", False: "That is not right. ", None: ""}
+"""What the review begins with, by the first attempt's success."""
 
 
 class TwoAttempts:
     """Shows the problem, asks for a second attempt at it, and is done.
 
-    review: what is asked after the first attempt; verdict: tell what the grader said of it before that; reward_func:
-    dotted path of the grader, in TRL's signature, 1.0 or more for what is solved.
+    review: the observation after the first attempt; verdict: begin it with the grade of that attempt; reward_func:
+    dotted path of the grader, in TRL's signature, which returns 1.0 or more for a solution.
 
-    The first attempt has no reward of its own, the second has the grader's; success is that of each attempt.
+    The first attempt has no reward of its own, the second has the grader's; each has its own success.
     """
 
     def __init__(
@@ -31,18 +32,18 @@ class TwoAttempts:
         self.grader: Reward = import_function(reward_func, key="environment_args: reward_func")
         self.attempts = 0
 
-    def reset(self, problem: Problem, *, seed: int) -> Prompt:  # noqa: ARG002 - nothing is drawn
+    def reset(self, problem: Problem, *, seed: int) -> Prompt:  # noqa: ARG002 - nothing is random
         """Return the problem's prompt as given."""
         self.problem, self.attempts = problem, 0
         return problem.prompt
 
     def step(self, action: str) -> Feedback:
-        """Judge an attempt by itself; ask for another after the first."""
-        said: Message = {"role": "assistant", "content": action}
-        (reward,) = ask(self.grader, [self.problem], [action if isinstance(self.problem.prompt, str) else [said]])
-        solved = None if reward is None else reward >= 1.0
+        """Grade an attempt by itself; ask for another after the first."""
+        message: Message = {"role": "assistant", "content": action}
+        (reward,) = ask(self.grader, [self.problem], [action if isinstance(self.problem.prompt, str) else [message]])
+        success = None if reward is None else reward >= 1.0
         self.attempts += 1
         if self.attempts == 1:
-            asked = (TOLD[solved] if self.verdict else "") + self.review
-            return Feedback(observation=asked, reward=None, done=False, success=solved)
-        return Feedback(observation=None, reward=reward, done=True, success=solved)
+            review = (VERDICTS[success] if self.verdict else "") + self.review
+            return Feedback(observation=review, reward=None, done=False, success=success)
+        return Feedback(observation=None, reward=reward, done=True, success=success)

@@ -1,8 +1,9 @@
-"""Intervals, tests and estimators for success rates: what an evaluation may claim, as pure functions.
+"""Intervals, tests and estimators for success rates, as pure functions.
 
 The unit is the problem: samples of one problem are not independent, so a sampled rate enters as one number per
 problem. Left out: small-sample (t) quantiles, because evaluations have 64 problems and more, and bootstraps, because
-the closed forms need no seed. No function returns NaN: what too few problems cannot tell is the whole range.
+the closed forms need no seed. scipy.stats is not used: it takes 3 s to import. No function returns NaN: with too few
+problems the interval is the whole range.
 """
 
 from collections import Counter
@@ -70,7 +71,7 @@ def mean_interval(
 
 @dataclass(frozen=True, slots=True)
 class Paired:
-    """What changed from one policy to another on the same problems."""
+    """The difference between two policies on the same problems."""
 
     delta: float
     """Mean of the second's values minus mean of the first's; of rates in [-1, 1]."""
@@ -87,7 +88,7 @@ def paired(first: Sequence[float], second: Sequence[float], *, scale: tuple[floa
     The standard error is that of the per-problem differences: Miller 2024 (https://arxiv.org/abs/2411.00640), "Paired
     analysis". p is normal, and never below the 2^(1-n) that a sign-flip test of n pairs could reach; with fewer
     than `FEWEST_PAIRS` problems the interval is (-1, 1) and p is 1. Where all differences are equal, the interval is as
-    wide as that of an event seen in none of n problems: no spread in a sample is no proof of none.
+    wide as that of an event seen in none of n problems: a sample without spread does not prove that there is none.
     """
     if len(first) != len(second):
         raise ValueError(f"paired rates must be of the same problems: {len(first)} != {len(second)}")
@@ -106,14 +107,14 @@ def paired(first: Sequence[float], second: Sequence[float], *, scale: tuple[floa
 
 
 def verdict(comparison: Paired) -> Literal["better", "worse", "not_distinguishable"]:
-    """Say what the interval shows: the second policy differs only where the interval excludes 0."""
+    """Return how the second policy compares with the first: it differs only where the interval excludes 0."""
     if comparison.low > 0:
         return "better"
     return "worse" if comparison.high < 0 else "not_distinguishable"
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Return the unbiased estimate that one of k samples is right, given c right among n.
+    """Return the unbiased estimate of the chance that at least one of k samples is right, given c right among n.
 
     1 - C(n-c, k) / C(n, k) as a product, which neither overflows nor cancels: Chen et al. 2021
     (https://arxiv.org/abs/2107.03374), eq. 1 and figure 3.
@@ -126,10 +127,10 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 
 def majority(answers: Sequence[str], correct: Sequence[bool], k: int) -> bool:
-    """Say whether the commonest of the first k answers is right (maj@k); ties go to the earlier answer.
+    """Return whether the most common of the first k answers is right (maj@k); ties go to the earlier answer.
 
-    An empty answer wins only where there is no other. Answers count as the same when the strings are equal. The
-    winner is right when its first sample is. Wang et al. 2022 (https://arxiv.org/abs/2203.11171).
+    An empty answer wins only where there is no other. Equal strings are the same answer. The winner is right when
+    its first sample is. Wang et al. 2022 (https://arxiv.org/abs/2203.11171).
     """
     if len(answers) != len(correct) or not 1 <= k <= len(answers):
         raise ValueError(f"maj@{k} needs k answers and as many marks, not {len(answers)} and {len(correct)}")
@@ -154,7 +155,7 @@ def _quantile(level: float) -> float:
 
 
 def _scaled(values: Sequence[float], scale: tuple[float, float]) -> list[float]:
-    """Return where values lie between the ends of a scale, 0.0 where these are one."""
+    """Return the place of each value between the ends of a scale; 0.0 where the ends are equal."""
     low, high = scale
     return [(value - low) / (high - low) if high > low else 0.0 for value in values]
 

@@ -1,10 +1,11 @@
 """The `hf` engine: a decode loop of our own on transformers' models, caches and warpers.
 
-Beyond `generate` it prefills a prompt once for all its samples, drops finished rows and refills their places,
-and draws every token from the attempt's identity. It does not search beams, assist, compile or stop on strings.
+Unlike `generate` it prefills a prompt once for all its samples, drops finished rows and refills their places, and
+draws every token from the attempt's identity. Beam search, assisted decoding, compilation and stop strings are left
+out.
 
-Rows are right-aligned: a cache of width W holds a row's n tokens in its last n columns, so rows of any length
-can join, leave and be trimmed together.
+Rows are right-aligned: a cache of width W holds a row's n tokens in its last n columns, so rows of any length can join,
+leave and be trimmed together.
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,7 +30,7 @@ from bcft.generation.noise import gumbel, identity_seed
 from bcft.types import Action, Request, Sampling, Stop
 
 _COMPACT_EVERY = 8
-"""Steps between two looks at which rows are finished: each look waits for the device."""
+"""Steps between two checks for finished rows: each check waits for the device."""
 _PREFILL_TOKENS = 16_384
 """Padded prompt tokens in one forward pass of prompts."""
 _MOST_ROWS = 512
@@ -39,8 +40,8 @@ _MOST_ROWS = 512
 def sampling_mode(model: Any, *, autocast: str = "no") -> Iterator[None]:
     """Put a model into eval mode, gradient checkpointing off, under the training's autocast; restore all afterwards.
 
-    autocast: `no`, `bf16` or `fp16`. Before its first `train()` a Trainer's model is not under autocast, so
-    without this the first evaluation would compute in another precision than the later ones.
+    autocast: `no`, `bf16` or `fp16`. Before its first `train()` a Trainer's model is not under autocast: the first
+    evaluation would compute in another precision than the later ones.
     """
     training, checkpointing = model.training, model.is_activation_checkpointing
     dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[autocast]
@@ -49,8 +50,8 @@ def sampling_mode(model: Any, *, autocast: str = "no") -> Iterator[None]:
         model.activation_checkpointing_disable()
     if model.device.type == "cpu":
         for module in model.modules():
-            # In eval mode bitsandbytes repacks 4-bit weights for CPUs with bf16 and rounds their scales for good; its
-            # layer has no other use for the mode.
+            # In eval mode bitsandbytes repacks 4-bit weights for CPUs with bf16, which rounds their scales for good.
+            # The layer does not read the mode for anything else.
             if type(module).__name__ == "Linear4bit":
                 module.train()
     try:
@@ -64,18 +65,18 @@ def sampling_mode(model: Any, *, autocast: str = "no") -> Iterator[None]:
 
 @dataclass
 class _Rows:
-    """The attempts being decoded; every tensor has the row first. Owned by one call of `_decode`."""
+    """The attempts in decoding; the first dimension of every tensor is the row. Owned by one call of `_decode`."""
 
     requests: list[Request]
     cache: DynamicCache
-    mask: torch.Tensor  # (B, W) which cache columns hold a token of the row
+    mask: torch.Tensor  # (B, W) whether a cache column holds a token of the row
     last: torch.Tensor  # (B,) the token sampled last, not yet in the cache
     made: torch.Tensor  # (B,) tokens sampled so far
     limit: torch.Tensor  # (B,) tokens that may be sampled
     done: torch.Tensor  # (B,)
     seeds: torch.Tensor  # (B, 2)
     ids: torch.Tensor  # (B, most) the tokens sampled
-    seen: torch.Tensor  # (B, S) context and action, filled up with a context token; S = 0 unless a penalty reads it
+    seen: torch.Tensor  # (B, S) context and action, padded with a context token; S = 0 without a repetition penalty
 
     def select(self, keep: torch.Tensor) -> None:
         """Keep the rows of these indices (K,), in this order."""
@@ -109,14 +110,16 @@ class _Rows:
 class HFEngine:
     """Sample with a transformers model. Call it inside `sampling_mode`.
 
-    rows: most attempts decoded together; None takes what the free memory holds, at most 512. On out-of-memory
-    the number is halved and only the unfinished attempts are repeated, to the same tokens.
+    rows: most attempts decoded together; None: as many as the free memory holds, at most 512. When memory runs out the
+    number is halved and only the unfinished attempts are repeated, to the same tokens.
+    keep_sessions: keep the caches of sessions from one call to the next, as conversations of several turns need.
     """
 
-    def __init__(self, model: Any, *, pad_id: int, rows: int | None = None) -> None:
+    def __init__(self, model: Any, *, pad_id: int, rows: int | None = None, keep_sessions: bool = True) -> None:
         self.model = model
         self.pad_id = pad_id
         self.rows = rows
+        self.keep_sessions = keep_sessions
         self.sessions = Sessions()
         self.context = int(model.config.get_text_config().max_position_embeddings)
 
@@ -126,7 +129,7 @@ class HFEngine:
         Raises torch.OutOfMemoryError when not even one row fits, ValueError when two requests share a key.
         """
         if len({request.key for request in requests}) != len(requests):
-            raise ValueError("two requests have the same key, so they would draw the same noise")
+            raise ValueError("two requests have the same key, so they would get the same noise")
         self.sessions.forget_all_but(request.session for request in requests)
         for sampling, stop_ids in dict.fromkeys((r.sampling, r.stop_ids) for r in requests):
             alike = [r for r in requests if (r.sampling, r.stop_ids) == (sampling, stop_ids)]
@@ -136,7 +139,7 @@ class HFEngine:
         full = [r for r in requests if len(r.context_ids) >= self.context or r.max_new_tokens < 1]
         yield from (Action(r.key, (), "context_full") for r in full)
         skip = {r.key for r in full}
-        # Longest first: rows of like length are decoded together, and a lack of memory shows at once.
+        # Longest first: rows of similar length are decoded together, and a lack of memory shows at once.
         ordered = sorted((r for r in requests if r.key not in skip), key=lambda r: (-len(r.context_ids), r.context_ids))
         remaining = {r.key: r for r in ordered}
         rows = self.rows or self._rows_that_fit(ordered)
@@ -148,7 +151,7 @@ class HFEngine:
             except torch.OutOfMemoryError:
                 if rows == 1 and not self.sessions:
                     raise
-                self.sessions.forget_all_but(())  # what they hold can be computed again
+                self.sessions.forget_all_but(())  # they can be computed again
                 rows = self.rows = max(rows // 2, 1)
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
@@ -177,7 +180,7 @@ class HFEngine:
     def _admit(
         self, waiting: list[Request], free: int, sampling: Sampling, warpers: LogitsProcessorList
     ) -> tuple[list[Request], _Rows]:
-        """Prefill as many waiting requests as there is room for; return the others and the new rows."""
+        """Prefill as many waiting requests as fit into the free rows; return the others and the new rows."""
         chosen, contexts = 0, set()
         for request in waiting[: max(free, 1)]:
             contexts.add(request.context_ids)
@@ -187,40 +190,42 @@ class HFEngine:
         return waiting[chosen:], self._begin(waiting[:chosen], sampling, warpers)
 
     def _begin(self, requests: list[Request], sampling: Sampling, warpers: LogitsProcessorList) -> _Rows:
-        """Read the contexts of requests: of those that go on with a session only what is new."""
+        """Read the contexts of requests: only the new tokens of those that continue a session."""
         known = [request for request in requests if self.sessions.known(request)]
         if not known:
             return self._prefill(requests, sampling, warpers)
         rows = self._resume(known, sampling, warpers)
-        going_on = {request.key for request in known}
-        if fresh := [request for request in requests if request.key not in going_on]:
+        continued = {request.key for request in known}
+        if fresh := [request for request in requests if request.key not in continued]:
             rows.join(self._prefill(fresh, sampling, warpers))
         return rows
 
     def _keep(self, rows: _Rows) -> None:
-        """Keep the caches of finished rows whose conversations may go on."""
+        """Keep the caches of finished rows, for the next turns of their sessions."""
+        if not self.keep_sessions:
+            return
         ended = [i for i, done in enumerate(rows.done.tolist()) if done and rows.requests[i].session is not None]
         if not ended or not _plain(rows.cache):
             return
         held = rows.mask.sum(1).tolist()
         for i in ended:
             request, made = rows.requests[i], int(rows.made[i])
-            # The token sampled last is in no cache yet, and what a row that was done earlier rode along with is none.
+            # The last sampled token is not in the cache yet; columns after a row was done are not its tokens.
             ids = (*request.context_ids, *rows.ids[i, : made - 1].tolist())
             self.sessions.keep(request, ids, rows.cache, row=i, behind=held[i] - len(ids))
 
     @torch.no_grad()
     def _resume(self, requests: list[Request], sampling: Sampling, warpers: LogitsProcessorList) -> _Rows:
-        """Read what is new to conversations whose earlier part is cached.
+        """Read the new tokens of conversations with a cached earlier part.
 
-        All read as many tokens as the one with the most new ones: the others read some of their own again, so that
-        every row's tokens stand side by side.
+        All read as many tokens as the conversation with the most new ones, the others some of their own again, so that
+        the new tokens of all rows are in the same columns.
         """
         device = self.model.device
         known = [self.sessions.known(request) for request in requests]
         new = max(len(r.context_ids) - n for r, n in zip(requests, known, strict=True))
         lengths = [len(r.context_ids) - new for r in requests]
-        if min(lengths) < 1:  # one is shorter than what is new to another
+        if min(lengths) < 1:  # a context is no longer than the new part of another
             return self._prefill(requests, sampling, warpers)
         width = max(lengths)
         cache = DynamicCache(config=self.model.config)
@@ -268,7 +273,7 @@ class HFEngine:
         sampling: Sampling,
         warpers: LogitsProcessorList,
     ) -> _Rows:
-        """Return rows whose contexts (B, W) are in the cache, the first token drawn from logits (B, V)."""
+        """Return rows for contexts in the cache, mask (B, W), their first token drawn from logits (B, V)."""
         device, width = self.model.device, mask.shape[1]
         limits = [min(r.max_new_tokens, self.context - len(r.context_ids)) for r in requests]
         most, n = max(limits), len(requests)
@@ -293,7 +298,7 @@ class HFEngine:
 
     @torch.no_grad()
     def _step(self, rows: _Rows, sampling: Sampling, warpers: LogitsProcessorList) -> None:
-        """Sample one more token for each row; finished rows ride along until they are dropped."""
+        """Sample one more token for each row; finished rows are decoded too until they are dropped."""
         positions = rows.mask.sum(1, keepdim=True)
         rows.mask = torch.nn.functional.pad(rows.mask, (0, 1), value=1)
         logits = self.model(
@@ -319,9 +324,9 @@ class HFEngine:
 
 
 def rows_that_fit(*, cached: int, vocabulary: int, tokens: int, free: int) -> int:
-    """Return how many attempts are decoded together: of so many tokens each, with so many bytes free for them.
+    """Return how many attempts can be decoded together.
 
-    cached: numbers that the keys and values of one token are.
+    cached: count of numbers in the keys and values of one token; tokens: of an attempt; free: bytes.
     """
     # Twice the cache, since growing it copies; six fp32 rows of the vocabulary for warpers and noise.
     each = 2 * cached * tokens * 4 + 6 * 4 * vocabulary
@@ -368,8 +373,8 @@ def _finished(rows: _Rows) -> Iterator[Action]:
     for index, request in enumerate(rows.requests):
         if done[index]:
             ids = tuple(rows.ids[index, : made[index]].tolist())
-            cut: Stop = "max_tokens" if made[index] == request.max_new_tokens else "context_full"
-            yield Action(request.key, ids, "stop_token" if ids[-1] in request.stop_ids else cut)
+            limit: Stop = "max_tokens" if made[index] == request.max_new_tokens else "context_full"
+            yield Action(request.key, ids, "stop_token" if ids[-1] in request.stop_ids else limit)
 
 
 def _unfinished(rows: _Rows) -> _Rows | None:
@@ -384,10 +389,10 @@ def _unfinished(rows: _Rows) -> _Rows | None:
 
 
 def _plain(cache: DynamicCache) -> bool:
-    """Tell whether columns of the cache may be cut and padded: not with sliding windows or recurrent states."""
+    """Return whether columns of the cache can be dropped and padded: not with sliding windows or recurrent states."""
     return all(isinstance(layer, Slab) for layer in cache.layers)
 
 
 def _widen(seen: torch.Tensor, width: int) -> torch.Tensor:
-    """Repeat the last column up to `width`: a token seen twice is penalised once."""
+    """Repeat the last column up to `width`: a token seen twice is penalized once."""
     return torch.cat([seen, seen[:, -1:].expand(-1, width - seen.shape[1])], dim=1)

@@ -1,4 +1,4 @@
-"""What the `hf` engine keeps of what it read: a cache that grows in place, and conversations' from turn to turn."""
+"""Keys and values of the `hf` engine: a cache that grows in place, and the caches of conversations between turns."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -10,16 +10,16 @@ from transformers.cache_utils import DynamicLayer
 from bcft.types import Request
 
 _SPARE_COLUMNS = 64
-"""Tokens a cache can grow by before it moves into a larger place."""
+"""Tokens by which a cache can grow before it moves into larger rooms."""
 SESSION_BYTES = 2**30
-"""What the caches of conversations may hold between two turns; of the others the whole context is read again."""
+"""The most that caches of conversations hold between two turns; without a cache the whole context is read again."""
 
 
 class Slab(DynamicLayer):  # type: ignore[misc]
-    """A layer that grows into room it has already: `torch.cat` at every token was 40 % of the time on a CPU.
+    """A layer that grows into rooms with spare columns: `torch.cat` at every token took 40 % of the time on a CPU.
 
-    `keys` and `values` (B, H, W, D) are views of the first W columns of their rooms, from a first column that
-    moves right when columns are dropped.
+    `keys` and `values` (B, H, W, D) are views of W columns of their rooms, from a first column that moves right when
+    columns are dropped.
     """
 
     rooms: tuple[torch.Tensor, torch.Tensor]
@@ -49,7 +49,7 @@ class Slab(DynamicLayer):  # type: ignore[misc]
         return self.keys, self.values
 
     def settle(self, keys: torch.Tensor, values: torch.Tensor, *, more: int = 0) -> None:
-        """Move into rooms of these states' size and `more` columns, with some to spare."""
+        """Copy these states into new rooms that have space for `more` columns, with some to spare."""
         b, h, width, d = keys.shape
         wide = width + more + _SPARE_COLUMNS
         self.rooms = keys.new_empty(b, h, wide, d), values.new_empty(b, h, wide, d)
@@ -63,14 +63,14 @@ class Slab(DynamicLayer):  # type: ignore[misc]
         self.settle(self.keys[indices], self.values[indices])
 
     def drop_columns(self, n: int) -> None:
-        """Forget the first n columns, without moving anything."""
+        """Drop the first n columns, without a copy."""
         self.first += n
         self.keys, self.values = (room[:, :, self.first : self.end] for room in self.rooms)
 
 
 @dataclass(frozen=True)
 class _Session:
-    """The ids that were read, and each layer's keys and values (2, H, n, D) of them."""
+    """Token ids in the cache, and each layer's keys and values (2, H, n, D) of them."""
 
     ids: tuple[int, ...]
     states: tuple[torch.Tensor, ...]
@@ -81,7 +81,7 @@ class _Session:
 
 
 class Sessions:
-    """Caches of conversations that may go on, by `Request.session`: no more than `SESSION_BYTES` of them."""
+    """Caches of conversations that may continue, by `Request.session`, of at most `SESSION_BYTES` together."""
 
     def __init__(self) -> None:
         self.kept: dict[tuple[str | int, ...], _Session] = {}
@@ -91,50 +91,50 @@ class Sessions:
         return len(self.kept)
 
     def forget_all_but(self, sessions: Iterable[tuple[str | int, ...] | None]) -> None:
-        """Let go of the conversations that have ended."""
-        going_on = set(sessions)
-        self.kept = {key: kept for key, kept in self.kept.items() if key in going_on}
+        """Drop all conversations but these."""
+        continued = set(sessions)
+        self.kept = {key: kept for key, kept in self.kept.items() if key in continued}
         self.held = sum(kept.bytes for kept in self.kept.values())
 
     def known(self, request: Request) -> int:
-        """Return how many tokens of a request's context are cached: 0 where another conversation is, or none."""
+        """Return how many tokens of a request's context are cached: 0 if the cached ids are not its beginning."""
         kept = self.kept.get(request.session) if request.session is not None else None
         if kept is None or len(kept.ids) >= len(request.context_ids):
             return 0
         return len(kept.ids) if request.context_ids[: len(kept.ids)] == kept.ids else 0
 
     def keep(self, request: Request, ids: tuple[int, ...], cache: Any, *, row: int, behind: int) -> None:
-        """Keep a row of a cache, if there is room.
+        """Keep a row of a cache, if the limit allows.
 
-        ids: the tokens it is of; behind: columns of the cache that come after these and are not theirs.
+        ids: the tokens of the row; behind: columns of the cache after these tokens, which are not kept.
         """
         assert request.session is not None
         end = cache.layers[0].keys.shape[2] - behind
         span = slice(end - len(ids), end)
-        # Copied: a view would keep the whole batch's cache.
+        # Copied: a view would keep the whole batch's cache in memory.
         states = tuple(torch.stack((layer.keys[row, :, span], layer.values[row, :, span])) for layer in cache.layers)
-        found, before = _Session(ids, states), self.kept.pop(request.session, None)
+        session, before = _Session(ids, states), self.kept.pop(request.session, None)
         self.held -= before.bytes if before else 0
-        if self.held + found.bytes <= SESSION_BYTES:
-            self.kept[request.session] = found
-            self.held += found.bytes
+        if self.held + session.bytes <= SESSION_BYTES:
+            self.kept[request.session] = session
+            self.held += session.bytes
 
     def layers(self, requests: Sequence[Request], lengths: Sequence[int]) -> list[Slab]:
-        """Return a cache's layers that hold the first tokens of each request's context, as many as `lengths` says."""
+        """Return the layers of a cache that holds the first `lengths[i]` tokens of each request i's context."""
         sessions = [self.kept[request.session] for request in requests if request.session is not None]
-        width, found = max(lengths), []
+        width, layers = max(lengths), []
         for index, first in enumerate(sessions[0].states):
             states = first.new_zeros(2, len(requests), first.shape[1], width, first.shape[3])
-            for row, (have, kept) in enumerate(zip(lengths, sessions, strict=True)):
-                states[:, row, :, width - have :] = kept.states[index][:, :, :have]
+            for row, (length, session) in enumerate(zip(lengths, sessions, strict=True)):
+                states[:, row, :, width - length :] = session.states[index][:, :, :length]
             layer = Slab()
             layer.update(states[0], states[1])
-            found.append(layer)
-        return found
+            layers.append(layer)
+        return layers
 
 
 def stack(first: torch.Tensor, second: torch.Tensor, *, dim: int, left: bool) -> torch.Tensor:
-    """Concatenate along the rows, the narrower one padded with zeros along `dim`, on the left or on the right."""
+    """Concatenate rows, the narrower tensor padded with zeros along `dim`, on the left or on the right."""
     width = max(first.shape[dim], second.shape[dim])
     padded = []
     for tensor in (first, second):

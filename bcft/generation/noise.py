@@ -1,16 +1,16 @@
 """Sampling noise as a function of the rollout's identity.
 
-The token drawn is the argmax of the processed logits plus Gumbel noise (the Gumbel-max trick, Gumbel 1954;
-Maddison et al. 2014, arXiv 1411.0030, section 2), and the noise of (attempt, position, token) is a hash.
-So batch size, batch order, process count and resumption change no token. An inverse-CDF draw would be
-cheaper but moves every one of V boundaries by rounding; Gumbel noise flips on near ties only.
+The sampled token is the argmax of the processed logits plus Gumbel noise (the Gumbel-max trick, Gumbel 1954; Maddison
+et al. 2014, arXiv 1411.0030, section 2), and the noise of (attempt, position, token) is a hash. So batch size, batch
+order, process count and resumption do not change any token. An inverse-CDF draw would be cheaper, but rounding moves
+every one of its V boundaries; Gumbel noise changes the token on near ties only.
 """
 
 import hashlib
 
 import torch
 
-_GOLDEN = -1640531527  # 0x9E3779B9 as int32: odd, so that multiples of it are all different
+_GOLDEN = -1640531527  # 0x9E3779B9 as int32: odd, so that all its multiples are different
 
 
 def identity_seed(*parts: str | int) -> tuple[int, int]:
@@ -27,7 +27,7 @@ def gumbel(seeds: torch.Tensor, positions: torch.Tensor, vocabulary: int) -> tor
     row = _mix(seeds[:, 0] + _mix(positions * _GOLDEN + 1))
     token = torch.arange(1, vocabulary + 1, dtype=torch.int32, device=seeds.device) * _GOLDEN
     hashed = _mix(_mix(row[:, None] + token) + seeds[:, 1:2])
-    # 23 bits and a half: every value is exact in fp32 and neither 0 nor 1, so the noise is finite.
+    # 23 bits plus one half: every value is exact in fp32 and neither 0 nor 1, so the noise is finite.
     uniform = (_shift(hashed, 9).float() + 0.5) * 2.0**-23
     return -torch.log(-torch.log(uniform))
 

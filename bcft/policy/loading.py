@@ -1,7 +1,8 @@
 """Models and tokenizers: precision from the hardware, adapters, 4-bit bases, the embedded policy.
 
-`bcft:tiny-math` is the embedded policy, `bcft:tiny-init` the same model before training. Everything else is
-a local directory or a Hub id. Weights come as safetensors only: a pickle is code.
+`bcft:tiny-math` is the embedded policy, `bcft:tiny-init` the same model before training. Any other name is a local
+directory or a Hub id. Functions take the name apart from the settings, because a run loads weights under more names
+than its recipe gives. Weights must be safetensors: loading a pickle runs its code.
 """
 
 import dataclasses
@@ -13,9 +14,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
+from transformers.utils import logging
 
-from bcft.config.loader import Recipe
-from bcft.config.schema import TRAINING
+from bcft.config.schema import ModelSettings
 from bcft.errors import DataError, UsageError
 from bcft.policy.chat_template import Renderer
 from bcft.runs.distributed import connect, local_rank
@@ -27,7 +29,7 @@ ASSETS = Path(__file__).parents[1] / "assets"
 
 @dataclass(frozen=True)
 class Precision:
-    """Where and in what numbers a run computes; `why` is the one line a user reads."""
+    """Where and in which number formats a run computes."""
 
     device: str
     autocast: str
@@ -35,11 +37,12 @@ class Precision:
     weights: torch.dtype
     """Of a full model that trains: fp32, since a bf16 weight loses most small updates; else of the frozen base."""
     why: str
+    """One line for the user."""
 
 
 @dataclass(frozen=True)
 class Policy:
-    """A model that can be asked: its weights, the one renderer for it, and the precision it computes in."""
+    """A model ready to be sampled: its weights, the one renderer for it, and the precision it computes in."""
 
     model: Any
     renderer: Renderer
@@ -51,12 +54,15 @@ class Policy:
         return hasattr(self.model, "peft_config")
 
 
-def load_policy(recipe: Recipe, *, trainable: bool = True) -> Policy:
-    """Load tokenizer and model of a recipe; the model will stop where its tokenizer's template stops."""
-    precision = choose_precision(recipe)
+def load_policy(name: str, settings: ModelSettings, *, trainable: bool = True) -> Policy:
+    """Load tokenizer and model, and join the group of processes; the model will stop where its template stops.
+
+    trainable: False for a policy that is only sampled. Raises UsageError and DataError as `load_model` does.
+    """
+    precision = choose_precision(name, settings)
     connect(cpu=precision.device == "cpu")
-    renderer = load_renderer(recipe)
-    model = load_model(recipe, precision, trainable=trainable)
+    renderer = load_renderer(name, settings)
+    model = load_model(name, settings, precision, trainable=trainable)
     if precision.device == "cpu" and precision.autocast == "no" and model.num_parameters() < SMALL:
         torch.set_num_threads(1)
         precision = dataclasses.replace(precision, why="cpu, float32, one thread (more would slow a model this small)")
@@ -66,187 +72,189 @@ def load_policy(recipe: Recipe, *, trainable: bool = True) -> Policy:
     return Policy(model, renderer, precision)
 
 
-def longest_row(recipe: Recipe) -> int:
+def longest_row(name: str, settings: ModelSettings, max_length: int | None) -> int:
     """Return the most tokens a row may have: `max_length`, and no more than the model has positions."""
-    positions = int(base_config(recipe).get_text_config().max_position_embeddings)
-    return min(recipe["max_length"] or positions, positions)
+    positions = int(base_config(name, settings).get_text_config().max_position_embeddings)
+    return min(max_length or positions, positions)
 
 
-def base_config(recipe: Recipe) -> Any:
-    """Load the configuration of a recipe's model; of an adapter's base."""
-    from transformers import AutoConfig
-
-    name = locate(recipe["model_name_or_path"])
-    return _from_pretrained(AutoConfig, adapter_base(name) or name, recipe)
+def base_config(name: str, settings: ModelSettings) -> Any:
+    """Load the configuration of a model; of an adapter's base."""
+    name = locate(name)
+    return _from_pretrained(AutoConfig, adapter_base(name) or name, settings)
 
 
-def load_renderer(recipe: Recipe) -> Renderer:
-    """Load the tokenizer of a recipe, and the ids at which its model's generation config stops."""
-    from transformers import GenerationConfig
-
-    name = locate(recipe["model_name_or_path"])
+def load_renderer(name: str, settings: ModelSettings) -> Renderer:
+    """Load a model's tokenizer, and the ids at which its generation config stops."""
+    place = locate(name)
     try:
-        eos = GenerationConfig.from_pretrained(
-            adapter_base(name) or name, revision=recipe["model_revision"]
-        ).eos_token_id
+        config = GenerationConfig.from_pretrained(adapter_base(place) or place, revision=settings.model_revision)
+        eos = config.eos_token_id
     except OSError:  # a model without generation_config.json stops at its tokenizer's EOS
         eos = None
-    return Renderer(load_tokenizer(recipe), [] if eos is None else [eos] if isinstance(eos, int) else eos)
+    return Renderer(load_tokenizer(name, settings), [] if eos is None else [eos] if isinstance(eos, int) else eos)
 
 
-def choose_precision(recipe: Recipe) -> Precision:
-    """Choose device and precision from the hardware, or take the recipe's `bf16`, `fp16`, `dtype`, `use_cpu`."""
-    frozen = bool(recipe["use_peft"] or adapter_base(recipe["model_name_or_path"]))
-    if recipe["bf16"] and recipe["fp16"]:
-        raise UsageError("bf16 and fp16 are both true: set one of them")
-    if torch.cuda.is_available() and not recipe["use_cpu"]:
-        device, name = "cuda", torch.cuda.get_device_name()
+def choose_precision(name: str, settings: ModelSettings) -> Precision:
+    """Choose device and precision from the hardware; the settings `bf16`, `fp16`, `dtype` and `use_cpu` override it."""
+    frozen = bool(settings.use_peft or adapter_base(name))
+    if torch.cuda.is_available() and not settings.use_cpu:
+        device, gpu = "cuda", torch.cuda.get_device_name()
         # `is_bf16_supported()` counts emulation, which a T4 does slowly; compute capability 8.0 is Ampere.
         native = torch.cuda.get_device_capability() >= (8, 0)
-        autocast, reason = ("bf16", f"{name} has bf16") if native else ("fp16", f"{name} has no native bf16")
-    elif torch.backends.mps.is_available() and not recipe["use_cpu"]:
+        autocast, reason = ("bf16", f"{gpu} has bf16") if native else ("fp16", f"{gpu} has no native bf16")
+    elif torch.backends.mps.is_available() and not settings.use_cpu:
         device, autocast, reason = "mps", "no", "Apple GPU: fp32 is the safe choice"
     else:
         device, autocast, reason = "cpu", "no", f"CPU with {torch.get_num_threads()} threads"
-    for asked in ("bf16", "fp16"):
-        if recipe[asked]:
-            autocast, reason = asked, f"{asked}: true in the recipe"
-        elif recipe[asked] is False and autocast == asked:
-            autocast, reason = "no", f"{asked}: false in the recipe"
+    for mode, wanted in (("bf16", settings.bf16), ("fp16", settings.fp16)):
+        if wanted:
+            autocast, reason = mode, f"{mode}: true in the recipe"
+        elif wanted is False and autocast == mode:
+            autocast, reason = "no", f"{mode}: false in the recipe"
     low = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[autocast]
     weights = low if frozen else torch.float32
-    if recipe["dtype"] not in (None, "auto"):
-        weights = getattr(torch, recipe["dtype"])
-    words = str(weights).removeprefix("torch.")
+    if settings.dtype != "auto":
+        weights = getattr(torch, settings.dtype)
+    numbers = str(weights).removeprefix("torch.")
     mixed = "" if autocast == "no" else f", {autocast} autocast"
     kind = "frozen base" if frozen else "weights"
-    return Precision(device, autocast, weights, f"{device}, {words} {kind}{mixed} ({reason})")
+    return Precision(device, autocast, weights, f"{device}, {numbers} {kind}{mixed} ({reason})")
 
 
 def locate(name: str) -> str:
-    """Return what `from_pretrained` takes: the package's directory for a `bcft:` name, else the name itself."""
+    """Return the name that `from_pretrained` takes: for a `bcft:` name the directory in this package."""
     if not name.startswith("bcft:"):
         return name
     if name not in ("bcft:tiny-math", "bcft:tiny-init"):
-        raise UsageError(f"model_name_or_path: {name!r} is not embedded; there are bcft:tiny-math, bcft:tiny-init")
+        raise UsageError(
+            f"model_name_or_path: {name!r} is not embedded; the embedded models are bcft:tiny-math and bcft:tiny-init"
+        )
     return str(ASSETS / "tiny-math")
 
 
 def adapter_base(name: str) -> str:
-    """Return the base model an adapter directory names, '' when `name` is no adapter directory."""
+    """Return the base model that an adapter directory names; '' when `name` is not an adapter directory."""
     path = Path(name) / "adapter_config.json"
     return str(json.loads(path.read_text())["base_model_name_or_path"]) if path.is_file() else ""
 
 
-def load_tokenizer(recipe: Recipe) -> Any:
-    """Load the tokenizer, its template replaced by `chat_template_path` where given, and a pad token.
+def load_tokenizer(name: str, settings: ModelSettings) -> Any:
+    """Load the tokenizer with a pad token, its template replaced by `chat_template_path` where given.
 
-    The pad token is one the vocabulary has already: embeddings are never resized.
+    The pad token is taken from the vocabulary: embeddings are never resized.
     """
-    from transformers import AutoTokenizer
-
-    name = locate(recipe["model_name_or_path"])
+    name = locate(name)
     if not (Path(name) / "tokenizer_config.json").is_file():
         name = adapter_base(name) or name
-    tokenizer = _from_pretrained(AutoTokenizer, name, recipe)
-    if recipe["chat_template_path"]:
+    tokenizer = _from_pretrained(AutoTokenizer, name, settings)
+    if template := settings.chat_template_path:
         try:
-            tokenizer.chat_template = Path(recipe["chat_template_path"]).read_text(encoding="utf-8")
+            tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"chat_template_path: cannot read {recipe['chat_template_path']!r}: {error}") from error
-    if recipe["eos_token"]:
-        if recipe["eos_token"] not in tokenizer.get_vocab():
-            raise UsageError(f"eos_token: {recipe['eos_token']!r} is not in the tokenizer's vocabulary")
-        tokenizer.eos_token = recipe["eos_token"]
+            raise UsageError(f"chat_template_path: cannot read {template!r}: {error}") from error
+    if settings.eos_token:
+        if settings.eos_token not in tokenizer.get_vocab():
+            raise UsageError(f"eos_token: {settings.eos_token!r} is not in the tokenizer's vocabulary")
+        tokenizer.eos_token = settings.eos_token
     if tokenizer.pad_token is None:
         vocabulary = tokenizer.get_vocab()
         spare = ("<|finetune_right_pad_id|>", "<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<unk>")
-        # Padding carries no label and no attention, so sharing the stop token's id harms nothing.
+        # Padding has no label and no attention, so sharing the stop token's id does no harm.
         tokenizer.pad_token = next((token for token in spare if token in vocabulary), tokenizer.eos_token)
     return tokenizer
 
 
-def load_model(recipe: Recipe, precision: Precision, *, trainable: bool = True) -> Any:
+def load_model(name: str, settings: ModelSettings, precision: Precision, *, trainable: bool = True) -> Any:
     """Load the model in fp32 or as a frozen base in low precision, on its device; an adapter directory with its base.
 
-    Raises DataError when the weights are a pickle, UsageError when the name leads nowhere.
+    Raises DataError when the weights are a pickle, UsageError when the name leads nowhere, or for trainable 4-bit
+    weights without an adapter.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    name = locate(recipe["model_name_or_path"])
-    if recipe["model_name_or_path"] == "bcft:tiny-init":
+    place = locate(name)
+    if name == "bcft:tiny-init":
         torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name), dtype=torch.float32)
-    base = adapter_base(name)
-    refuse_pickles(base or name)
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(place), dtype=torch.float32)
+    base = adapter_base(place)
+    refuse_pickles(base or place)
     extra: dict[str, Any] = {"dtype": precision.weights, "use_safetensors": True}
-    if recipe["attn_implementation"]:
-        extra["attn_implementation"] = recipe["attn_implementation"]
-    if recipe["load_in_4bit"]:
-        extra["quantization_config"] = _nf4(recipe, precision)
+    if settings.attn_implementation:
+        extra["attn_implementation"] = settings.attn_implementation
+    if settings.load_in_4bit:
+        if trainable:
+            check_four_bits(name, settings)
+        extra["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=settings.bnb_4bit_quant_type,
+            bnb_4bit_use_double_quant=settings.use_bnb_nested_quant,
+            bnb_4bit_compute_dtype=precision.weights,
+        )
     if precision.device == "cuda":
         extra["device_map"] = {"": local_rank()}
-    model = _from_pretrained(AutoModelForCausalLM, base or name, recipe, **extra)
+    model = _from_pretrained(AutoModelForCausalLM, base or place, settings, **extra)
     if base:
-        from peft import PeftModel
+        from peft import PeftModel  # noqa: PLC0415 - peft takes seconds to import, and most runs have no adapter
 
-        refuse_pickles(name, stem="adapter_model")
-        model = PeftModel.from_pretrained(model, name, is_trainable=trainable)
-    return model if recipe["load_in_4bit"] or precision.device == "cuda" else model.to(precision.device)
+        refuse_pickles(place, stem="adapter_model")
+        model = PeftModel.from_pretrained(model, place, is_trainable=trainable)
+    return model if settings.load_in_4bit or precision.device == "cuda" else model.to(precision.device)
 
 
-def with_adapter(policy: Policy, recipe: Recipe) -> Policy:
-    """Return the policy as the recipe trains it: with `use_peft` and no adapter yet, behind one that changes nothing.
+def with_adapter(policy: Policy, settings: ModelSettings, *, seed: int) -> Policy:
+    """Return the policy that trains: with `use_peft` and without an adapter yet, it gets one that changes nothing.
 
-    The adapter's weights are fp32 and a function of the recipe's seed alone.
+    The adapter's weights are fp32 and depend on the seed alone.
     """
-    if policy.adapter or not recipe["use_peft"]:
+    if policy.adapter or not settings.use_peft:
         return policy
-    from peft import get_peft_model
+    from peft import get_peft_model  # noqa: PLC0415 - as in load_model
 
-    torch.manual_seed(recipe["seed"])
-    return dataclasses.replace(policy, model=get_peft_model(policy.model, lora_config(recipe)))
+    torch.manual_seed(seed)
+    return dataclasses.replace(policy, model=get_peft_model(policy.model, lora_config(settings)))
 
 
-def restore(policy: Policy, recipe: Recipe, name: str) -> None:
-    """Give the policy the weights of another directory or model of its kind, in place: whoever holds it sees them.
+def restore(policy: Policy, name: str, settings: ModelSettings) -> None:
+    """Give the policy the weights of another directory or model of its kind, in place, for all that hold the policy.
 
-    name: an adapter directory for a policy with an adapter, else whatever `model_name_or_path` may be.
+    name: an adapter directory for a policy with an adapter, else any `model_name_or_path`.
     """
     if policy.adapter:
-        from peft import load_peft_weights, set_peft_model_state_dict
+        from peft import load_peft_weights, set_peft_model_state_dict  # noqa: PLC0415 - as in load_model
 
         refuse_pickles(name, stem="adapter_model")
         set_peft_model_state_dict(policy.model, load_peft_weights(name, device=str(policy.model.device)))
         return
-    there = dataclasses.replace(recipe, values={**recipe.values, "model_name_or_path": name})
-    weights = load_model(there, dataclasses.replace(policy.precision, device="cpu")).state_dict()
+    weights = load_model(name, settings, dataclasses.replace(policy.precision, device="cpu")).state_dict()
     policy.model.load_state_dict(weights)
 
 
-def lora_config(recipe: Recipe) -> Any:
-    """Return the LoRA settings of the recipe."""
-    from peft import LoraConfig
+def lora_config(settings: ModelSettings) -> Any:
+    """Return the LoRA settings as peft's `LoraConfig`."""
+    from peft import LoraConfig  # noqa: PLC0415 - as in load_model
 
-    targets = recipe["lora_target_modules"]
+    # peft takes lists, not tuples, and reads `all-linear` or a regular expression from a string only.
+    targets, saved = (
+        None if words is None else list(words)
+        for words in (settings.lora_target_modules, settings.lora_modules_to_save)
+    )
     return LoraConfig(
         task_type="CAUSAL_LM",
-        r=recipe["lora_r"],
-        lora_alpha=recipe["lora_alpha"],
-        lora_dropout=recipe["lora_dropout"],
+        r=settings.lora_r,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
         target_modules=targets[0] if targets and len(targets) == 1 else targets,
-        modules_to_save=recipe["lora_modules_to_save"],
-        use_rslora=recipe["use_rslora"],
-        use_dora=recipe["use_dora"],
+        modules_to_save=saved,
+        use_rslora=settings.use_rslora,
+        use_dora=settings.use_dora,
     )
 
 
 def save_policy(policy: Policy, directory: Path) -> list[Path]:
     """Write model or adapter, tokenizer and template so that `from_pretrained` loads them and stops where this does.
 
-    They are written aside and moved in; returns the files.
+    They are written to a subdirectory and moved; returns the files.
     """
-    _hide_bars(str(directory))
+    _show_progress_of_hub_only(str(directory))
     aside = directory / ".model"
     shutil.rmtree(aside, ignore_errors=True)
     policy.model.save_pretrained(aside)
@@ -259,7 +267,7 @@ def save_policy(policy: Policy, directory: Path) -> list[Path]:
 
 
 def refuse_pickles(name: str, *, stem: str = "") -> None:
-    """Raise DataError for a local directory whose weights are pickles only: loading one runs its code."""
+    """Raise DataError for a local directory with pickled weights only: loading a pickle runs its code."""
     path = Path(name)
     if not path.is_dir() or any(path.glob(f"{stem}*.safetensors")):
         return
@@ -268,42 +276,27 @@ def refuse_pickles(name: str, *, stem: str = "") -> None:
         raise DataError(f"{path / pickles[0]}: pickled weights can run code: convert them to safetensors")
 
 
-def check_four_bits(recipe: Recipe) -> None:
+def check_four_bits(name: str, settings: ModelSettings) -> None:
     """Raise UsageError for 4-bit weights that a run would have to train without an adapter."""
-    adapter = recipe["use_peft"] or adapter_base(recipe["model_name_or_path"])
-    if recipe["load_in_4bit"] and recipe.command in TRAINING and not adapter:
+    if settings.load_in_4bit and not (settings.use_peft or adapter_base(name)):
         raise UsageError("load_in_4bit: 4-bit weights cannot train by themselves: set use_peft: true")
 
 
-def _nf4(recipe: Recipe, precision: Precision) -> Any:
-    from transformers import BitsAndBytesConfig
-
-    check_four_bits(recipe)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=recipe["bnb_4bit_quant_type"],
-        bnb_4bit_use_double_quant=recipe["use_bnb_nested_quant"],
-        bnb_4bit_compute_dtype=precision.weights,
-    )
-
-
-def _from_pretrained(auto: Any, name: str, recipe: Recipe, **extra: Any) -> Any:
-    """Call `from_pretrained`, turning what a user can cause into one line."""
-    trust = bool(recipe["trust_remote_code"])
+def _from_pretrained(auto: Any, name: str, settings: ModelSettings, **extra: Any) -> Any:
+    """Call `from_pretrained`; raise UsageError of one line for the errors that a user can cause."""
     if not Path(name).is_dir() and (name.count("/") > 1 or name.startswith((".", "/", "runs/"))):
-        raise UsageError(f"model_name_or_path: there is no directory {name!r}: run first what makes it")
-    _hide_bars(name)
+        raise UsageError(f"model_name_or_path: there is no directory {name!r}: run the recipe that makes it first")
+    _show_progress_of_hub_only(name)
+    trust = settings.trust_remote_code
     try:
-        return auto.from_pretrained(name, revision=recipe["model_revision"], trust_remote_code=trust, **extra)
+        return auto.from_pretrained(name, revision=settings.model_revision, trust_remote_code=trust, **extra)
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UsageError(f"model_name_or_path: cannot load {name!r}: {reason}") from error
 
 
-def _hide_bars(name: str) -> None:
-    """Show progress bars for what comes from the Hub only: a local file is there at once."""
-    from transformers.utils import logging
-
+def _show_progress_of_hub_only(name: str) -> None:
+    """Show progress bars for downloads only: a local file loads at once."""
     if Path(name).is_dir():
         logging.disable_progress_bar()
     else:

@@ -2,250 +2,358 @@
 
 Nothing is trained, no weights are loaded, nothing is written. Counts are exact: the real renderer makes the rows, and
 the model is built without storage. Memory is a sum that a reader can check, not a measurement. What is not on this
-machine while the Hub does not answer is unknown, and the rest is told all the same.
+machine while the Hub is unreachable is unknown; everything else is still printed.
+
+The module loads no framework before it has asked whether the Hub answers: the libraries read `HF_HUB_OFFLINE` when they
+are imported.
 """
 
-import json
 import math
-import os
-import shlex
-import urllib.error
-import urllib.request
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
-from bcft.config.loader import Recipe, load
-from bcft.data.loading import SUFFIXES, Splits, load_splits
-from bcft.errors import BcftError, DataError, UsageError
-from bcft.reporting.tables import plain_console
+from bcft.config.schema import (
+    DataSettings,
+    EnvironmentSettings,
+    EvaluationSettings,
+    ModelSettings,
+    RoundSettings,
+    RuleSettings,
+    SamplingSettings,
+    SelectionSettings,
+    TrainingSettings,
+)
+from bcft.data.examples import make_examples
+from bcft.data.loading import Splits, load_splits
+from bcft.environments.base import rollout_settings
+from bcft.errors import DataError
+from bcft.reporting.hub import Missing, available, work_offline_if_unreachable
+from bcft.reporting.tables import say
 from bcft.runs.directory import quiet_libraries
 from bcft.runs.distributed import rank, world_size
-from bcft.runs.history import its_turn
+from bcft.runs.history import is_due
+from bcft.selection.scoring import Scorer, success_function
 
 if TYPE_CHECKING:
     from bcft.policy.chat_template import Renderer
     from bcft.policy.loading import Precision
-    from bcft.reporting.memory import Lengths, Outline
+    from bcft.reporting.memory import Outline
 
-T = TypeVar("T")
-PATIENCE = 3.0
-"""Seconds the Hub may take to answer; the libraries would ask again for half a minute, once for each file."""
 LARGE = 100_000_000
-"""Parameters above which nobody means to train on a CPU."""
+"""Parameters above which a model is hardly meant to train on a CPU."""
+
+Line = tuple[str, str]
+"""A name and its value; a line without a name continues the one above."""
 
 
-class Missing(str):
-    """What cannot be told: `unknown`, and why in a few words."""
+@dataclass(frozen=True)
+class Lengths:
+    """The longest sequences of a run, in tokens."""
+
+    trained: int
+    sampled: int
+    """Prompt included."""
 
 
-Line = tuple[str, object]
-"""What is told, and its value; a line without a name goes on with the one above."""
+@dataclass(frozen=True)
+class _Parts:
+    """What a run is made from, as far as it is on this machine."""
+
+    splits: Splits | Missing
+    outline: "Outline | Missing"
+    renderer: "Renderer | Missing"
+    precision: "Precision"
+    longest: int
+    """Most tokens of an example; 0 where the model is unknown."""
 
 
-def dry_run(recipe: Recipe) -> None:
-    """Print what the run would be; the last line is the command that starts it.
+def dry_run_sft(
+    *,
+    model: ModelSettings,
+    data: DataSettings,
+    sampling: SamplingSettings,
+    environment: EnvironmentSettings,
+    selection: SelectionSettings,
+    training: TrainingSettings,
+    evaluation: EvaluationSettings,
+    command_line: str,
+    debug: bool = False,
+) -> None:
+    """Print what a run of `sft` would be; the last line is the command that starts it.
 
     Raises what the run would: UsageError for a model or a function, DataError for the dataset.
     """
     if rank() > 0:
         return
-    _do_without_an_absent_hub(recipe)
-    from bcft.policy.loading import choose_precision
-    from bcft.reporting.memory import Outline, outline  # these load torch
-
-    with quiet_libraries(recipe):
-        splits = _found(load_splits, recipe, "dataset_name")
-        shape = _found(outline, recipe, "model_name_or_path")
-        renderer = _found(_renderer, recipe, "model_name_or_path")
-        precision = choose_precision(recipe)
-        told, lengths = (_sft if recipe.command == "sft" else _filtered)(recipe, splits, renderer)
-    lines: list[Line] = [("dry run", "nothing is trained, no weights are loaded, no run directory is made"), *told]
-    large = isinstance(shape, Outline) and shape.parameters > LARGE and precision.why.startswith("cpu, float32")
-    why = f"{precision.why}; bf16=true plans for a GPU that has it" if large else precision.why
-    lines += [("model", f"{recipe['model_name_or_path']}: {shape}"), ("precision", why)]
-    lines += [("memory", shape)] if isinstance(shape, Missing) else _memory_lines(recipe, shape, precision, lengths)
-    console = plain_console()
-    for name, value in [*lines, ("to run it", command(recipe))]:
-        console.print(f"{name:<12}{value}", markup=False)
+    work_offline_if_unreachable(_names(model, data))
+    with quiet_libraries(debug=debug):
+        parts = _parts(model, data, evaluation)
+        graded = _graded(parts.splits, selection, environment.environment)
+        rollout_settings(sampling, environment, seed=training.seed)  # raises where there is no such environment
+        rows, count, lengths = _examples(parts, data, sampling)
+        attempts, test = _attempts(evaluation, parts.splits, "test", graded=graded)
+        lines = [
+            ("data", str(parts.splits)),
+            ("rows", rows),
+            ("steps", f"{_sft_steps(parts.splits, training, count, exact=bool(lengths))}; {_batch(training)}"),
+            ("evaluation", f"test: {test}"),
+            ("", f"before and after training: {2 * attempts:,} attempts"),
+            *_model_lines(parts, model, training, lengths=lengths, held_out_loss=True),
+        ]
+    _print(lines, command_line)
 
 
-# What the run does
+def dry_run_filtered(
+    *,
+    model: ModelSettings,
+    data: DataSettings,
+    sampling: SamplingSettings,
+    environment: EnvironmentSettings,
+    selection: SelectionSettings,
+    rounds: RoundSettings,
+    training: TrainingSettings,
+    evaluation: EvaluationSettings,
+    command_line: str,
+    debug: bool = False,
+) -> None:
+    """Print what a run of `filtered` would be; the last line is the command that starts it.
 
-
-def _sft(recipe: Recipe, splits: Splits | Missing, renderer: Any) -> "tuple[list[Line], Lengths | None]":
-    from bcft.data.examples import make_rows
-    from bcft.policy.loading import longest_row
-
-    rows: object = splits
-    trained, word, lengths = 0, "at most ", None
-    if isinstance(splits, Splits):
-        trained, rows = len(splits.train), renderer
-        if not isinstance(renderer, Missing):
-            limit = longest_row(recipe)
-            made, rows = make_rows(
-                splits.train,
-                renderer,
-                max_length=limit,
-                overlength=recipe["overlength"],
-                train_on=recipe["train_on"],
-            )
-            prompts = renderer.prompts([d.problem.prompt for d in (*splits.test, *splits.harder)])
-            sampled = max(map(len, prompts), default=0) + recipe["max_completion_length"]
-            trained, word, lengths = len(made), "", (max(len(row.input_ids) for row in made), sampled)
-    if recipe["max_steps"] >= 0:
-        trained, word = 1, ""
-    told = f"{word}{steps(recipe, trained):,}" if trained else splits
-    each, text = _attempts(recipe, splits, "test", success=_tells_success(recipe, splits))
-    return [
-        ("data", splits),
-        ("rows", rows),
-        ("steps", f"{told}; {_batch(recipe)}"),
-        ("evaluation", f"test: {text}"),
-        ("", f"before and after training: {2 * each:,} attempts"),
-    ], lengths
-
-
-def _filtered(recipe: Recipe, splits: Splits | Missing, renderer: Any) -> "tuple[list[Line], Lengths | None]":
-    asked, samples, rounds = (recipe[key] for key in ("prompts_per_round", "num_generations", "num_rounds"))
-    limit, lengths = recipe["max_completion_length"], None
-    lines: list[Line] = [("data", splits)]
-    if isinstance(splits, Splits):
-        problems = {d.problem.id: d.problem.prompt for d in splits.train}
-        if not problems:
-            raise DataError("no problems to attempt: the training split is empty once dev and test are taken out")
-        asked = min(asked, len(problems))
-        held = f"{len(splits.dev):,} dev and {len(splits.test):,} test problems held out"
-        lines = [("data", f"{len(problems):,} problems to attempt, {held}"), ("prompts", renderer)]
-        if recipe["environment"]:
-            lines[-1] = ("prompts", f"what {recipe['environment']} shows is not known before it is played")
-        elif not isinstance(renderer, Missing):
-            counts = [len(ids) for ids in renderer.prompts(list(problems.values()))]
-            held_out = [len(ids) for ids in renderer.prompts([d.problem.prompt for d in splits.held_out])]
-            lines[-1] = ("prompts", f"{sum(counts) / len(counts):.1f} tokens in the mean, the longest {max(counts)}")
-            lengths = max(counts) + limit, max(*counts, *held_out) + limit
-    played, success = asked * samples, _tells_success(recipe, splits)
-    dev, dev_text = _attempts(recipe, splits, "dev", success=success)
-    test, test_text = _attempts(recipe, splits, "test", success=success)
-    times = 1 + evaluated_rounds(recipe, evaluated=dev, played=played)
-    measured, rolled = times * dev + 2 * test, rounds * played
-    share = 100 * measured / (measured + rolled)
-    return [
-        *lines,
-        ("rounds", f"{rounds} of {asked:,} prompts x {samples} generations = {played:,} attempts each"),
-        ("", f"at most {played * limit:,} tokens sampled in a round ({limit} an attempt)"),
-        ("steps", _round_steps(recipe, asked, replay=len(splits.replay) if isinstance(splits, Splits) else 0)),
-        ("evaluation", f"dev: {dev_text}, {times} times"),
-        ("", f"test: {test_text}, twice"),
-        ("", f"{measured:,} attempts beside {rolled:,} of rounds: {share:.0f} % of all that is sampled"),
-    ], lengths
-
-
-def _round_steps(recipe: Recipe, asked: int, *, replay: int) -> str:
-    """Tell the most steps of a round: with everything in its scope kept, and with the share above the quantile.
-
-    replay: demonstrations there are to be replayed.
+    Raises what the run would: UsageError for a model or a function, DataError for the dataset.
     """
-    span = recipe["num_rounds"] if recipe["history"] == "all" else min(recipe["history"], recipe["num_rounds"])
-    scope = asked * recipe["num_generations"] * span
-    most = min(scope, asked * span * (recipe["max_per_problem"] or scope))
-    share = min(most, round((1 - recipe["keep_quantile"]) * scope))
-    parts = []
-    for kept in dict.fromkeys((most, share)):
-        shown = min(kept, replay)
-        beside = f" beside {shown:,} demonstrations" if shown else ""
-        parts.append(f"{steps(recipe, kept + shown):,} if {kept:,} of {scope:,} are kept{beside}")
-    return f"a round at most {', '.join(parts)}; {_batch(recipe)}"
+    if rank() > 0:
+        return
+    work_offline_if_unreachable(_names(model, data))
+    with quiet_libraries(debug=debug):
+        parts = _parts(model, data, evaluation)
+        problems, lengths = _problems(parts, sampling, environment.environment)
+        graded = _graded(parts.splits, selection, environment.environment, scorer=True)
+        rollout_settings(sampling, environment, seed=training.seed)  # raises where there is no such environment
+        prompts, replay = rounds.prompts_per_round, 0
+        if isinstance(parts.splits, Splits):
+            prompts = min(prompts, len({d.problem.id for d in parts.splits.train}))
+            replay = len(parts.splits.replay)
+        attempts = prompts * sampling.num_generations
+        tokens = attempts * sampling.max_completion_length
+        lines = [
+            *problems,
+            ("rounds", f"{rounds.num_rounds} of {prompts:,} prompts x {sampling.num_generations} generations = "
+                       f"{attempts:,} attempts each"),
+            ("", f"at most {tokens:,} tokens sampled per round ({sampling.max_completion_length} per attempt)"),
+            ("steps", _round_steps(rounds, selection, training, attempts=attempts, prompts=prompts, replay=replay)),
+            *_evaluations(rounds, evaluation, parts.splits, played=attempts, graded=graded),
+            *_model_lines(parts, model, training, lengths=lengths, held_out_loss=False),
+        ]  # fmt: skip
+    _print(lines, command_line)
 
 
-def steps(recipe: Recipe, rows: int) -> int:
-    """Return how many optimizer steps training on so many rows takes, as transformers' Trainer counts them."""
-    if recipe["max_steps"] >= 0:
-        return int(recipe["max_steps"])
-    size, whole = recipe["per_device_train_batch_size"], recipe["dataloader_drop_last"]
-    batches = rows // size if whole else math.ceil(rows / size)
-    mine = batches // world_size() if whole else math.ceil(batches / world_size())
-    epoch = max(math.ceil(mine / recipe["gradient_accumulation_steps"]), 1)
-    total: int = math.ceil(recipe["num_train_epochs"] * epoch)
-    return total
+def _print(lines: Sequence[Line], command_line: str) -> None:
+    first = ("dry run", "nothing is trained, no weights are loaded, no run directory is made")
+    say("\n".join(f"{name:<12}{value}" for name, value in (first, *lines, ("to run it", command_line))), quiet=False)
 
 
-def _batch(recipe: Recipe) -> str:
-    parts = (recipe["per_device_train_batch_size"], recipe["gradient_accumulation_steps"], world_size())
-    length = f"num_train_epochs {recipe['num_train_epochs']:g}" if recipe["max_steps"] < 0 else "max_steps"
-    how = "batch {} x accumulation {} x processes {}".format(*parts)
-    return f"{length}, {math.prod(parts)} rows a step ({how})"
+# Data and training
 
 
-def evaluated_rounds(recipe: Recipe, *, evaluated: int, played: int) -> int:
-    """Return how many rounds are evaluated on dev if each trains; evaluated, played: attempts of one and of a round."""
-    rounds = range(recipe["warmup_rounds"] + 1, recipe["num_rounds"] + 1)
-    return sum(its_turn(recipe, n, evaluated=evaluated, played=played) for n in rounds)
+def _examples(parts: _Parts, data: DataSettings, sampling: SamplingSettings) -> tuple[str, int, Lengths | None]:
+    """Return a description of the training examples, their number, and the lengths.
+
+    Without a tokenizer the number is that of the demonstrations, and there are no lengths.
+    """
+    if isinstance(parts.splits, Missing):
+        return parts.splits, 0, None
+    if isinstance(parts.renderer, Missing):
+        return parts.renderer, len(parts.splits.train), None
+    examples, counts = make_examples(
+        parts.splits.train,
+        parts.renderer,
+        max_length=parts.longest,
+        overlength=data.overlength,
+        train_on=data.train_on,
+    )
+    prompts = parts.renderer.prompts([d.problem.prompt for d in (*parts.splits.test, *parts.splits.harder)])
+    sampled = max(map(len, prompts), default=0) + sampling.max_completion_length
+    return str(counts), len(examples), Lengths(max(len(example.input_ids) for example in examples), sampled)
 
 
-def _tells_success(recipe: Recipe, splits: Splits | Missing) -> bool:
-    """Say whether evaluations can tell what is solved, with functions and references checked as the run does."""
-    from bcft.rewards.base import import_function
-    from bcft.rewards.math_answers import math_reward
-    from bcft.rollout.sample import turns_of
-    from bcft.selection.scoring import check_references, reward_names, success_function
-
-    turns_of(recipe)
-    names = reward_names(recipe) if recipe.command == "filtered" else []
-    functions = [import_function(name, key="reward_funcs") for name in names]
+def _problems(parts: _Parts, sampling: SamplingSettings, environment: str | None) -> tuple[list[Line], Lengths | None]:
+    """Return the lines about data and prompts, and the lengths; None where the prompts are unknown."""
+    splits, renderer = parts.splits, parts.renderer
     if isinstance(splits, Missing):
-        return bool(recipe["success_func"] != "")
-    if math_reward in functions:
-        check_references([d.problem for d in splits.train])
-    return (
-        success_function(recipe, [d.problem for d in splits.held_out], functions) is not None
-        or recipe["environment"] is not None
+        return [("data", splits)], None
+    problems = {d.problem.id: d.problem.prompt for d in splits.train}
+    if not problems:
+        raise DataError("no problems to attempt: the training split is empty once dev and test are taken out")
+    held_out = f"{len(splits.dev):,} dev and {len(splits.test):,} test problems held out"
+    line = ("data", f"{len(problems):,} problems to attempt, {held_out}")
+    if environment:
+        return [line, ("prompts", f"unknown: {environment} makes them during the rollout")], None
+    if isinstance(renderer, Missing):
+        return [line, ("prompts", renderer)], None
+    counts = [len(ids) for ids in renderer.prompts(list(problems.values()))]
+    longest = max(counts + [len(ids) for ids in renderer.prompts([d.problem.prompt for d in splits.held_out])])
+    prompts = f"{sum(counts) / len(counts):.1f} tokens on average, the longest {max(counts)}"
+    limit = sampling.max_completion_length
+    return [line, ("prompts", prompts)], Lengths(max(counts) + limit, longest + limit)
+
+
+def steps(training: TrainingSettings, examples: int) -> int:
+    """Return how many optimizer steps training on so many examples takes, as transformers' Trainer counts them."""
+    if training.max_steps >= 0:
+        return training.max_steps
+    size, whole = training.per_device_train_batch_size, training.dataloader_drop_last
+    batches = examples // size if whole else math.ceil(examples / size)
+    mine = batches // world_size() if whole else math.ceil(batches / world_size())
+    epoch = max(math.ceil(mine / training.gradient_accumulation_steps), 1)
+    return math.ceil(training.num_train_epochs * epoch)
+
+
+def _sft_steps(splits: Splits | Missing, training: TrainingSettings, examples: int, *, exact: bool) -> str:
+    """Return how many optimizer steps the run takes; at most, where the number of examples is not exact."""
+    if training.max_steps < 0 and not examples:
+        return str(splits)
+    word = "" if exact or training.max_steps >= 0 else "at most "
+    return f"{word}{steps(training, examples):,}"
+
+
+def _round_steps(
+    rounds: RoundSettings, rule: RuleSettings, training: TrainingSettings, *, attempts: int, prompts: int, replay: int
+) -> str:
+    """Return the most steps of a round: with all attempts in scope kept, and with the share above the quantile.
+
+    attempts, prompts: of a round; replay: how many demonstrations there are to replay.
+    """
+    span = rounds.num_rounds if rounds.history == "all" else min(rounds.history, rounds.num_rounds)
+    scope = attempts * span
+    most = min(scope, prompts * span * (rule.max_per_problem or scope))
+    share = min(most, round((1 - rule.keep_quantile) * scope))
+    cases = []
+    for kept in dict.fromkeys((most, share)):
+        replayed = min(kept, replay)
+        beside = f" beside {replayed:,} demonstrations" if replayed else ""
+        cases.append(f"{steps(training, kept + replayed):,} if {kept:,} of {scope:,} are kept{beside}")
+    return f"per round at most {', '.join(cases)}; {_batch(training)}"
+
+
+def _batch(training: TrainingSettings) -> str:
+    factors = (training.per_device_train_batch_size, training.gradient_accumulation_steps, world_size())
+    length = f"num_train_epochs {training.num_train_epochs:g}" if training.max_steps < 0 else "max_steps"
+    return "{}, {} rows per step (batch {} x accumulation {} x processes {})".format(
+        length, math.prod(factors), *factors
     )
 
 
-def _attempts(recipe: Recipe, splits: Splits | Missing, split: str, *, success: bool) -> tuple[int, str]:
-    """Return the attempts of one evaluation and how they come about; the most there can be without the dataset."""
-    from bcft.evaluation.held_out import HARDER_SAMPLES
+# Evaluation
 
-    samples = recipe[f"eval_{split}_samples"] if success else 0
-    n, harder, word = recipe[f"eval_{split}_problems"], 0, "at most "
+
+def evaluated_rounds(rounds: RoundSettings, *, evaluated: int, played: int) -> int:
+    """Return how many rounds are evaluated on dev if each trains; evaluated, played: attempts of one and of a round."""
+    numbers = range(rounds.warmup_rounds + 1, rounds.num_rounds + 1)
+    return sum(is_due(rounds, number, evaluated=evaluated, played=played) for number in numbers)
+
+
+def _graded(
+    splits: Splits | Missing, selection: SelectionSettings, environment: str | None, *, scorer: bool = False
+) -> bool:
+    """Return whether evaluations can measure success; check functions and references as the run does.
+
+    scorer: whether the run scores trajectories as well.
+    """
+    problems, held_out = [], []
     if isinstance(splits, Splits):
-        test = split == "test"
-        n, harder, word = len(splits.test if test else splits.dev), len(splits.harder) if test else 0, ""
+        problems, held_out = ([d.problem for d in part] for part in (splits.train, splits.held_out))
+    if scorer:
+        scoring = Scorer.of(selection, held_out, environment=environment)
+        scoring.check(problems)
+        success = scoring.success
+    else:
+        success = success_function(selection, held_out, environment=environment)
+    if isinstance(splits, Missing):
+        return selection.success_func != ""
+    return success is not None or environment is not None
+
+
+def _evaluations(
+    rounds: RoundSettings, evaluation: EvaluationSettings, splits: Splits | Missing, *, played: int, graded: bool
+) -> list[Line]:
+    """Return the lines about evaluations beside rounds; played: attempts of a round."""
+    dev, dev_sum = _attempts(evaluation, splits, "dev", graded=graded)
+    test, test_sum = _attempts(evaluation, splits, "test", graded=graded)
+    times = 1 + evaluated_rounds(rounds, evaluated=dev, played=played)
+    measured, rolled_out = times * dev + 2 * test, rounds.num_rounds * played
+    share = 100 * measured / (measured + rolled_out)
+    return [
+        ("evaluation", f"dev: {dev_sum}, {times} times"),
+        ("", f"test: {test_sum}, twice"),
+        ("", f"{measured:,} attempts beside {rolled_out:,} of rounds: {share:.0f} % of all attempts"),
+    ]
+
+
+def _attempts(evaluation: EvaluationSettings, splits: Splits | Missing, split: str, *, graded: bool) -> tuple[int, str]:
+    """Return the attempts of one evaluation, and the sum they come from; at most so many without the dataset."""
+    from bcft.evaluation.held_out import HARDER_SAMPLES, samples_of  # noqa: PLC0415 - loads torch
+
+    test = split == "test"
+    samples = samples_of(evaluation, split, graded=graded)
+    problems, harder, word = evaluation.eval_test_problems if test else evaluation.eval_dev_problems, 0, "at most "
+    if isinstance(splits, Splits):
+        problems, harder, word = len(splits.test if test else splits.dev), len(splits.harder) if test else 0, ""
     few = min(samples, HARDER_SAMPLES)
-    total = n * (1 + samples) + harder * (1 + few)
+    total = problems * (1 + samples) + harder * (1 + few)
     more = f" + {harder:,} harder x (1 + {few})" if harder else ""
-    return total, f"{word}{n:,} problems x (1 greedy + {samples} sampled){more} = {total:,} attempts"
+    return total, f"{word}{problems:,} problems x (1 greedy + {samples} sampled){more} = {total:,} attempts"
 
 
-def _renderer(recipe: Recipe) -> "Renderer | Missing":
-    """Load the renderer; a directory of a configuration alone is a model to plan with, and has none."""
-    from bcft.policy.loading import adapter_base, load_renderer, locate
-
-    name = locate(recipe["model_name_or_path"])
-    places = [Path(place) for place in (name, adapter_base(name)) if place]
-    if all(place.is_dir() and not [*place.glob("*token*"), *place.glob("vocab*")] for place in places):
-        return Missing(f"unknown: {name} has no tokenizer")
-    return load_renderer(recipe)
+# Model and memory
 
 
-def _memory_lines(recipe: Recipe, shape: "Outline", precision: "Precision", lengths: "Lengths | None") -> list[Line]:
-    """Tell the items and the sums, the largest of which is the peak; rows nobody could count are `max_length` long."""
-    import torch
+def _model_lines(
+    parts: _Parts, model: ModelSettings, training: TrainingSettings, *, lengths: Lengths | None, held_out_loss: bool
+) -> list[Line]:
+    shape, why = parts.outline, parts.precision.why
+    if isinstance(shape, Missing):
+        return [("model", shape), ("precision", why), ("memory", shape)]
+    if shape.parameters > LARGE and why.startswith("cpu, float32"):
+        why = f"{why}; bf16=true plans for a GPU that has it"
+    lines = [("model", f"{model.model_name_or_path}: {shape}"), ("precision", why)]
+    return lines + _memory_lines(
+        shape, parts, model=model, training=training, lengths=lengths, held_out_loss=held_out_loss
+    )
 
-    from bcft.reporting.memory import memory
 
-    most = min(recipe["max_length"] or shape.context, shape.context)
-    room = torch.cuda.mem_get_info()[0] if precision.device == "cuda" else None
-    found = memory(recipe, shape, precision, lengths or (most, most), room=room)
-    always = sum(size for _, size, _ in found["always"])
-    totals = {part: always + sum(size for _, size, _ in items) for part, items in found.items() if part != "always"}
-    why = "rows as counted" if lengths else f"rows of {most:,} tokens assumed, as max_length allows"
-    lines: list[Line] = [("memory", f"estimated, not measured; of one process; {why}")]
-    for part, items in found.items():
-        lines += [("", f"{'' if i else part:<10}{_bytes(s):>9}  {n}: {how}") for i, (n, s, how) in enumerate(items)]
+def _memory_lines(
+    shape: "Outline",
+    parts: _Parts,
+    *,
+    model: ModelSettings,
+    training: TrainingSettings,
+    lengths: Lengths | None,
+    held_out_loss: bool,
+) -> list[Line]:
+    """Return the items and their sums, the largest of which is the peak; unknown lengths count as the longest."""
+    from bcft.reporting.memory import free_memory, memory  # noqa: PLC0415 - loads torch
+
+    longest = lengths or Lengths(parts.longest, parts.longest)
+    items = memory(
+        shape,
+        parts.precision,
+        model=model,
+        training=training,
+        trained=longest.trained,
+        sampled=longest.sampled,
+        held_out_loss=held_out_loss,
+        room=free_memory(parts.precision),
+    )
+    always = sum(item.size for item in items["always"])
+    totals = {part: always + sum(item.size for item in items[part]) for part in items if part != "always"}
+    rows = "rows as counted" if lengths else f"rows of {parts.longest:,} tokens assumed, as max_length allows"
+    lines = [("memory", f"estimated, not measured; of one process; {rows}")]
+    for part, group in items.items():
+        for i, item in enumerate(group):
+            lines.append(("", f"{'' if i else part:<10}{_bytes(item.size):>9}  {item.name}: {item.sum}"))
     sums = ", ".join(f"{part} {_bytes(total)}" for part, total in totals.items())
-    return [*lines, ("peak", f"about {_bytes(max(totals.values()))} (with what is there always: {sums})")]
+    return [*lines, ("peak", f"about {_bytes(max(totals.values()))} (each with the items of `always`: {sums})")]
 
 
 def _bytes(size: float) -> str:
@@ -253,50 +361,37 @@ def _bytes(size: float) -> str:
     return f"{size / unit:.1f} {name}"
 
 
-# What is at hand, and what to do next
+# What is on this machine
 
 
-def _found(find: Callable[[Recipe], T], recipe: Recipe, key: str) -> T | Missing:
-    """Return what is found, or that it would have to come from the Hub, which is out of reach."""
-    try:
-        return find(recipe)
-    except BcftError as error:
-        from huggingface_hub.errors import LocalEntryNotFoundError
-
-        cause = error.__cause__
-        while cause and not isinstance(cause, (ConnectionError, LocalEntryNotFoundError)):
-            cause = cause.__cause__
-        if cause:
-            return Missing(f"unknown: {recipe[key]} is not on this machine, and the Hub is out of reach")
-        raise
+def _names(model: ModelSettings, data: DataSettings) -> list[str]:
+    """Return the names that may be Hub ids."""
+    return [name for name in (model.model_name_or_path, data.dataset_name, data.replay_dataset) if name]
 
 
-def _do_without_an_absent_hub(recipe: Recipe) -> None:
-    """Keep the libraries, which read it when they are loaded, from asking a Hub that does not answer."""
-    names = (recipe["model_name_or_path"], recipe["dataset_name"])
-    there = all(n.startswith("bcft:") or n.endswith(SUFFIXES) or Path(n).exists() for n in names)
-    if not there and "HF_HUB_OFFLINE" not in os.environ and not _hub_answers():
-        os.environ["HF_HUB_OFFLINE"] = "1"
+def _parts(model: ModelSettings, data: DataSettings, evaluation: EvaluationSettings) -> _Parts:
+    """Load the data, the tokenizer and the model's configuration."""
+    from bcft.policy.loading import choose_precision, longest_row  # noqa: PLC0415 - reads HF_HUB_OFFLINE
+    from bcft.reporting.memory import outline  # noqa: PLC0415 - reads HF_HUB_OFFLINE
+
+    name = model.model_name_or_path
+    splits = available(lambda: load_splits(data, evaluation), data.dataset_name)
+    shape = available(lambda: outline(model), name)
+    return _Parts(
+        splits=splits,
+        outline=shape,
+        renderer=shape if isinstance(shape, Missing) else available(lambda: _renderer(model), name),
+        precision=choose_precision(name, model),
+        longest=0 if isinstance(shape, Missing) else longest_row(name, model, data.max_length),
+    )
 
 
-def _hub_answers() -> bool:
-    hub = urllib.request.Request(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), method="HEAD")
-    try:
-        urllib.request.urlopen(hub, timeout=PATIENCE).close()
-    except OSError as error:
-        return isinstance(error, urllib.error.HTTPError)  # an answer, if not a kind one
-    return True
+def _renderer(model: ModelSettings) -> "Renderer | Missing":
+    """Load the renderer; a directory with only a configuration is a model to plan with, and has none."""
+    from bcft.policy.loading import adapter_base, load_renderer, locate  # noqa: PLC0415 - reads HF_HUB_OFFLINE
 
-
-def command(recipe: Recipe) -> str:
-    """Return the command line that starts the run: the recipe, and every key that is not as its file has it."""
-    try:
-        in_file = load(recipe.command, recipe.path, {}, flags=recipe.flags).values if recipe.path else {}
-    except UsageError:  # the file is whole only with what the command line adds
-        in_file = {}
-    words = ["bcft", recipe.command, *([recipe.path] if recipe.path else [])]
-    for key in sorted(recipe.given):
-        value = recipe[key]
-        if key not in in_file or in_file[key] != value:
-            words.append(f"{key}={value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}")
-    return shlex.join([*words, *(f"--{flag}" for flag in sorted(recipe.flags - {"dry-run"}))])
+    name = locate(model.model_name_or_path)
+    places = [Path(place) for place in (name, adapter_base(name)) if place]
+    if all(place.is_dir() and not [*place.glob("*token*"), *place.glob("vocab*")] for place in places):
+        return Missing(f"unknown: {name} has no tokenizer")
+    return load_renderer(model.model_name_or_path, model)

@@ -1,4 +1,4 @@
-"""A model's sizes, counted on its configuration, and the memory that training it and sampling from it would take.
+"""A model's sizes, counted on its configuration, and the memory that training it and sampling from it take.
 
 The model is built without storage, so its counts are exact. Memory is a sum that a reader can check, not a measurement.
 """
@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft import PeftConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
-from bcft.config.loader import Recipe
+from bcft.config.schema import ModelSettings, TrainingSettings
 from bcft.errors import UsageError
 from bcft.generation.hf import rows_that_fit
 from bcft.policy.loading import (
@@ -24,10 +26,16 @@ from bcft.policy.loading import (
 TILE = (4096, 32768)
 """Tokens and vocabulary of the largest part of the logits that TRL's loss holds at once."""
 
-Item = tuple[str, float, str]
-"""A part of the memory: its name, its bytes, and how they come about."""
-Lengths = tuple[int, int]
-"""Tokens of the longest row that is trained on, and of the longest that may be sampled, prompt included."""
+
+@dataclass(frozen=True)
+class Item:
+    """A part of the memory."""
+
+    name: str
+    size: float
+    """In bytes."""
+    sum: str
+    """How the size comes about."""
 
 
 @dataclass(frozen=True)
@@ -39,44 +47,42 @@ class Outline:
     trainable: int
     adapter: bool
     linear: int
-    """Weights of the linear layers but the head: those that `load_in_4bit` quantises."""
+    """Weights of the linear layers without the head: those that `load_in_4bit` quantizes."""
     reads: int
-    """Numbers that these layers read for one token, all of them together."""
+    """Numbers that all these layers together read for one token."""
     writes: int
+    """Numbers that they write."""
     layers: int
     hidden: int
     vocabulary: int
     cached: int
-    """Numbers that the keys and values of one token are."""
+    """Numbers in the keys and values of one token."""
     context: int
 
     def __str__(self) -> str:
         if not self.adapter:
             return f"{self.parameters:,} parameters, all trained"
         share = 100 * self.trainable / (self.parameters + self.trainable)
-        return (
-            f"{self.parameters:,} parameters, and {self.trainable:,} of an adapter, which alone train ({share:.1f} %)"
-        )
+        return f"{self.parameters:,} parameters, frozen, and {self.trainable:,} of an adapter, trained ({share:.1f} %)"
 
 
-def outline(recipe: Recipe) -> Outline:
-    """Build the model without storage, behind its adapter if it has one, and count.
+def outline(settings: ModelSettings) -> Outline:
+    """Build the model without storage, with its adapter if it has one, and count.
 
-    Raises UsageError for a configuration that makes no model, and for an adapter that does not fit it.
+    Raises UsageError for a configuration that does not define a model, and for an adapter that does not fit the model.
     """
-    from transformers import AutoModelForCausalLM
-
-    name = locate(recipe["model_name_or_path"])
+    name = locate(settings.model_name_or_path)
     base = adapter_base(name)
     refuse_pickles(base or name)
-    check_four_bits(recipe)
-    config = base_config(recipe)
+    check_four_bits(settings.model_name_or_path, settings)
+    config = base_config(settings.model_name_or_path, settings)
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=bool(recipe["trust_remote_code"]))
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=settings.trust_remote_code)
     except (ValueError, KeyError, ImportError) as error:
-        raise UsageError(f"model_name_or_path: {name!r} makes no model: {' '.join(str(error).split())}") from error
-    text, head, adapter = config.get_text_config(), model.get_output_embeddings(), bool(base or recipe["use_peft"])
+        reason = " ".join(str(error).split())
+        raise UsageError(f"model_name_or_path: {name!r} does not define a model: {reason}") from error
+    text, head, adapter = config.get_text_config(), model.get_output_embeddings(), bool(base or settings.use_peft)
     linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -85,8 +91,8 @@ def outline(recipe: Recipe) -> Outline:
         reads=sum(m.in_features for m in linear),
         writes=sum(m.out_features for m in linear),
         parameters=model.num_parameters(),
-        # Behind what counts the model itself, for PEFT puts its layers into it.
-        trainable=_adapter(model, name if base else lora_config(recipe)) if adapter else model.num_parameters(),
+        # Counted last, because PEFT changes the model in place.
+        trainable=_adapter(model, name if base else lora_config(settings)) if adapter else model.num_parameters(),
         adapter=adapter,
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
@@ -96,79 +102,100 @@ def outline(recipe: Recipe) -> Outline:
     )
 
 
-def _adapter(model: Any, settings: Any) -> int:
-    """Return how many parameters train behind an adapter; settings: PEFT's, or the directory of an adapter."""
-    from peft import PeftConfig, get_peft_model
-
-    if isinstance(settings, str):
-        settings = PeftConfig.from_pretrained(settings)
-        settings.inference_mode = False
+def _adapter(model: Any, adapter: Any) -> int:
+    """Return how many parameters of an adapter train; adapter: PEFT's settings, or an adapter's directory."""
+    if isinstance(adapter, str):
+        adapter = PeftConfig.from_pretrained(adapter)
+        adapter.inference_mode = False
     try:
-        adapted = get_peft_model(model, settings, low_cpu_mem_usage=True)
+        adapted = get_peft_model(model, adapter, low_cpu_mem_usage=True)
     except ValueError as error:
         raise UsageError(f"lora_target_modules: {' '.join(str(error).split())}") from error
     return sum(p.numel() for p in adapted.parameters() if p.requires_grad)
 
 
 def memory(
-    recipe: Recipe, shape: Outline, precision: Precision, lengths: Lengths, *, room: int | None = None
+    shape: Outline,
+    precision: Precision,
+    *,
+    model: ModelSettings,
+    training: TrainingSettings,
+    trained: int,
+    sampled: int,
+    held_out_loss: bool,
+    room: int | None = None,
 ) -> dict[str, list[Item]]:
-    """Estimate what one process holds: `always`, and besides in `training`, in `sampling` and in `loss`, one at a time.
+    """Estimate what one process holds: `always`, and in addition `training`, `sampling` and `loss`, one at a time.
 
-    What trains is fp32, and so are gradients; the rest is `precision.weights`, or numbers of 4 bits, 64 of which share
-    an fp32 scale, or one of 8 bits that shares a scale with 255. Autocast makes 16-bit copies of what is fp32. For the
-    backward pass each linear layer leaves what it reads and what it writes, for each token of a micro-batch; under
-    autocast what it reads twice, for it is cast first, and with dropout before an adapter once more, with a byte each
-    for its mask. (What several layers read is counted for each, which stands for norms and activation functions: right
-    within a fifth for Llamas.) With gradient checkpointing these are one block's, and of all blocks their inputs, and
-    the last one's output and norm. Logits are there as tiles, without autocast with four more tensors of their size.
-    While attempts are sampled, keys and values are held twice, as they grow, and six fp32 rows of the vocabulary each.
+    Trained weights and gradients are fp32. Other weights are `precision.weights`, or have 4 bits: 64 of these share an
+    fp32 scale, or an 8-bit scale that shares its own fp32 scale with 255 others. Autocast makes 16-bit copies of fp32
+    weights. For the backward pass each linear layer saves its input and its output for each token of a micro-batch:
+    under autocast it saves the input twice because the input is cast first, and with dropout before an adapter once
+    more, with one byte each for the mask. (An input that several layers share is counted for each of them, which makes
+    up for norms and activation functions: right within a fifth for Llamas.) With gradient checkpointing the saved
+    tensors are those of one block, the inputs of all blocks, and the last block's output and norm. Logits are held in
+    tiles, without autocast with four more tensors of their size. Sampling holds keys and values twice while they grow,
+    and six fp32 rows of the vocabulary for each attempt.
 
-    room: free bytes of the GPU, half of what is left of it is for attempts; None: 1 GiB is, as on a CPU.
+    trained, sampled: tokens of the longest example, and of the longest attempt with its prompt; held_out_loss: whether
+    the run measures it (`loss`); room: free bytes of the GPU, of which attempts take half of what `always` leaves;
+    None: 1 GiB is for attempts, as on a CPU.
 
-    Not counted: what allocator and driver take, attention's scores (sdpa keeps none), workspaces.
+    Not counted: allocator and driver, attention scores (sdpa keeps none), workspaces.
     """
     mixed, stored = precision.autocast != "no", precision.weights.itemsize if shape.adapter else 4
     compute, plain, always = 2 if mixed else stored, shape.parameters, []
-    if recipe["load_in_4bit"]:
-        each = 0.5 + (1 / 64 + 4 / (64 * 256) if recipe["use_bnb_nested_quant"] else 4 / 64)
+    if model.load_in_4bit:
+        each = 0.5 + (1 / 64 + 4 / (64 * 256) if model.use_bnb_nested_quant else 4 / 64)
         plain -= shape.linear
-        always.append(("4-bit weights", each * shape.linear, f"{shape.linear:,} x {each:.4f} bytes, scales included"))
-    always.append(("weights", stored * plain, f"{plain:,} x {stored} bytes"))
+        always.append(Item("4-bit weights", each * shape.linear, f"{shape.linear:,} x {each:.4f} bytes, with scales"))
+    always.append(Item("weights", stored * plain, f"{plain:,} x {stored} bytes"))
     if shape.adapter:
-        always.append(("adapter", 4 * shape.trainable, f"{shape.trainable:,} x 4 bytes"))
+        always.append(Item("adapter", 4 * shape.trainable, f"{shape.trainable:,} x 4 bytes"))
     if mixed:
         single = shape.trainable if shape.adapter else 0
-        single += shape.linear if stored == 4 and not recipe["load_in_4bit"] else 0
-        always.append(("16-bit copies", 2 * single, f"{single:,} fp32 weights x 2 bytes, by autocast"))
-    found = {"always": always, "training": _training(recipe, shape, lengths[0], stored, mixed=mixed)}
+        single += shape.linear if stored == 4 and not model.load_in_4bit else 0
+        always.append(Item("16-bit copies", 2 * single, f"{single:,} fp32 weights x 2 bytes, by autocast"))
+    parts = {
+        "always": always,
+        "training": _training(shape, model, training, longest=trained, stored=stored, mixed=mixed),
+    }
 
-    width = min(lengths[1], shape.context)
-    free = 2**30 if room is None else int(max(room - sum(size for _, size, _ in always), 0)) // 2
+    width = min(sampled, shape.context)
+    free = 2**30 if room is None else int(max(room - sum(item.size for item in always), 0)) // 2
     rows = rows_that_fit(cached=shape.cached, vocabulary=shape.vocabulary, tokens=width, free=free)
     each, wide = 2 * shape.cached * stored, f"{shape.vocabulary:,}"
-    found["sampling"] = [
-        ("cache", rows * width * each, f"{rows} rows x {width:,} tokens x {each:,} bytes; more rows if there is room"),
-        ("logits", 24 * rows * shape.vocabulary, f"{rows} rows x {wide} of vocabulary x 24 bytes"),
+    cache = f"{rows} rows x {width:,} tokens x {each:,} bytes; more rows if there is room"
+    parts["sampling"] = [
+        Item("cache", rows * width * each, cache),
+        Item("logits", 24 * rows * shape.vocabulary, f"{rows} rows x {wide} of vocabulary x 24 bytes"),
     ]
-    if recipe.command == "sft":
-        size, how = compute + 8, "of vocabulary"
-        found["loss"] = [("logits", 2048 * shape.vocabulary * size, f"2,048 tokens x {wide} {how} x {size} bytes")]
-    return found
+    if held_out_loss:
+        size = compute + 8
+        sum_ = f"2,048 tokens x {wide} of vocabulary x {size} bytes"
+        parts["loss"] = [Item("logits", 2048 * shape.vocabulary * size, sum_)]
+    return parts
 
 
-def _training(recipe: Recipe, shape: Outline, longest: int, stored: int, *, mixed: bool) -> list[Item]:
-    batch, width, compute = recipe["per_device_train_batch_size"], min(longest, shape.context), 2 if mixed else stored
-    left, how = (shape.reads * (2 if mixed else 1) + shape.writes) * compute, ""
-    if shape.adapter and recipe["lora_dropout"]:
-        left += shape.reads * (compute + 1)
-    if recipe["gradient_checkpointing"]:
-        left, how = left // shape.layers + (shape.layers + 2) * shape.hidden * stored, ", checkpointed"
+def free_memory(precision: Precision) -> int | None:
+    """Return the free bytes of the GPU; None on other devices."""
+    return torch.cuda.mem_get_info()[0] if precision.device == "cuda" else None
+
+
+def _training(
+    shape: Outline, model: ModelSettings, training: TrainingSettings, *, longest: int, stored: int, mixed: bool
+) -> list[Item]:
+    batch, width, compute = training.per_device_train_batch_size, min(longest, shape.context), 2 if mixed else stored
+    saved, how = (shape.reads * (2 if mixed else 1) + shape.writes) * compute, ""
+    if shape.adapter and model.lora_dropout:
+        saved += shape.reads * (compute + 1)
+    if training.gradient_checkpointing:
+        saved, how = saved // shape.layers + (shape.layers + 2) * shape.hidden * stored, ", checkpointed"
     tokens, words, tile = min(batch * width, TILE[0]), min(shape.vocabulary, TILE[1]), 2 if mixed else compute + 16
-    moments = 0 if recipe["optim"] in ("sgd", "adafactor") else 2 if "8bit" in recipe["optim"] else 8
+    moments = 0 if training.optim in ("sgd", "adafactor") else 2 if "8bit" in training.optim else 8
     return [
-        ("gradients", 4 * shape.trainable, f"{shape.trainable:,} x 4 bytes"),
-        ("optimizer", moments * shape.trainable, f"{shape.trainable:,} x {moments} bytes, {recipe['optim']}"),
-        ("activations", batch * width * left, f"{batch} rows x {width:,} tokens x {left:,} bytes{how}"),
-        ("logits", tile * tokens * words, f"{tokens:,} tokens x {words:,} of vocabulary x {tile} bytes, a tile"),
+        Item("gradients", 4 * shape.trainable, f"{shape.trainable:,} x 4 bytes"),
+        Item("optimizer", moments * shape.trainable, f"{shape.trainable:,} x {moments} bytes, {training.optim}"),
+        Item("activations", batch * width * saved, f"{batch} rows x {width:,} tokens x {saved:,} bytes{how}"),
+        Item("logits", tile * tokens * words, f"{tokens:,} tokens x {words:,} of vocabulary x {tile} bytes, a tile"),
     ]

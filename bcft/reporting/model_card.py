@@ -4,37 +4,50 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bcft.config.loader import Recipe
+import yaml
+
 from bcft.reporting.tables import table_rows
 
-METHODS = {"sft": "behaviour cloning", "filtered": "filtered behaviour cloning"}
+METHODS = {"sft": "behavior cloning", "filtered": "filtered behavior cloning"}
 
 
-def model_card(recipe: Recipe, metrics: Mapping[str, Any], data: str, *, directory: Path, adapter: bool) -> str:
-    """Return the README of a saved model: data, recipe, numbers, and how to load it."""
+def model_card(
+    metrics: Mapping[str, Any],
+    *,
+    command: str,
+    base: str,
+    dataset: str,
+    split: str,
+    data: str,
+    directory: Path,
+    adapter: bool,
+    recipe: Mapping[str, Any],
+) -> str:
+    """Return the README of a saved model: its data, its figures, how to load it, and the recipe that made it.
+
+    metrics: `conclusion`, and the summaries among `base`, `final` and `best`; command: `sft` or `filtered`; base,
+    dataset and split: names as in the recipe; data: what the training examples are; recipe: the keys that were given.
+    """
     columns = {name: metrics[name] for name in ("base", "final", "best") if metrics.get(name)}
-    head, *lines = [["", *columns], *table_rows(columns)] if columns else [[""]]
-    table = "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *lines))
+    table = _table(["", *columns], table_rows(columns)) if columns else ""
     loader = "AutoPeftModelForCausalLM" if adapter else "AutoModelForCausalLM"
-    source = "peft" if adapter else "transformers"
-    keys = "\n".join(f"{key}: {recipe[key]}" for key in sorted(recipe.given))
+    library = "peft" if adapter else "transformers"
     return f"""---
-library_name: {source}
-tags: [bcft, behaviour-cloning, {recipe.command}]
+library_name: {library}
+tags: [bcft, behavior-cloning, {command}]
 ---
 # {directory.name}
 
-`{recipe["model_name_or_path"]}` after {METHODS[recipe.command]} with bcft on `{recipe["dataset_name"]}`
-(split `{recipe["dataset_train_split"]}`), loss on the completion only.
+`{base}` after {METHODS[command]} with bcft on `{dataset}` (split `{split}`), loss on the completion only.
 
 {metrics["conclusion"]}
 
-{table if columns else ""}
+{table}
 
 Training data: {data}.
 
 ```python
-from {source} import {loader}
+from {library} import {loader}
 from transformers import AutoTokenizer
 
 model = {loader}.from_pretrained("{directory}")
@@ -44,6 +57,10 @@ tokenizer = AutoTokenizer.from_pretrained("{directory}")
 Recipe:
 
 ```yaml
-{keys}
+{yaml.safe_dump(dict(recipe), allow_unicode=True).strip()}
 ```
 """
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))

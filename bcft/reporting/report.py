@@ -1,7 +1,7 @@
 """The learning curve and `report.md` of a filtered run, made from the files in its directory and nothing else.
 
-The same files give the same bytes, so both can be made again at any time. Left out: everything one would click on, and
-any figure that is not in the files already but the paired comparison of two runs.
+The same files give the same bytes, so both can be made again at any time. Left out: anything interactive, and figures
+that are not in the files yet, except the paired comparison of two runs.
 """
 
 import io
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from bcft.errors import UsageError
-from bcft.evaluation.held_out import Measured, stored
+from bcft.evaluation.results import Measured, stored
 from bcft.reporting.tables import cell, conclusion, percent, returned, table_rows
 from bcft.runs.clock import PHASES
 from bcft.runs.directory import MAY_DIFFER
@@ -26,37 +26,37 @@ if TYPE_CHECKING:
 
 PICTURE = "learning_curve.png"
 FIGURE = {"sampled": "pass@1", "greedy": "success", "return": "mean"}
-"""What an evaluation calls the share that sampled and greedy attempts solved, and the return of an environment."""
+"""Part of an evaluation's summary -> its main figure: a share of solved attempts, or the mean return."""
 OWN, LIGHT, OTHER, QUIET = "#0072B2", "#7FB8DA", "#D55E00", "#767676"
-COLOURS = {
+COLORS = {
     "kept": OWN, "errored": "#882255", "ungraded": "#AA4499", "truncated": "#332288", "failed": "#CC6677",
-    "outside_band": "#117733", "below_floor": "#999933", "below_cutoff": "#DDCC77", "duplicate": "#C9C9C9",
-    "over_cap": "#88CCEE", "tie_lost": "#44AA99",
+    "pass_rate": "#117733", "below_min_reward": "#999933", "below_cutoff": "#DDCC77", "duplicate": "#C9C9C9",
+    "max_per_problem": "#88CCEE", "tie_break": "#44AA99",
 }  # fmt: skip
-"""Told apart by colour-blind readers: Okabe & Ito's blue, and the muted scheme of Paul Tol. A reason keeps its own."""
+"""Decision -> color, for color-blind readers as well: Okabe and Ito's blue, and the muted scheme of Paul Tol."""
 FILES = {
-    "config.yaml": "the recipe, every key of it",
+    "config.yaml": "the recipe with every key",
     "versions.json": "packages, hardware, and the hash of the data",
     "status.json": "how the last command on this directory ended",
-    "problems.jsonl": "every problem with its id: those attempted, dev, and test",
-    "metrics.jsonl": "a round a line; the picture and the table of rounds are made from it",
+    "problems.jsonl": "all problems with their ids: training, dev, and test",
+    "metrics.jsonl": "one round per line; the picture and the table of rounds are made from it",
     "metrics.json": "the test figures and the conclusion",
     "manifest.json": "written last: with it the run is finished",
-    "round_000": "the policy before any training: `evaluation.json` on dev, `test/` on test, each with every attempt",
-    "round_001": "and so on, a round each: `rollouts.jsonl` what was played, `scores.jsonl` what became of it, "
-    "`kept.jsonl` what was trained on, `evaluation.jsonl` the attempts at dev problems",
-    "best": "the model to ship, with its card",
+    "round_000": "the policy before any training: `evaluation.json` on dev, `test/` on test, each with all attempts",
+    "round_001": "and so on, one directory per round: `rollouts.jsonl` holds the trajectories, `scores.jsonl` their "
+    "rewards and decisions, `kept.jsonl` the training examples, `evaluation.jsonl` the attempts at dev problems",
+    "best": "the model of the chosen round, with its card",
 }
 
 
 @dataclass(frozen=True)
 class _Run:
-    """What the files of a run say, as far as it has come."""
+    """The files of a run, which may be unfinished."""
 
     path: Path
     config: Mapping[str, Any]
     base: Mapping[str, Any]
-    """The dev summary before any training; empty while there is none."""
+    """The dev summary before any training; empty until it exists."""
     rounds: Sequence[Mapping[str, Any]]
     """The lines of `metrics.jsonl`."""
     metrics: Mapping[str, Any]
@@ -64,11 +64,11 @@ class _Run:
 
     @classmethod
     def read(cls, path: Path) -> "_Run":
-        """Read the files there are. Raises UsageError when they are not those of a filtered run."""
+        """Read the files that exist. Raises UsageError when they are not those of a filtered run."""
         file = path / "config.yaml"
         config = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
         if "num_rounds" not in config:
-            raise UsageError(f"{path} is not the directory of a run of bcft filtered: give another to `against`")
+            raise UsageError(f"{path} is not a run directory of bcft filtered: give `against` one that is")
         base, rounds, metrics = path / "round_000/evaluation.json", path / "metrics.jsonl", path / "metrics.json"
         return cls(
             path.resolve(),
@@ -80,40 +80,40 @@ class _Run:
 
     @property
     def records(self) -> list[Mapping[str, Any]]:
-        """The rounds, behind a round 0 that has `eval` alone."""
+        """The rounds, after a round 0 that has `eval` only."""
         return [{"round": 0, "eval": self.base}, *self.rounds]
 
     @property
     def name(self) -> str:
-        """What the picture calls the run beside another."""
+        """The run's name in another run's picture."""
         return "random control" if self.config["control"] == "random" else self.path.name
 
     def curve(self, kind: str) -> list[tuple[int, float, list[float]]]:
         """Return round, solved share or mean return, and interval wherever dev was evaluated."""
-        found = [(r["round"], r["eval"][kind]) for r in self.records if kind in r.get("eval", {})]
-        return [(number, part[FIGURE[kind]], part["ci95"]) for number, part in found]
+        evaluated = [(r["round"], r["eval"][kind]) for r in self.records if kind in r.get("eval", {})]
+        return [(number, summary[FIGURE[kind]], summary["ci95"]) for number, summary in evaluated]
 
     def tested(self, number: int) -> Measured | None:
-        """Return the evaluation on test of a round, None if its rows are not there."""
-        place = self.path / f"round_{number:03d}" / "test"
-        return stored(place) if (place / "evaluation.jsonl").is_file() else None
+        """Return a round's evaluation on test; None if its attempts are missing."""
+        directory = self.path / f"round_{number:03d}" / "test"
+        return stored(directory) if (directory / "evaluation.jsonl").is_file() else None
 
 
 def write_report(directory: Path, *, command: str, against: Path | None = None) -> Path:
     """Write `learning_curve.png` and `report.md` into a run's directory; return the path of the latter.
 
-    command: what reproduces the run; against: another run to draw and to compare with, typically its random control;
-    either may still be running. Raises StorageError, and UsageError when either is no filtered run.
+    command: the command line that reproduces the run; against: another run to draw and to compare with, typically its
+    random control. Either run may be unfinished. Raises StorageError, and UsageError when either is not a filtered run.
     """
     run, other = _Run.read(directory), _Run.read(against) if against else None
     write_bytes(directory / PICTURE, _picture(run, other))
     parts = [
         f"# {run.path.name}",
         *_conclusion(run),
-        f"![Dev figures by round, and what became of the attempts]({PICTURE})",
+        f"![Dev figures and decisions by round]({PICTURE})",
         _caption(run),
         *_rounds(run),
-        *_fates(run),
+        *_decisions(run),
         *(_against(run, other) if other else []),
         *_seconds(run),
         *_reproduce(run, command),
@@ -127,8 +127,8 @@ def write_report(directory: Path, *, command: str, against: Path | None = None) 
 
 
 def _picture(run: _Run, other: _Run | None) -> bytes:
-    """Return the picture as a PNG, the same whatever a user's own matplotlibrc says."""
-    import matplotlib
+    """Return the picture as a PNG, which does not depend on the user's own matplotlibrc."""
+    import matplotlib  # noqa: PLC0415 - only drawing needs it
 
     content = io.BytesIO()
     with matplotlib.rc_context():
@@ -139,20 +139,19 @@ def _picture(run: _Run, other: _Run | None) -> bytes:
 
 
 def _figure(run: _Run, other: _Run | None) -> "Figure":
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.figure import Figure  # noqa: PLC0415 - only drawing needs it
+    from matplotlib.layout_engine import ConstrainedLayoutEngine  # noqa: PLC0415 - only drawing needs it
 
     figure = Figure(figsize=(9, 6), dpi=200, layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1))
     above, below = figure.subplots(2, 1, sharex=True)
-    last = max(one.records[-1]["round"] for one in (run, other) if one)
+    last = max(drawn.records[-1]["round"] for drawn in (run, other) if drawn)
     if run.curve("greedy") or run.curve("return"):
         _draw_success(above, run, other)
     else:
         _draw_reward(above, run, other)
-    _draw_fates(below, run, span=last + 1)
+    _draw_decisions(below, run, span=last + 1)
     below.set_xlim(-0.5, last + 0.5)
-    below.xaxis.set_major_locator(MaxNLocator(nbins=15, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
+    below.locator_params(axis="x", nbins=15, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1)
     below.set_xlabel("round")
     for axes in (above, below):
         axes.spines[["top", "right"]].set_visible(False)
@@ -163,80 +162,84 @@ def _figure(run: _Run, other: _Run | None) -> "Figure":
 
 
 def _draw_success(axes: "Axes", run: _Run, other: _Run | None) -> None:
-    from matplotlib.ticker import PercentFormatter
-
     main = next(kind for kind in ("return", "sampled", "greedy") if run.curve(kind))
-    what, form = ("Dev return", "{:.2f}".format) if main == "return" else (f"Dev success, {main}", percent)
-    sampled = "mean return of sampled attempts" if main == "return" else main
-    at = {number: value for number, value, _ in run.curve(main)}
-    _draw_curve(axes, run, main, OWN, label=f"{sampled}, 95 % interval")
+    figure, form = ("Dev return", "{:.2f}".format) if main == "return" else (f"Dev success, {main}", percent)
+    label = "mean return" if main == "return" else main
+    value_of = {number: value for number, value, _ in run.curve(main)}
+    _draw_curve(axes, run, main, OWN, label=f"{label}, 95 % interval")
     if main == "sampled":
         rounds, values, _ = zip(*run.curve("greedy"), strict=True)
         axes.plot(rounds, values, color=LIGHT, linewidth=1.2, marker=".", markersize=5, label="greedy")
-    shown = run.metrics.get("best_round", max(at))
+    chosen = run.metrics.get("best_round", max(value_of))
     if run.metrics:
-        ring = f"chosen: round {shown}"
-        axes.scatter([shown], [at[shown]], 110, facecolors="none", edgecolors="black", zorder=5, label=ring)
-    axes.axhline(at[0], color=QUIET, linestyle="--", linewidth=1, zorder=1, label="before training")
+        ring = f"chosen: round {chosen}"
+        axes.scatter([chosen], [value_of[chosen]], 110, facecolors="none", edgecolors="black", zorder=5, label=ring)
+    axes.axhline(value_of[0], color=QUIET, linestyle="--", linewidth=1, zorder=1, label="before training")
     if other and other.curve(main):
-        _draw_curve(axes, other, main, OTHER, label=f"{sampled}, {_short(other.name)}")
-    after = f", {form(at[shown])} after round {shown}" if shown else ", no round is better" if run.metrics else ""
-    _title(axes, f"{what}: {form(at[0])} before training{after}")
+        _draw_curve(axes, other, main, OTHER, label=f"{label}, {_short(other.name)}")
+    after = f", {form(value_of[chosen])} after round {chosen}" if chosen else ""
+    if run.metrics and not chosen:
+        after = ", no round is better"
+    _title(axes, f"{figure}: {form(value_of[0])} before training{after}")
     if main != "return":
         axes.set_ylim(0, 1.03)
-        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
+        axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.0f} %")
     _legend(axes)
 
 
-def _draw_curve(axes: "Axes", run: _Run, kind: str, colour: str, *, label: str) -> None:
+def _draw_curve(axes: "Axes", run: _Run, kind: str, color: str, *, label: str) -> None:
     """Draw line and interval; a round that was not evaluated has no mark."""
     rounds, values, intervals = zip(*run.curve(kind), strict=True)
     low, high = zip(*intervals, strict=True)
-    axes.fill_between(rounds, low, high, color=colour, alpha=0.15, linewidth=0)
-    axes.vlines(rounds, low, high, color=colour, alpha=0.5, linewidth=1.2)
-    _line(axes, rounds, values, colour, label)
+    axes.fill_between(rounds, low, high, color=color, alpha=0.15, linewidth=0)
+    axes.vlines(rounds, low, high, color=color, alpha=0.5, linewidth=1.2)
+    _line(axes, rounds, values, color, label)
 
 
 def _draw_reward(axes: "Axes", run: _Run, other: _Run | None) -> None:
-    for one, colour in ((run, OWN), (other, OTHER)):
-        if one and one.rounds:
-            means = [record["rollout"]["reward_mean"] for record in one.rounds]
-            label = "mean reward" if one is run else f"mean reward, {_short(one.name)}"
-            _line(axes, [record["round"] for record in one.rounds], means, colour, label)
+    for drawn, color in ((run, OWN), (other, OTHER)):
+        if drawn and drawn.rounds:
+            means = [record["rollout"]["reward_mean"] for record in drawn.rounds]
+            label = "mean reward" if drawn is run else f"mean reward, {_short(drawn.name)}"
+            _line(axes, [record["round"] for record in drawn.rounds], means, color, label)
             _legend(axes)
-    _title(axes, "Mean reward of the attempts in training; success cannot be told")
+    _title(axes, "Mean reward of the rollouts; success is unknown")
 
 
-def _line(axes: "Axes", rounds: Sequence[int], values: Sequence[float], colour: str, label: str) -> None:
-    above = 4 if colour == OWN else 3
-    axes.plot(rounds, values, color=colour, linewidth=1.8, marker="o", markersize=4, zorder=above, label=label)
+def _line(axes: "Axes", rounds: Sequence[int], values: Sequence[float], color: str, label: str) -> None:
+    above = 4 if color == OWN else 3
+    axes.plot(rounds, values, color=color, linewidth=1.8, marker="o", markersize=4, zorder=above, label=label)
 
 
-def _draw_fates(axes: "Axes", run: _Run, *, span: int) -> None:
-    """Draw a bar a round, kept at the bottom, above it the reasons in the order in which they are tried."""
+def _draw_decisions(axes: "Axes", run: _Run, *, span: int) -> None:
+    """Draw a bar for each round: kept at the bottom, above it the reasons in the order in which the filter applies
+    them."""
     if not run.rounds:
         axes.set_yticks([])
-        _title(axes, "What became of the attempts: no round is finished")
+        _title(axes, "Decisions: no round is finished")
         return
     numbers = [record["round"] for record in run.rounds]
     counts = _counts(run)
     bottom = [0] * len(numbers)
-    width = min(0.8, 0.07 * span)  # of one round: a slab says no more than a bar
-    for fate, heights in counts.items():
-        label, colour = fate.replace("_", " "), COLOURS[fate]
-        axes.bar(numbers, heights, width, bottom, label=label, color=colour, edgecolor="white", linewidth=0.4)
+    width = min(0.8, 0.07 * span)  # a single round stays a bar and does not fill the panel
+    for decision, heights in counts.items():
+        label, color = decision.replace("_", " "), COLORS[decision]
+        axes.bar(numbers, heights, width, bottom, label=label, color=color, edgecolor="white", linewidth=0.4)
         bottom = [sum(pair) for pair in zip(bottom, heights, strict=True)]
-    _title(axes, f"What became of the attempts: {sum(counts['kept']):,} of {sum(bottom):,} kept")
+    _title(axes, f"Decisions: {sum(counts['kept']):,} of {sum(bottom):,} attempts kept")
     axes.yaxis.set_major_formatter("{x:,.0f}")
     _legend(axes, reverse=True)
 
 
-def _title(axes: "Axes", words: str) -> None:
-    axes.set_title(words, loc="left", fontsize=11, fontweight="bold", pad=8)
+def _title(axes: "Axes", text: str) -> None:
+    axes.set_title(text, loc="left", fontsize=11, fontweight="bold", pad=8)
 
 
 def _legend(axes: "Axes", *, reverse: bool = False) -> None:
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, fontsize=9, reverse=reverse)
+
+
+# The sections
 
 
 def _conclusion(run: _Run) -> list[str]:
@@ -251,26 +254,26 @@ def _conclusion(run: _Run) -> list[str]:
 
 
 def _test_figures(columns: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    measured = {name: summary for name, summary in columns.items() if summary}
-    return [_table(["test", *measured], table_rows(measured))] if measured else []
+    tested = {name: summary for name, summary in columns.items() if summary}
+    return [_table(["test", *tested], table_rows(tested))] if tested else []
 
 
 def _caption(run: _Run) -> str:
-    parts = ["Dev problems choose the round; test problems are others."]
+    parts = ["Dev problems choose the round; the test problems are different ones."]
     if "sampled" in run.base:
         parts.append(f"{run.base['n']} dev problems, {run.base['sampled']['n']} samples each; intervals at 95 %.")
     if any("eval" not in record for record in run.rounds):
         parts.append("Rounds without a mark were not evaluated.")
     if run.config.get("history", 1) != 1:
-        parts.append("An attempt counts again in each round that selects from it, as `history` has it.")
+        parts.append("An attempt counts in every round that selects from it (`history`).")
     return " ".join(parts)
 
 
 def _rounds(run: _Run) -> list[str]:
-    """Return the table of rounds, without the columns that no round has, and what must be known of some."""
+    """Return the table of rounds, without the columns that are empty for all of them, and the rounds' notes."""
 
     def column(part: str, key: str, form: Callable[[Any], str] = str) -> list[str]:
-        """Return a figure of every round, blank where a round does not have it."""
+        """Return a figure of every round; '' where a round does not have it."""
         return [form(r[part][key]) if key in r.get(part, {}) else "" for r in run.records]
 
     seconds = [sum(record.get("seconds", {}).values()) for record in run.records]
@@ -281,15 +284,15 @@ def _rounds(run: _Run) -> list[str]:
         "kept": column("selection", "kept"),
         "cutoff": column("selection", "cutoff", "{:.3g}".format),
         "kept of graded": column("selection", "kept_fraction", percent),
-        "asked for": column("selection", "requested_fraction", percent),
-        "kept by wrong steps": column("selection", "kept_with_wrong_step"),
+        "requested": column("selection", "requested_fraction", percent),
+        "kept with a wrong step": column("selection", "kept_with_wrong_step"),
         "dev greedy": [cell(record.get("eval", {}), "greedy", "success") for record in run.records],
         "dev sampled": [cell(record.get("eval", {}), "sampled", "pass@1") for record in run.records],
         "dev return": [returned(record.get("eval", {})) for record in run.records],
-        "distinct solved a problem": column("diversity", "unique_correct_per_problem", "{:.2f}".format),
+        "distinct solutions per problem": column("diversity", "unique_correct_per_problem", "{:.2f}".format),
         "distinct-2": column("diversity", "distinct_2", "{:.3f}".format),
         "entropy": column("diversity", "entropy", "{:.3f}".format),
-        "tokens an attempt": column("diversity", "completion_length", "{:.1f}".format),
+        "tokens per attempt": column("diversity", "completion_length", "{:.1f}".format),
         "seconds": [f"{spent:.1f}" if spent else "" for spent in seconds],
     }
     shown = {name: cells for name, cells in columns.items() if any(cells)}
@@ -299,7 +302,7 @@ def _rounds(run: _Run) -> list[str]:
 
 
 def _success(rollout: Mapping[str, Any]) -> str:
-    """Return the share of solved attempts; the mean reward where success is known of none."""
+    """Return the share of solved attempts; the mean reward where success is unknown for every attempt."""
     if not rollout:
         return ""
     known = rollout.get("unknown", 0) < rollout["played"]
@@ -307,7 +310,7 @@ def _success(rollout: Mapping[str, Any]) -> str:
 
 
 def _counts(run: _Run) -> dict[str, list[int]]:
-    """Return by round how many were kept, and rejected for each reason that occurs."""
+    """Return how many attempts of each round were kept, and rejected for each reason that occurs."""
     rejected = {reason: [record["selection"]["rejected"][reason] for record in run.rounds] for reason in REASONS}
     return {
         "kept": [record["selection"]["kept"] for record in run.rounds],
@@ -315,66 +318,73 @@ def _counts(run: _Run) -> dict[str, list[int]]:
     }
 
 
-def _fates(run: _Run) -> list[str]:
-    totals = {fate: sum(numbers) for fate, numbers in _counts(run).items()}
-    of = max(sum(totals.values()), 1)
-    lines = [[fate.replace("_", " "), str(number), percent(number / of)] for fate, number in totals.items()]
-    return ["## What became of the attempts", _table(["", "attempts", "share"], lines)]
+def _decisions(run: _Run) -> list[str]:
+    totals = {decision: sum(numbers) for decision, numbers in _counts(run).items()}
+    attempts = max(sum(totals.values()), 1)
+    rows = [[name.replace("_", " "), str(number), percent(number / attempts)] for name, number in totals.items()]
+    return ["## Decisions", _table(["decision", "attempts", "share"], rows)]
 
 
 def _against(run: _Run, other: _Run) -> list[str]:
-    """Return both runs' test figures and the paired difference, or why there is none; and how their recipes differ."""
+    """Return how the recipes differ, both runs' test figures, and the paired difference or why there is none."""
     parts = [f"## Against `{other.path.name}`"]
     keys = sorted((run.config.keys() | other.config.keys()) - MAY_DIFFER)
-    differ = [key for key in keys if run.config.get(key) != other.config.get(key)]
-    told = [f"`{key}` ({run.config.get(key)} here, {other.config.get(key)} there)" for key in differ]
-    parts.append(f"The recipes differ in {', '.join(told)}." if told else "The recipes are the same.")
+    differing = [
+        f"`{key}` ({run.config.get(key)} here, {other.config.get(key)} there)"
+        for key in keys
+        if run.config.get(key) != other.config.get(key)
+    ]
+    parts.append(f"The recipes differ in {', '.join(differing)}." if differing else "The recipes are the same.")
     if not (run.metrics and other.metrics):
-        waits = " and ".join(f"`{one.path.name}`" for one in (run, other) if not one.metrics)
-        return [*parts, f"Not compared on test problems yet: {waits} must be finished."]
-    best, others = (one.metrics["best_round"] for one in (run, other))
+        unfinished = " and ".join(f"`{compared.path.name}`" for compared in (run, other) if not compared.metrics)
+        return [*parts, f"Not compared on test problems yet: {unfinished} must be finished."]
+    best, others = (compared.metrics["best_round"] for compared in (run, other))
     columns = {f"this run, round {best}": run.metrics["best"]}
     parts += _test_figures(columns | {f"`{other.path.name}`, round {others}": other.metrics["best"]})
     mine, theirs = run.tested(best), other.tested(others)
     if not (mine and theirs):
-        return [*parts, "Not compared problem by problem: a run's attempts at the test problems are not there."]
+        return [*parts, "Not compared problem by problem: a run's attempts at the test problems are missing."]
     if mine.evaluation.problems.keys() != theirs.evaluation.problems.keys():
         return [*parts, "Not compared problem by problem: the runs were tested on different problems."]
-    words = conclusion(theirs, mine, before=f"in `{other.path.name}`")["conclusion"]
-    return [*parts, f"Paired, problem by problem: {words}."]
+    sentence = conclusion(theirs, mine, before=f"in `{other.path.name}`")["conclusion"]
+    return [*parts, f"Paired, problem by problem: {sentence}."]
 
 
 def _seconds(run: _Run) -> list[str]:
     spent = {phase: sum(record.get("seconds", {}).get(phase, 0.0) for record in run.rounds) for phase in PHASES}
     total = sum(spent.values())
-    lines = [[phase, f"{seconds:.1f}", percent(seconds / total)] for phase, seconds in spent.items() if seconds]
-    table = _table(["phase", "seconds", "share"], [*lines, ["all", f"{total:.1f}", ""]])
-    return ["## Where the time went", table, "The evaluations before the first round and after the last come on top."]
+    rows = [[phase, f"{seconds:.1f}", percent(seconds / total)] for phase, seconds in spent.items() if seconds]
+    table = _table(["phase", "seconds", "share"], [*rows, ["all", f"{total:.1f}", ""]])
+    return [
+        "## Where the time went",
+        table,
+        "This does not include the evaluations before the first round and after the last.",
+    ]
 
 
 def _reproduce(run: _Run, command: str) -> list[str]:
-    found = read_json(run.path / "versions.json")
-    packages = ", ".join(f"{name} {version}" for name, version in found["packages"].items() if version)
-    hardware = f"{found['cpu']}, {found['cpus']} CPU cores, {', '.join(found['gpus']) or 'no GPU'}"
-    processes = f"{found['world_size']} process{'es' * (found['world_size'] > 1)}"
+    versions = read_json(run.path / "versions.json")
+    packages = ", ".join(f"{name} {version}" for name, version in versions["packages"].items() if version)
+    hardware = f"{versions['cpu']}, {versions['cpus']} CPU cores, {', '.join(versions['gpus']) or 'no GPU'}"
+    processes = f"{versions['world_size']} process{'es' * (versions['world_size'] > 1)}"
     return [
         "## How to reproduce",
         f"```bash\n{command}\n```",
-        f"{packages}; Python {found['python']} on {found['platform']}; {hardware}, {processes}. "
-        f"SHA-256 of the data: `{found['data']}`.",
+        f"{packages}; Python {versions['python']} on {versions['platform']}; {hardware}, {processes}. "
+        f"SHA-256 of the data: `{versions['data']}`.",
     ]
 
 
 def _files(run: _Run) -> list[str]:
-    there = [f"- `{name}`: {what}" for name, what in FILES.items() if (run.path / name).exists()]
-    return ["## Files", "\n".join([*there, f"- `{PICTURE}`, `report.md`: made from these"])]
+    existing = [f"- `{name}`: {content}" for name, content in FILES.items() if (run.path / name).exists()]
+    return ["## Files", "\n".join([*existing, f"- `{PICTURE}`, `report.md`: made from these"])]
 
 
-def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    rows = [head, ["---", *["---:"] * (len(head) - 1)], *lines]
-    return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in rows)
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
 
 
 def _short(name: str) -> str:
-    """Return a name that leaves the picture its room."""
+    """Return a name that leaves room for the picture."""
     return name if len(name) <= 24 else f"{name[:23]}…"

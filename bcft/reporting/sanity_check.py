@@ -1,12 +1,14 @@
-"""A look at the first attempts of round 1, before hours are spent: can anything be learned from attempts like these?"""
+"""A look at the first attempts of round 1: can the policy learn anything from attempts like these?
+
+It costs seconds and comes before the hours that a run may take.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bcft.config.loader import Recipe
 from bcft.reporting.tables import percent
-from bcft.rewards.math_answers import extract_answer
+from bcft.rewards.base import Answers
 from bcft.selection.scoring import Score
 from bcft.types import Problem
 
@@ -16,73 +18,117 @@ _WIDTH = 100
 
 
 @dataclass(frozen=True)
-class Probe:
-    """What was seen, in lines for a person, and why nothing can be learned: '' where something can."""
+class SanityCheck:
+    """What a person should see of the first attempts, and whether the run may go on."""
 
     lines: tuple[str, ...]
-    hopeless: str
+    reason: str
+    """Why nothing can be learned, and what to change; '' where something can."""
 
 
-def probe(recipe: Recipe, scores: Sequence[Score], problems: Mapping[str, Problem], dev: Mapping[str, Any]) -> Probe:
-    """Look at scored attempts; dev is the summary of the policy's evaluation before any training."""
-    played = [found.trajectory for found in scores]
-    answers = [played.turns[-1].action if played.turns else "" for played in (found.trajectory for found in scores)]
-    shares = {
-        "solved": sum(found.success == "yes" for found in scores),
-        "graded": sum(found.graded for found in scores),
-        "with a readable answer": sum(bool(extract_answer(answer)) for answer in answers),
-        "cut": sum(trajectory.cut for trajectory in played),
-    }
-    # Where success cannot be told, there are no answers to be read either.
-    told = shares if any(found.success != "unknown" for found in scores) else {n: shares[n] for n in ("graded", "cut")}
-    if recipe["environment"]:
-        told = {name: n for name, n in told.items() if "answer" not in name}
-    counted = ", ".join(f"{percent(n / len(scores))} {name}" for name, n in told.items())
-    attempted = len({trajectory.problem_id for trajectory in played})
-    lines = [f"probe: {len(scores)} attempts at {attempted} problems: {counted}"]
-    for found in _different(scores):
-        prompt = problems[found.trajectory.problem_id].prompt
-        asked = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-        said = found.trajectory.turns[-1].action if found.trajectory.turns else found.trajectory.error
-        lines.append(f"  reward {found.reward:g}  {_short(asked, _WIDTH // 2)} -> {_short(said, _WIDTH)}")
-    return Probe(tuple(lines), _hopeless(recipe, scores, shares, dev))
+@dataclass(frozen=True)
+class _Counts:
+    """How many of the attempts have what."""
+
+    attempts: int
+    solved: int
+    graded: int
+    truncated: int
+    readable: int | None
+    """Attempts with an answer that can be extracted; None where answers mean nothing."""
+    success_known: bool
+    """Whether the success of at least one attempt is known."""
+
+    @property
+    def shares(self) -> str:
+        """The shares in one line; what is unknown is left out."""
+        counts = {"solved": self.solved if self.success_known else None, "graded": self.graded}
+        counts |= {"with a readable answer": self.readable, "truncated": self.truncated}
+        return ", ".join(f"{percent(n / self.attempts)} {name}" for name, n in counts.items() if n is not None)
 
 
-def _hopeless(recipe: Recipe, scores: Sequence[Score], shares: Mapping[str, int], dev: Mapping[str, Any]) -> str:
-    """Return why nothing can be learned, with what to change; a few failures are no reason, for rounds are longer."""
-    n, alike = len(scores), len({found.reward for found in scores if found.graded}) == 1
-    if not shares["graded"]:
-        return f"no reward function could grade any of {n} attempts: check reward_funcs and the reference column"
-    if shares["cut"] == n:
-        limit = recipe["max_completion_length"]
-        return f"all of {n} attempts were cut at max_completion_length, {limit} tokens: raise it"
-    known = any(found.success != "unknown" for found in scores)
-    if not known and alike:
-        return f"all of {n} attempts have the reward {scores[0].reward:g}: nothing can tell good from bad"
-    if not known or "greedy" not in dev:
+def sanity_check(
+    scores: Sequence[Score],
+    problems: Mapping[str, Problem],
+    dev: Mapping[str, Any],
+    *,
+    answers: Answers | None,
+    environment: str | None,
+    require_success: str,
+    max_completion_length: int,
+) -> SanityCheck:
+    """Check scored attempts of the policy as it is before any training.
+
+    dev: the summary of its evaluation; answers: what the success function knows of answers; environment,
+    require_success, max_completion_length: as in the recipe.
+    """
+    counts = _count(scores, None if environment else answers)
+    problems_attempted = len({score.trajectory.problem_id for score in scores})
+    lines = [f"sanity check: {counts.attempts} attempts at {problems_attempted} problems: {counts.shares}"]
+    for score in _different(scores):
+        prompt = problems[score.trajectory.problem_id].prompt
+        question = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+        reply = score.trajectory.turns[-1].action if score.trajectory.turns else score.trajectory.error
+        lines.append(f"  reward {score.reward:g}  {_short(question, _WIDTH // 2)} -> {_short(reply, _WIDTH)}")
+    reason = _reason(scores, counts, dev, require_success=require_success, max_completion_length=max_completion_length)
+    return SanityCheck(tuple(lines), reason)
+
+
+def _count(scores: Sequence[Score], answers: Answers | None) -> _Counts:
+    success_known = any(score.success != "unknown" for score in scores)
+    last = [score.trajectory.turns[-1].action if score.trajectory.turns else "" for score in scores]
+    # Where success is unknown there are no reference answers, and a readable answer says nothing.
+    readable = sum(bool(answers.extract(action)) for action in last) if answers and success_known else None
+    return _Counts(
+        attempts=len(scores),
+        solved=sum(score.success == "yes" for score in scores),
+        graded=sum(score.graded for score in scores),
+        truncated=sum(score.trajectory.truncated for score in scores),
+        readable=readable,
+        success_known=success_known,
+    )
+
+
+def _reason(
+    scores: Sequence[Score],
+    counts: _Counts,
+    dev: Mapping[str, Any],
+    *,
+    require_success: str,
+    max_completion_length: int,
+) -> str:
+    """Return why nothing can be learned. Only what holds of every attempt is a reason, since rounds are longer."""
+    n, alike = counts.attempts, len({score.reward for score in scores if score.graded}) == 1
+    if not counts.graded:
+        return f"none of {n} attempts could be graded: check reward_funcs and the reference column"
+    if counts.truncated == n:
+        return f"all {n} attempts were truncated at max_completion_length, {max_completion_length} tokens: raise it"
+    if not counts.success_known and alike:
+        return f"all {n} attempts have the same reward, {scores[0].reward:g}, so no attempt is better than another"
+    if not counts.success_known or "greedy" not in dev:
         return ""
     levels = {dev["greedy"]["success"], dev.get("sampled", dev["greedy"]).get("pass@1", dev["greedy"]["success"])}
-    if not shares["solved"] and levels == {0.0} and (recipe["require_success"] != "false" or alike):
-        readable = percent(shares["with a readable answer"] / n)
+    if not counts.solved and levels == {0.0} and (require_success != "false" or alike):
+        readable = "" if counts.readable is None else f" ({percent(counts.readable / n)} have a readable answer)"
         return (
-            f"none of {n} attempts succeeded, nor any at {dev['n']} dev problems ({readable} have a readable answer): "
-            f"begin with a policy that sometimes succeeds (bcft sft on demonstrations) or with easier problems; if "
-            f"your rewards do not say what is solved by being 1.0 or more, set success_func: ''"
+            f"none of {n} attempts succeeded, nor any at {dev['n']} dev problems{readable}: "
+            f"start from a policy that sometimes succeeds (bcft sft on demonstrations) or from easier problems; "
+            f"if a reward of 1.0 does not mean success, set success_func: ''"
         )
-    if shares["solved"] == n and levels == {1.0} and alike:
-        return f"all of {n} attempts succeeded, and all at {dev['n']} dev problems: there is nothing left to learn"
+    if counts.solved == n and levels == {1.0} and alike:
+        return f"all {n} attempts succeeded, and all at {dev['n']} dev problems: there is nothing left to learn"
     return ""
 
 
 def _different(scores: Sequence[Score]) -> list[Score]:
-    """Return a few attempts: one of every reward, then of other problems."""
-    seen: dict[tuple[float, bool], list[Score]] = {}
-    for found in scores:
-        seen.setdefault((found.reward, found.graded), []).append(found)
-    shown = [group[0] for group in seen.values()]
-    for found in scores:
-        if found.trajectory.problem_id not in {other.trajectory.problem_id for other in shown}:
-            shown.append(found)
+    """Return a few attempts: the first with each reward, then the first at other problems."""
+    first: dict[tuple[float, bool], Score] = {}
+    for score in scores:
+        first.setdefault((score.reward, score.graded), score)
+    shown = list(first.values())
+    for score in scores:
+        if score.trajectory.problem_id not in {other.trajectory.problem_id for other in shown}:
+            shown.append(score)
     return shown[:_SAMPLES]
 
 

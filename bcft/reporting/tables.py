@@ -1,142 +1,165 @@
-"""What a person reads of a run: the table, the conclusion in words, one problem before and after, the model card."""
+"""Lines and tables for a person: held-out figures side by side, the conclusion in words, one problem before and after.
 
+Nothing here computes a figure except the paired comparison that a conclusion needs.
+"""
+
+import os
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from bcft.evaluation.held_out import Evaluation, Measured, compare
+from bcft.evaluation.results import Evaluation, Measured, compare
 from bcft.runs.distributed import rank
 from bcft.types import Demonstration
 
 
-def print_table(columns: Mapping[str, Mapping[str, Any]], console: Console) -> None:
-    """Print summaries side by side, one column each, percentages with their 95 % interval."""
+def say(text: str, *, quiet: bool) -> None:
+    """Print a line at once, on rank 0 only; nothing with `quiet`. Exits with code 1 when the output pipe is closed."""
+    if rank() > 0 or quiet:
+        return
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # as in `bcft sft RECIPE | head`; Python flushes again at exit, which must not fail
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+
+
+def print_table(columns: Mapping[str, Mapping[str, Any]], quiet: bool) -> None:
+    """Print summaries side by side, one column each; percentages have their 95 % interval."""
     table = Table(title="held-out problems", title_justify="left")
     table.add_column("")
     for name in columns:
         table.add_column(name, justify="right")
     for name, *cells in table_rows(columns):
         table.add_row(name, *cells)
-    console.print(table)
+    # Text also in a notebook, where rich would draw HTML.
+    Console(quiet=quiet or rank() > 0, soft_wrap=True, highlight=False, force_jupyter=False).print(table)
 
 
 def table_rows(columns: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
-    """Return the table's lines, the name of the figure first; a figure nobody has is left out."""
-    some = next(iter(columns.values()))
-    samples, k = (some["sampled"]["n"], some["sampled"]["k"]) if "sampled" in some else (0, 0)
-    lines = {
+    """Return the table's rows, each with the figure's name first; figures that no summary has are left out."""
+    first = next(iter(columns.values()))
+    samples, k = (first["sampled"]["n"], first["sampled"]["k"]) if "sampled" in first else (0, 0)
+    rows = {
         "problems": [f"{c['n']}" for c in columns.values()],
         "solved, greedy": [cell(c, "greedy", "success") for c in columns.values()],
         f"solved, sampled x {samples}": [cell(c, "sampled", "pass@1") for c in columns.values()],
         f"pass@{k}": [cell(c, "sampled", "pass@k", interval=False) for c in columns.values()],
-        f"maj@{k}": [cell(c, "sampled", "maj@k", interval=False) for c in columns.values() if "return" not in c],
+        f"maj@{k}": ["" if "return" in c else cell(c, "sampled", "maj@k", interval=False) for c in columns.values()],
         "mean return": [returned(c) for c in columns.values()],
         "mean turns": [f"{c['return']['turns']:.2f}" if "return" in c else "" for c in columns.values()],
         "solved at the first turn": [_revised(c, "first") for c in columns.values()],
-        "solved at the second": [_revised(c, "last") for c in columns.values()],
+        "solved at the second turn": [_revised(c, "last") for c in columns.values()],
         "wrong to right, right to wrong": [_revised(c, "changes") for c in columns.values()],
         "stopped by itself": [percent(c["stop_rate"]) for c in columns.values()],
         "harder problems, sampled": [cell(c.get("harder", {}), "sampled", "pass@1") for c in columns.values()],
-        "held-out loss, nats a token": [f"{c['loss']:.4f}" if "loss" in c else "" for c in columns.values()],
+        "held-out loss, nats/token": [f"{c['loss']:.4f}" if "loss" in c else "" for c in columns.values()],
     }
-    return [[name, *cells] for name, cells in lines.items() if any(cells)]
+    return [[name, *cells] for name, cells in rows.items() if any(cells)]
 
 
 def conclusion(base: Measured, final: Measured, *, before: str = "before") -> dict[str, Any]:
-    """Return `vs_base` where success is known, and `conclusion`: better, worse, not distinguishable, or cannot tell."""
+    """Return `conclusion`, a sentence, and `vs_base`, which is left out where success is unknown.
+
+    The sentence begins with better, worse or not distinguishable; or it says that success is unknown, or that nothing
+    was measured. before: what the sentence calls the base.
+    """
     old, new = base.summary, final.summary
     if not new:
         return {"conclusion": "nothing was measured: eval_test_problems is 0, or there are no held-out problems"}
     if "return" in new and "return" in old:
-        return _returns(base, final, before=before)
+        return _compare_returns(base, final, before=before)
     if "greedy" not in new or "greedy" not in old:
-        loss = (
-            f"held-out loss {old['loss']:.4f} {before}, {new['loss']:.4f} now; "
-            if "loss" in new and "loss" in old
-            else ""
-        )
-        stops = (
-            f"{percent(old['stop_rate'])} of attempts stopped by themselves {before}, {percent(new['stop_rate'])} now"
-        )
-        return {"conclusion": f"success cannot be told, nothing could be graded: {loss}{stops}"}
+        return {"conclusion": f"success is unknown, nothing could be graded: {_without_success(old, new, before)}"}
     versus = compare(base.evaluation, final.evaluation)
     kind, figure = ("sampled", "pass@1") if "sampled" in new and "sampled" in old else ("greedy", "success")
     low, high = versus["ci95"]
-    words = (
+    sentence = (
         f"{versus['conclusion'].replace('_', ' ')}: {percent(new[kind][figure])} of attempts at {new['n']} held-out "
         f"problems solved ({kind}), {percent(old[kind][figure])} {before}: paired difference "
         f"{100 * versus['delta']:+.1f} points, 95 % interval {100 * low:+.1f} to {100 * high:+.1f}, "
         f"p {_p_value(versus['p_value'])}"
     )
-    return {"vs_base": versus, "conclusion": words}
+    return {"vs_base": versus, "conclusion": sentence}
 
 
-def _returns(base: Measured, final: Measured, *, before: str) -> dict[str, Any]:
+def _compare_returns(base: Measured, final: Measured, *, before: str) -> dict[str, Any]:
     """Return `vs_base` and `conclusion` of evaluations in an environment that gives rewards."""
     versus = compare(base.evaluation, final.evaluation)
     old, new = base.summary, final.summary
     low, high = versus["return_ci95"]
     solved = ""
     if "sampled" in new and "sampled" in old:
-        shares = (percent(found["sampled"]["pass@1"]) for found in (new, old))
+        shares = (percent(summary["sampled"]["pass@1"]) for summary in (new, old))
         solved = "; {} of attempts solved, {} {}".format(*shares, before)
-    words = (
+    sentence = (
         f"{versus['conclusion'].replace('_', ' ')}: a mean return of {new['return']['mean']:.2f} at {new['n']} "
         f"held-out problems, {old['return']['mean']:.2f} {before}: paired difference {versus['return_delta']:+.2f}, "
         f"95 % interval {low:+.2f} to {high:+.2f}{solved}"
     )
-    return {"vs_base": versus, "conclusion": words}
+    return {"vs_base": versus, "conclusion": sentence}
+
+
+def _without_success(old: Mapping[str, Any], new: Mapping[str, Any], before: str) -> str:
+    """Return what is left to compare where no attempt could be graded: held-out loss and stop rate."""
+    stops = f"{percent(old['stop_rate'])} of attempts stopped by themselves {before}, {percent(new['stop_rate'])} now"
+    if "loss" in new and "loss" in old:
+        return f"held-out loss {old['loss']:.4f} {before}, {new['loss']:.4f} now; {stops}"
+    return stops
 
 
 ROUNDS = f"{'round':>5} {'played':>7} {'success':>8} {'kept':>6} {'cutoff':>7}  dev greedy  dev sampled"
-"""The head of the table that grows by a line a round."""
+"""The head of the table that grows by a line with each round."""
 
 
 def round_line(record: Mapping[str, Any]) -> str:
-    """Return a round's line, of its metrics; what it does not have (round 0 plays nothing) stays blank.
+    """Return the line of a round's metrics; what the round does not have stays blank (round 0 plays nothing).
 
-    Where success is not known of any attempt, the mean reward stands in its place; a return in that of dev's success.
+    The mean reward takes the place of success where success is unknown for every attempt; the mean return takes the
+    place of dev success in an environment that gives rewards.
     """
-    rollout, chosen, dev = (record.get(part, {}) for part in ("rollout", "selection", "eval"))
+    rollout, selection, dev = (record.get(part, {}) for part in ("rollout", "selection", "eval"))
     played = " " * 17
     if rollout:
         known = rollout["unknown"] < rollout["played"]
-        how = percent(rollout["success"]) if known else f"r {rollout['reward_mean']:.3g}"
-        played = f"{rollout['played']:>7} {how:>8} "
-    kept = f"{chosen['kept']:>6} {chosen['cutoff']:>7.3g}" if chosen else " " * 14
+        level = percent(rollout["success"]) if known else f"r {rollout['reward_mean']:.3g}"
+        played = f"{rollout['played']:>7} {level:>8} "
+    kept = f"{selection['kept']:>6} {selection['cutoff']:>7.3g}" if selection else " " * 14
     greedy = percent(dev["greedy"]["success"]) if "greedy" in dev else ""
     seconds = sum(record.get("seconds", {}).values())
     sampled = returned(dev) if "return" in dev else cell(dev, "sampled", "pass@1")
     line = f"{record['round']:>5} {played}{kept}  {greedy:>10}  {sampled:<23}"
     line = f"{line}{seconds:.1f} s" if seconds else line.rstrip()
-    note = chosen.get("note", "")
+    note = selection.get("note", "")
     return f"{line}\n      {note}" if note else line
 
 
 def level(measured: Measured) -> str:
-    """Return in a line how well one policy does."""
-    found = measured.summary
-    if "return" in found:
-        turns = f"{found['return']['turns']:.1f} turns"
-        return f"a mean return of {returned(found)} in {turns}, at {found['n']} problems"
-    if "greedy" not in found:
-        return f"{percent(found['stop_rate'])} of attempts stopped by themselves; success cannot be told"
-    sampled = f", {cell(found, 'sampled', 'pass@1')} of sampled attempts" if "sampled" in found else ""
-    return f"solved {cell(found, 'greedy', 'success')} of {found['n']} problems by greedy decoding{sampled}"
+    """Return one line on how well a single policy does."""
+    summary = measured.summary
+    if "return" in summary:
+        turns = f"{summary['return']['turns']:.1f} turns"
+        return f"a mean return of {returned(summary)} in {turns}, at {summary['n']} problems"
+    if "greedy" not in summary:
+        return f"{percent(summary['stop_rate'])} of attempts stopped by themselves; success is unknown"
+    sampled = f", {cell(summary, 'sampled', 'pass@1')} of sampled attempts" if "sampled" in summary else ""
+    return f"solved {cell(summary, 'greedy', 'success')} of {summary['n']} problems by greedy decoding{sampled}"
 
 
-def before_and_after(base: Evaluation, final: Evaluation, asked: Sequence[Demonstration]) -> str:
-    """Return one problem that greedy decoding solves only afterwards, or with a higher return, both in full; or ''."""
-    for demonstration in asked:
+def before_and_after(base: Evaluation, final: Evaluation, demonstrations: Sequence[Demonstration]) -> str:
+    """Return the first problem that greedy decoding solves only afterwards, or with a higher return, both attempts in
+    full; '' if there is none."""
+    for demonstration in demonstrations:
         key, prompt = demonstration.problem.id, demonstration.problem.prompt
-        first, last = (found.problems[key][0] for found in (base, final))
+        first, last = (evaluation.problems[key][0] for evaluation in (base, final))
         higher = last.get("graded") and first.get("graded") and last["return"] > first["return"]
         if higher or (final.greedy[key] and not base.greedy[key]):
-            words = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-            answers = (_indented(_said(attempt)) for attempt in (first, last))
-            return "{}\n  before: {}\n  after:  {}\n".format(words.strip(), *answers)
+            question = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+            answers = (_indented(_transcript(attempt)) for attempt in (first, last))
+            return "{}\n  before: {}\n  after:  {}\n".format(question.strip(), *answers)
     return ""
 
 
@@ -149,15 +172,15 @@ def cell(column: Mapping[str, Any], kind: str, figure: str, *, interval: bool = 
     """Return a figure of an evaluation's summary with its 95 % interval; '' where the summary has no such figure."""
     if kind not in column:
         return ""
-    shown = percent(column[kind][figure])
+    share = percent(column[kind][figure])
     if not interval:
-        return shown
+        return share
     low, high = column[kind]["ci95"]
-    return f"{shown} [{100 * low:.1f}, {100 * high:.1f}]"
+    return f"{share} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
 def returned(column: Mapping[str, Any]) -> str:
-    """Return the mean return of an evaluation's summary with its 95 % interval; '' where there is none."""
+    """Return the mean return of an evaluation's summary with its 95 % interval; '' where the summary has none."""
     if "return" not in column:
         return ""
     low, high = column["return"]["ci95"]
@@ -165,28 +188,25 @@ def returned(column: Mapping[str, Any]) -> str:
 
 
 def _revised(column: Mapping[str, Any], figure: str) -> str:
-    """Return what became of first attempts that were judged; '' where there are none."""
-    found = column.get("revision")
-    if not found:
+    """Return a figure of attempts at which the policy answered twice; '' where the summary has none."""
+    revision = column.get("revision")
+    if not revision:
         return ""
-    return f"{found['wrong_to_right']}, {found['right_to_wrong']}" if figure == "changes" else percent(found[figure])
+    if figure == "changes":
+        return f"{revision['wrong_to_right']}, {revision['right_to_wrong']}"
+    return percent(revision[figure])
 
 
 def _p_value(p: float) -> str:
     return "< 0.0001" if p < 1e-4 else f"= {p:.4f}"
 
 
-def _said(attempt: Mapping[str, Any]) -> str:
-    """Return an attempt as text: of a conversation the actions, what was answered to each in brackets."""
-    said = attempt.get("messages", ())
-    shown = " ".join(m["content"] if m["role"] == "assistant" else f"[{m['content']}]" for m in said)
-    return shown or str(attempt["completion"])
+def _transcript(attempt: Mapping[str, Any]) -> str:
+    """Return an attempt as text: the completion, or a conversation's actions with each observation in brackets."""
+    messages = attempt.get("messages", ())
+    turns = " ".join(m["content"] if m["role"] == "assistant" else f"[{m['content']}]" for m in messages)
+    return turns or str(attempt["completion"])
 
 
 def _indented(text: str) -> str:
     return text.strip().replace("\n", "\n          ")
-
-
-def plain_console(*, quiet: bool = False) -> Console:
-    """Return where a command prints: text as it is, in a notebook as well; of several processes rank 0 alone prints."""
-    return Console(quiet=quiet or rank() > 0, soft_wrap=True, highlight=False, force_jupyter=False)

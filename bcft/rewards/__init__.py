@@ -1,5 +1,6 @@
-"""Reward functions: what one is, how it is asked, and the one for mathematics."""
+"""Reward functions: what one is, how it is called, and the one for mathematics."""
 
-from bcft.rewards.math_answers import math_reward
+from bcft.rewards.base import Reward
+from bcft.rewards.math_answers import extract_answer, math_reward
 
-__all__ = ["math_reward"]
+__all__ = ["Reward", "extract_answer", "math_reward"]

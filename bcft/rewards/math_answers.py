@@ -1,8 +1,8 @@
-"""Judge the last stated answer of a reply: 1.0 right, 0.0 wrong, None where nobody could tell.
+"""Grade the last stated answer of a reply: 1.0 right, 0.0 wrong, None where it cannot be graded.
 
-Numbers and words are compared here, exactly; everything else goes to `bcft.rewards.sandbox`. A text is cut to its last
-`LONGEST` characters before a regular expression sees it. Left out, because each has made failures into positives
-somewhere: credit for format or for showing work, numbers from the middle of a reply, rounding.
+Numbers and words are compared here, exactly; everything else goes to `bcft.rewards.sandbox`. Regular expressions see
+only the last `LONGEST` characters of a text. Left out, because each has turned failures into successes somewhere:
+credit for format or for showing work, numbers from the middle of a reply, rounding.
 """
 
 import math
@@ -13,7 +13,8 @@ from numbers import Number
 from typing import Any, NamedTuple
 
 from bcft.errors import DataError
-from bcft.rewards.sandbox import LONGEST, default_judge
+from bcft.rewards.base import Answers
+from bcft.rewards.sandbox import LONGEST, default_sandbox
 from bcft.types import Message, Prompt
 
 
@@ -27,10 +28,10 @@ def math_reward(
 ) -> list[float | None]:
     r"""Compare each completion's last stated answer with the reference: 1.0 right, 0.0 wrong, None ungraded.
 
-    The signature is that of a reward in TRL; prompts and further columns are ignored. The reference is the first
-    column given of `answer`, `solution` and `ground_truth`: a number, an expression, or a worked solution that ends
-    with `#### N` or `\boxed{}`. A completion of messages is judged by the last one of the assistant. Ungraded is what
-    has no readable reference, and an answer that the judge had to give up on.
+    The signature is that of a reward in TRL; prompts and other columns are ignored. The reference is the first column
+    given of `answer`, `solution` and `ground_truth`: a number, an expression, or a worked solution that ends with
+    `#### N` or `\boxed{}`. Of a completion of messages the last one of the assistant is graded. A completion is
+    ungraded when its reference is not readable, and when the sandbox had to give up on its answer.
 
     Raises DataError when there is no reference column, or one of another length.
     """
@@ -41,7 +42,7 @@ def math_reward(
         raise DataError(f"math_reward got {len(references)} reference answers for {len(completions)} completions")
     cases = [_compare(reference, completion) for reference, completion in zip(references, completions, strict=True)]
     pairs = list(dict.fromkeys(case for case in cases if isinstance(case, tuple)))
-    verdicts = dict(zip(pairs, default_judge().verify(pairs), strict=True)) if pairs else {}
+    verdicts = dict(zip(pairs, default_sandbox().verify(pairs), strict=True)) if pairs else {}
     rewards = {"right": 1.0, "wrong": 0.0}
     return [rewards.get(verdicts[case]) if isinstance(case, tuple) else case for case in cases]
 
@@ -50,8 +51,8 @@ def extract_answer(text: str) -> str:
     r"""Return the last answer that a reply states, or '' when it states none.
 
     The last of `\boxed{...}`, `#### N` and "answer is N" (also "answer: N") wins, whichever it is. Without any, it is
-    the last number, with the expression that it is part of. A box that is never closed is a reply cut off within its
-    answer: ''.
+    the last number, with the expression that it is part of. A box that is never closed means that the reply was
+    truncated within its answer: ''.
 
     >>> extract_answer("First \\boxed{5}, no: the answer is $1,234. I tried 2 ways.")
     '1,234'
@@ -64,31 +65,34 @@ def extract_answer(text: str) -> str:
 
 
 def answer_key(answer: str) -> str:
-    """Return what equal plain answers have in common, to count votes by: '7', '7.0' and '$7' are one answer."""
+    """Return a text that equal plain answers share, to count votes: '7', '7.0' and '$7' are one answer."""
     plain = _plain(answer)
     return answer.strip() if plain is None else str(plain.value) if isinstance(plain, _Quantity) else plain
 
 
+math_reward.answers = Answers(extract_answer, answer_key)  # type: ignore[attr-defined] # of a function
+
+
 def _compare(reference: Any, completion: str | Sequence[Message]) -> float | tuple[str, str] | None:
-    """Return the reward, or the (reference, answer) pair of formulas that only the judge can compare."""
+    """Return the reward, or the (reference, answer) pair of formulas that only the sandbox can compare."""
     gold, reply = _reference(reference), _reply(completion)[-LONGEST:]
     if not gold:
         return None
     expected = _plain(gold)
     if isinstance(expected, _Quantity):
-        said: str | None = extract_answer(reply)
+        stated: str | None = extract_answer(reply)
     else:
-        said = _stated(reply, words=isinstance(expected, str))
-    text = reply if said is None else said
-    found = _plain(text)
-    if expected is not None and (found is not None or not text.strip()):
-        return float(_same(expected, found))
+        stated = _stated(reply, words=isinstance(expected, str))
+    text = reply if stated is None else stated
+    actual = _plain(text)
+    if expected is not None and (actual is not None or not text.strip()):
+        return float(_same(expected, actual))
     # Where nothing is marked as the answer, math-verify looks for the last formula itself.
-    return _formula(gold) if _is_formula(gold) else gold, reply if said is None else _formula(said)
+    return _formula(gold) if _is_formula(gold) else gold, reply if stated is None else _formula(stated)
 
 
 def _reference(value: Any) -> str:
-    """Return the answer in a reference: the one it marks, else all of it; '' when there is none."""
+    """Return the answer in a reference: the one that it marks, else all of it; '' when there is none."""
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return ""
     if not isinstance(value, str | Number):
@@ -102,8 +106,8 @@ def _reply(completion: str | Sequence[Message]) -> str:
     """Return the text of a completion, or of the last assistant message in it."""
     if isinstance(completion, str):
         return completion
-    said = [message.get("content") for message in completion if message.get("role", "assistant") == "assistant"]
-    content: Any = said[-1] if said else ""
+    replies = [message.get("content") for message in completion if message.get("role", "assistant") == "assistant"]
+    content: Any = replies[-1] if replies else ""
     if isinstance(content, str):
         return content
     return "".join(str(part.get("text", "")) for part in content or ())  # TRL's parts of text and images
@@ -122,11 +126,11 @@ _NUMBER = re.compile(
     re.VERBOSE | re.IGNORECASE,
 )
 _LONGEST_PLAIN = 200
-"""Characters of a plain answer: exact arithmetic on it is then immediate."""
+"""Most characters of a plain answer: exact arithmetic on so few is immediate."""
 _SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _NOT_UNITS = {"and", "or", "to", "half", "halves", "third", "thirds", "quarter", "quarters", "squared", "cubed"}
 _NOT_UNITS |= {"times", "plus", "minus", "divided", "factorial"}
-"""Words that make another number of the one before them, or join it to the next."""
+"""Words that change the number before them, or join it to the next."""
 _TEXT = re.compile(r"\\(?:text(?:bf|it|rm)?|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
 _FRACTION = re.compile(r"\\[cdt]?frac\s*(?:\{\s*([^{}\s]+)\s*\}|([0-9]))\s*(?:\{\s*([^{}\s]+)\s*\}|([0-9]))")
 _SPELLINGS = (("{,}", ","), (r"\!", ""), (r"\,", ""), (r"\$", "$"), (r"\%", "%"), (r"\ ", " "), ("~", " "))
@@ -135,11 +139,11 @@ _SPELLINGS = (("{,}", ","), (r"\!", ""), (r"\,", ""), (r"\$", "$"), (r"\%", "%")
 class _Quantity(NamedTuple):
     value: Fraction
     unit: str
-    """Its first word in lower case, without a plural's s; '' where none is stated."""
+    """Its first word in lower case, without the s of a plural; '' where none is stated."""
 
 
 def _plain(text: str) -> _Quantity | str | None:
-    """Read a number, with a unit or not, or words of three and more letters, or "no"; None for everything else.
+    """Read a number, with or without a unit, or words of three or more letters, or "no"; None for everything else.
 
     60% is 3/5: it equals 0.6 and not 60. Currency signs are dropped. Words are returned in lower case; shorter ones
     may be products of variables.
@@ -176,13 +180,14 @@ def _quantity(match: re.Match[str]) -> _Quantity | None:
     return _Quantity(-value if part["sign"] in ("-", "−", "–") else value, unit[0].rstrip("s") if unit else "")
 
 
-def _same(expected: _Quantity | str, found: _Quantity | str | None) -> bool:
-    if isinstance(expected, _Quantity) and isinstance(found, _Quantity):
-        return expected.value == found.value and (expected.unit == found.unit or "" in (expected.unit, found.unit))
-    return expected == found
+def _same(expected: _Quantity | str, actual: _Quantity | str | None) -> bool:
+    if isinstance(expected, _Quantity) and isinstance(actual, _Quantity):
+        same_unit = expected.unit == actual.unit or "" in (expected.unit, actual.unit)
+        return expected.value == actual.value and same_unit
+    return expected == actual
 
 
-# Where in a text the answer stands.
+# The place of the answer in a text.
 _MARK = re.compile(
     r"""
     (?P<box> \\ (?: boxed | fbox ) \s* \{ )
@@ -195,14 +200,14 @@ _PHRASE = re.compile(
     r"""
     (?: [\s*_:=`"$~] | \\[\[($] )*
     (?: (?: about | approximately | equal\s+to | exactly | now | simply | therefore | thus ) \b [\s*_:=`"$]* )?
-    (?P<said> .*? )
+    (?P<answer> .*? )
     (?: (?<![-+−\\])\$ | \\[\])] | \*\*(?![\w(]) | [`"\n] | [.!?](?=\s|$) | ;
       | , \s+ (?!and\b|or\b)(?=[a-z]{2}) | \s+ \( (?=[a-z]{2})
       | \s+ (?: after | as | because | if | since | so | when | where | which ) \b | $ )
     """,
     re.VERBOSE | re.IGNORECASE,
 )
-"""What follows "answer is": up to the end of its clause."""
+"""The text after "answer is", up to the end of its clause."""
 _LONGEST_PHRASE = 200
 _FORMULA = re.compile(r"[-+−–.]?\s*[0-9$\\(\[{|√π∞]|[A-Za-z](?![A-Za-z])(?!\s+[A-Za-z])")
 _PROSE = re.compile(r"(?<![A-Za-z\\])(?!(?:sin|cos|tan|log|exp|sqrt|max|min|mod|and)\b)[A-Za-z]{3,}")
@@ -221,7 +226,7 @@ _TOKEN = re.compile(
 
 
 def _stated(text: str, *, words: bool) -> str | None:
-    """Return the last answer that is marked as one; '' when it is cut off, None when there is no mark.
+    """Return the last answer that is marked as one; '' when it is truncated, None when there is no mark.
 
     Plain words after "answer is" or `####` count only with `words`: "the answer is correct" and "#### Step" do not.
     """
@@ -236,9 +241,9 @@ def _stated(text: str, *, words: bool) -> str | None:
             answer = _readable(line, words)
         else:
             phrase = _PHRASE.match(text, mark.end(), mark.end() + _LONGEST_PHRASE)
-            said = _strip(phrase["said"]) if phrase else ""
-            # What begins with a number was meant as one, and no number from elsewhere may stand in for it.
-            answer = _readable(said, words) or (said if _NUMBER.match(said) else "")
+            stated = _strip(phrase["answer"]) if phrase else ""
+            # A phrase that begins with a number was meant as one: a number from elsewhere must not replace it.
+            answer = _readable(stated, words) or (stated if _NUMBER.match(stated) else "")
         if answer:
             return answer
     return None
@@ -265,7 +270,7 @@ def _readable(phrase: str, words: bool) -> str:
 
 
 def _last_number(text: str) -> str:
-    """Return the last number of a text; one that is part of an expression comes with all of it up to the blanks."""
+    """Return the last number of a text; with a number in an expression, the expression up to the next blanks."""
     text = re.sub(r"(?<!\w)\*\*|\*\*(?!\w)", " ", text)  # bold, not a power
     if isinstance(_plain(text), _Quantity):
         return _strip(text)
@@ -280,7 +285,7 @@ def _last_number(text: str) -> str:
 
 
 def _strip(text: str) -> str:
-    """Remove what stands around an answer in Markdown, in LaTeX's math modes and at the end of a sentence."""
+    """Remove the signs around an answer in Markdown, in LaTeX's math modes and at the end of a sentence."""
     text = text.lstrip(' \t\n*_`"$~').rstrip(' \t\n*_`"$~.,;:?')
     return text.removeprefix(r"\(").removesuffix(r"\)").removeprefix(r"\[").removesuffix(r"\]").strip()
 
@@ -293,5 +298,5 @@ def _formula(text: str) -> str:
 
 
 def _is_formula(text: str) -> bool:
-    """Tell a formula, or words, from a worked solution without a marked answer: that has several words of prose."""
+    """Whether a text is a formula or words, not a worked solution without a marked answer: several words of prose."""
     return _plain(text) is not None or len(_PROSE.findall(_TEXT.sub("", text))) < 2

@@ -1,13 +1,13 @@
-"""Compare an answer with a reference by math-verify, in processes that can be killed.
+"""Compare answers with references by math-verify, in processes that can be killed.
 
-An answer is written by a policy that is optimised against this very judge: it may take minutes (`9^{9^9}`), gigabytes,
-or abort the process inside GMP, and no thread or signal in this process can stop that. So there are two more:
+An answer is written by a policy that is optimized against this very comparison: it may take minutes (`9^{9^9}`) or
+gigabytes, or abort the process inside GMP, and no thread or signal in this process can stop that. So there are others:
 
     this process --socket--> server (imports math_verify once) --fork--> one worker per answer, confined and killed
 
-Every answer starts from the same memory image: what one leaves behind, no other sees, the order does not matter, and
-nothing has to be respawned. The server itself never touches an answer. Left out: Windows (there is no fork), and any
-evaluation of raw text: math-verify alone reads it.
+Every answer starts from the same memory image, so an answer cannot affect a later one, and their order does not matter.
+The server itself never touches an answer. Left out: Windows (it cannot fork), and any evaluation of raw text:
+math-verify alone reads it.
 """
 
 import atexit
@@ -32,26 +32,26 @@ from typing import Literal, NoReturn, get_args
 from bcft.errors import FaultError
 
 Verdict = Literal["right", "wrong", "unparsable", "timeout", "memory", "died", "error"]
-"""`unparsable` is the reference; the last four say that this answer could not be judged."""
+"""`unparsable`: the reference cannot be read. The last four say why an answer could not be compared."""
 
 LONGEST = 4096
-"""Characters of a text, from its end, that are looked at: a regular expression never sees more."""
+"""Characters of a text, counted from its end, that are read: a regular expression never sees more."""
 
 _BATCH = 64
 _SERVER = "import sys; from bcft.rewards.sandbox import serve; serve(float(sys.argv[1]), *map(int, sys.argv[2:]))"
 _START_SECONDS = 120.0
-"""Importing sympy takes a second, and from a cold network disk much longer."""
+"""Importing sympy takes a second, and much longer from a cold network disk."""
 _GRACE_SECONDS = 30.0
 _KEPT_VARIABLES = ("PYTHONHOME", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
-"""All that the server inherits of the environment: an answer can leak no token that is not there."""
+"""The only variables that the server inherits: an answer cannot leak a token that is not there."""
 _PR_SET_PDEATHSIG = 1
 
 
-class Judge:
-    """A server process, started at the first question and again whenever it is gone.
+class Sandbox:
+    """A server process, started for the first answers and again whenever it is gone.
 
-    Safe to share between threads; a forked copy of this process starts its own. `seconds` and `memory` (bytes) bound
-    each answer, `workers` is how many are judged at once.
+    Safe to share between threads; a forked copy of this process starts its own. `seconds` and `memory` (bytes) limit
+    each answer, `workers` is how many are compared at once.
     """
 
     _server: subprocess.Popen[bytes] | None
@@ -63,7 +63,7 @@ class Judge:
         self._forget()
 
     def verify(self, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
-        """Judge (reference, answer) pairs, each read as math-verify's `parse` reads it; one verdict each, in order.
+        """Return a verdict for each (reference, answer) pair, in order; math-verify's `parse` reads both texts.
 
         Raises FaultError when the server cannot be started at all.
         """
@@ -74,7 +74,7 @@ class Judge:
             return [verdict for batch in batches for verdict in self._verify_batch(batch)]
 
     def close(self) -> None:
-        """End the server and whatever it runs; the next question starts another."""
+        """End the server and its workers; the next call of `verify` starts another."""
         if self._pid != os.getpid():
             self._forget()
         if self._server is not None:
@@ -85,74 +85,74 @@ class Judge:
             self._socket.close()
         self._server = self._socket = None
 
-    def __enter__(self) -> "Judge":
+    def __enter__(self) -> "Sandbox":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
     def _forget(self) -> None:
-        """Start from nothing: handles that came through a fork belong to the parent."""
+        """Start without a server: handles that came through a fork belong to the parent."""
         self._pid = os.getpid()
         self._lock = threading.Lock()
         self._server = self._socket = None
 
     def _verify_batch(self, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
-        question = json.dumps([(reference[-LONGEST:], answer[-LONGEST:]) for reference, answer in pairs])
-        for _ in range(2):  # the server may have been killed from outside, and not because of these answers
+        request = json.dumps([(reference[-LONGEST:], answer[-LONGEST:]) for reference, answer in pairs])
+        for _ in range(2):  # the first server may have been killed from outside, not by these answers
             with contextlib.suppress(OSError):
-                return self._ask(question, self._seconds * len(pairs) + _GRACE_SECONDS)
+                return self._ask(request, self._seconds * len(pairs) + _GRACE_SECONDS)
         return ["died"] * len(pairs)
 
-    def _ask(self, question: str, seconds: float) -> list[Verdict]:
-        """Send one line, read one. Whatever goes wrong ends the server: a late reply must not meet a later question."""
+    def _ask(self, request: str, seconds: float) -> list[Verdict]:
+        """Send one line, read one. Any failure ends the server: a late reply must not answer a later request."""
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(self.close)
             connection = self._socket or self._start()
             connection.settimeout(seconds)
-            connection.sendall(question.encode() + b"\n")
+            connection.sendall(request.encode() + b"\n")
             verdicts: list[Verdict] = json.loads(_read_line(connection))
             on_failure.pop_all()
         return verdicts
 
     def _start(self) -> socket.socket:
         try:
-            self._socket, theirs = socket.socketpair()
-            with theirs:
+            self._socket, server_side = socket.socketpair()
+            with server_side:
                 self._server = subprocess.Popen(
                     [sys.executable, "-c", _SERVER, str(self._seconds), str(self._memory), str(self._workers)],
-                    stdin=theirs.fileno(),
+                    stdin=server_side.fileno(),
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.DEVNULL,
                     cwd="/",
                     env=_environment(),
-                    start_new_session=True,  # Ctrl-C is for this process to handle; and one signal ends the group
+                    start_new_session=True,  # Ctrl-C is for this process alone, and one signal ends the group
                 )
             self._socket.settimeout(_START_SECONDS)
             _read_line(self._socket)
         except OSError as error:
-            works = f"{sys.executable} -c 'import math_verify'"
-            raise FaultError(f"the judge of answers did not start ({error}): see that this works: {works}") from error
+            command = f"{sys.executable} -c 'import math_verify'"
+            raise FaultError(f"the math sandbox did not start ({error}): check that this works: {command}") from error
         return self._socket
 
 
 @cache
-def default_judge() -> Judge:
-    """Return the judge that the whole process shares; it ends with the process."""
-    judge = Judge()
-    atexit.register(judge.close)
-    return judge
+def default_sandbox() -> Sandbox:
+    """Return the sandbox that the whole process shares; it ends with the process."""
+    sandbox = Sandbox()
+    atexit.register(sandbox.close)
+    return sandbox
 
 
 def _environment() -> dict[str, str]:
-    """Return the server's environment: this process's import path, and nothing that could be secret."""
+    """Return the server's environment variables: this process's import path, and nothing that could be secret."""
     kept = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
     path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
     return kept | {"PYTHONPATH": path, "PYTHONSAFEPATH": "1", "PYTHONHASHSEED": "0"}
 
 
 def _read_line(connection: socket.socket) -> bytes:
-    """Read until the newline that ends every message. Raises OSError when the other end is gone or late."""
+    """Read to the newline that ends every message. Raises OSError when the other end is gone or late."""
     line = b""
     while not line.endswith(b"\n"):
         received = connection.recv(1 << 16)
@@ -162,7 +162,7 @@ def _read_line(connection: socket.socket) -> bytes:
     return line
 
 
-# From here on: the server and its workers.
+# The rest runs in the server and its workers.
 
 _WARM_UP = (
     (r"\boxed{\frac{1}{2}}", r"\boxed{0.3}"),
@@ -176,29 +176,29 @@ _WARM_UP = (
     (r"\boxed{\begin{pmatrix}1\\2\end{pmatrix}}", r"\boxed{\begin{pmatrix}1\\3\end{pmatrix}}"),
     (r"\boxed{\frac{3x-1}{2}}", r"The answer is 50%"),
 )
-"""What loads math-verify's lazy modules and fills its parser's tables once, for all workers; verdicts do not matter."""
+"""Pairs that load math-verify's lazy modules and fill its parser's tables, once for all workers."""
 
 
 def serve(seconds: float, memory: int, workers: int) -> None:
     """Answer the lines that come through standard input, a socket, until its other end is gone."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # workers are waited for, whatever was inherited
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # workers are waited for, whatever handler was inherited
     logging.disable()  # math-verify warns that its own timeouts are off
     for reference, answer in _WARM_UP:
-        _judge(reference, answer)
+        _compare(reference, answer)
     gc.freeze()  # a collection in a worker would touch, and so copy, every page
     connection = socket.socket(fileno=0)
     with contextlib.suppress(OSError):
         connection.sendall(b"ready\n")
         while True:
             pairs = json.loads(_read_line(connection))
-            verdicts = _judge_all(connection, pairs, seconds, memory, workers)
+            verdicts = _compare_all(connection, pairs, seconds, memory, workers)
             connection.sendall(json.dumps(verdicts).encode() + b"\n")
 
 
-def _judge_all(
+def _compare_all(
     connection: socket.socket, pairs: Sequence[tuple[str, str]], seconds: float, memory: int, workers: int
 ) -> list[Verdict]:
-    """Judge in up to `workers` processes at once. Raises ConnectionResetError when nobody waits for it any more."""
+    """Compare in up to `workers` processes at once. Raises ConnectionResetError when the other end is gone."""
     verdicts: list[Verdict] = ["died"] * len(pairs)
     waiting = list(range(len(pairs)))
     running: dict[int, tuple[int, int, float]] = {}  # pipe: index, process id, deadline
@@ -207,10 +207,10 @@ def _judge_all(
             index = waiting.pop(0)
             pipe, pid = _fork(*pairs[index], seconds=seconds, memory=memory)
             running[pipe] = index, pid, time.monotonic() + seconds
-        patience = min(deadline for _, _, deadline in running.values()) - time.monotonic()
-        ready, _, _ = select.select([connection.fileno(), *running], [], [], max(0.0, patience))
-        if connection.fileno() in ready:  # nothing is sent while an answer is due
-            raise ConnectionResetError("the asking process ended")
+        remaining = min(deadline for _, _, deadline in running.values()) - time.monotonic()
+        ready, _, _ = select.select([connection.fileno(), *running], [], [], max(0.0, remaining))
+        if connection.fileno() in ready:  # a living process sends nothing while it waits
+            raise ConnectionResetError("the process that sent the request ended")
         for pipe, (index, pid, deadline) in list(running.items()):
             if pipe in ready or time.monotonic() >= deadline:
                 verdicts[index] = _collect(pipe, pid) if pipe in ready else _end(pipe, pid, "timeout")
@@ -219,52 +219,52 @@ def _judge_all(
 
 
 def _fork(reference: str, answer: str, *, seconds: float, memory: int) -> tuple[int, int]:
-    """Start a worker; return the pipe that its verdict comes through, and its process id."""
-    pipe, theirs = os.pipe()
+    """Start a worker; return the pipe from which to read its verdict, and its process id."""
+    pipe, worker_side = os.pipe()
     pid = os.fork()
     if pid == 0:
-        _work(reference, answer, theirs, seconds, memory)
-    os.close(theirs)
+        _work(reference, answer, worker_side, seconds, memory)
+    os.close(worker_side)
     return pipe, pid
 
 
 def _collect(pipe: int, pid: int) -> Verdict:
-    """Read the verdict of a worker that wrote one or died."""
+    """Return the verdict of a worker that wrote one or died."""
     written = os.read(pipe, 64).decode()
     return _end(pipe, pid, next((verdict for verdict in get_args(Verdict) if verdict == written), "died"))
 
 
 def _end(pipe: int, pid: int, verdict: Verdict) -> Verdict:
     os.close(pipe)
-    os.kill(pid, signal.SIGKILL)  # it cannot be another's yet: its id is free only after waitpid
+    os.kill(pid, signal.SIGKILL)  # the id cannot belong to another process: it is free only after waitpid
     os.waitpid(pid, 0)
     return verdict
 
 
 def _work(reference: str, answer: str, pipe: int, seconds: float, memory: int) -> NoReturn:
-    """Judge one answer, write the verdict, and end without returning to the server's code."""
+    """Compare one answer, write the verdict, and end without returning to the server's code."""
     verdict: Verdict = "error"
     try:
         os.close(0)  # the server's socket
         gc.disable()
         _confine(seconds, memory)
-        verdict = _judge(reference, answer)
+        verdict = _compare(reference, answer)
     except MemoryError:
         verdict = "memory"
-    finally:  # whatever else sympy raises (it is not a closed set) is an "error"
+    finally:  # anything else that sympy raises (it is not a closed set) is an "error"
         os.write(pipe, verdict.encode())
         os._exit(0)
 
 
 def _confine(seconds: float, memory: int) -> None:
-    """Give this process `memory` bytes, no files, no core dump, and no life after the server's."""
-    import resource  # not on Windows, where this module can still be imported
+    """Give this process `memory` bytes, no files and no core dump, and let it die with the server."""
+    import resource  # noqa: PLC0415 - Windows lacks it, and must be able to import this module
 
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     limits = {
         resource.RLIMIT_AS: memory,
-        resource.RLIMIT_CPU: math.ceil(seconds) + 1,  # where the system has no signal for the parent's death
+        resource.RLIMIT_CPU: math.ceil(seconds) + 1,  # for systems without a signal at the parent's death
         resource.RLIMIT_CORE: 0,
         resource.RLIMIT_FSIZE: 0,
     }
@@ -273,9 +273,9 @@ def _confine(seconds: float, memory: int) -> None:
             resource.setrlimit(resource_kind, (limit, limit))
 
 
-def _judge(reference: str, answer: str) -> Verdict:
+def _compare(reference: str, answer: str) -> Verdict:
     """Compare in this process. math-verify's own timeouts are off: they are signals, and look like `wrong`."""
-    from math_verify import parse, verify
+    from math_verify import parse, verify  # noqa: PLC0415 - sympy is for the server alone
 
     gold = parse(reference, parsing_timeout=None)
     if all(isinstance(expression, str) for expression in gold):

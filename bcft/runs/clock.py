@@ -1,4 +1,4 @@
-"""Seconds by phase, so that they add up: every moment belongs to exactly one phase."""
+"""Seconds by phase that add up: every moment belongs to exactly one phase."""
 
 import time
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ PHASES = ("rollout", "score", "select", "train", "evaluate", "other")
 
 
 class Clock:
-    """Counts the time of the innermost phase that is open; `other` while none is."""
+    """Counts the time of the innermost open phase; `other` while none is open."""
 
     def __init__(self) -> None:
         self._spent = dict.fromkeys(PHASES, 0.0)
@@ -17,22 +17,22 @@ class Clock:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Count what happens inside as this phase, and not as the one around it."""
-        around = self._phase
-        self._turn(name)
+        """Count what happens inside as this phase, and not as the enclosing one."""
+        enclosing = self._phase
+        self._switch(name)
         try:
             yield
         finally:
-            self._turn(around)
+            self._switch(enclosing)
 
     def lap(self) -> dict[str, float]:
-        """Return the seconds of each phase since the last lap, and begin a new one."""
-        self._turn(self._phase)
+        """Return the seconds of each phase since the last lap, and start a new one."""
+        self._switch(self._phase)
         spent = {name: round(seconds, 3) for name, seconds in self._spent.items()}
         self._spent = dict.fromkeys(PHASES, 0.0)
         return spent
 
-    def _turn(self, name: str) -> None:
+    def _switch(self, name: str) -> None:
         now = time.perf_counter()
         self._spent[self._phase] += now - self._since
         self._phase, self._since = name, now

@@ -1,4 +1,4 @@
-"""The run directory: one process at a time, one recipe, and what was run on what, beside the results."""
+"""The run directory: one process at a time, one recipe, and beside the results what they were made with."""
 
 import fcntl
 import logging
@@ -7,7 +7,7 @@ import platform
 import socket
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -15,110 +15,127 @@ from typing import Any
 
 import yaml
 
-from bcft.config.loader import Recipe
 from bcft.errors import BcftError, LockedError, Preempted, UsageError
 from bcft.runs.distributed import world_size
 from bcft.runs.storage import plain, read_json, storage, write_json, write_jsonl, write_text
-from bcft.types import Demonstration
+from bcft.types import Problem
 
 PACKAGES = ("bcft", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "math-verify")
 MAY_DIFFER = frozenset(
     {
-        *(
-            "output_dir",
-            "against",
-            "report_to",
-            "run_name",
-            "disable_tqdm",
-            "dataloader_num_workers",
-            "per_device_eval_batch_size",
-        ),
-        *("logging_steps", "logging_strategy", "logging_first_step", "save_steps", "save_strategy", "save_total_limit"),
+        *("output_dir", "against", "report_to", "run_name", "disable_tqdm", "dataloader_num_workers"),
+        *("per_device_eval_batch_size", "logging_steps", "logging_strategy", "logging_first_step"),
+        *("save_steps", "save_strategy", "save_total_limit"),
     }
 )
-"""Keys a resumed run may change: they alter no figure and no weight."""
+"""Keys that a resumed run may change: they alter no figure and no weight."""
 
 
 class RunDirectory:
-    """The directory of a run, held by this process. Only rank 0 writes."""
+    """The directory of a run, held by this process.
 
-    def __init__(self, recipe: Recipe, path: Path, *, writes: bool) -> None:
+    recipe: the keys that decide the result. writes: only rank 0 does. allow_drift: a resumed run may differ from what
+    the directory was started with; `drifted` says whether it does.
+    """
+
+    def __init__(
+        self, path: Path, *, command: str, recipe: Mapping[str, Any], writes: bool = True, allow_drift: bool = False
+    ) -> None:
         self.path = path
+        self.command = command
         self.recipe = recipe
         self.writes = writes
-        self.started = time.time()
-        self.begun = False
+        self.allow_drift = allow_drift
         self.drifted = False
-        """Whether recipe, data or versions differ from what the directory was begun with, as --allow-drift permits."""
+        self._opened = time.time()
+        self._started = False
 
     def check_recipe(self) -> None:
-        """Raise UsageError that lists the keys that differ, if a run was begun here with another recipe."""
+        """Raise UsageError that lists the keys that differ, if a run was started here with another recipe."""
         file = self.path / "config.yaml"
         if not file.is_file():
             return
-        before, now = yaml.safe_load(file.read_text(encoding="utf-8")) or {}, self.recipe.resolved()
-        keys = sorted((before.keys() | now.keys()) - MAY_DIFFER)
-        drift = [f"{k} was {before.get(k)!r}, now {now.get(k)!r}" for k in keys if before.get(k) != now.get(k)]
-        self._refuse(drift, "was begun with another recipe")
+        before = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+        keys = sorted((before.keys() | self.recipe.keys()) - MAY_DIFFER)
+        pairs = [(key, before.get(key), self.recipe.get(key)) for key in keys]
+        self._refuse([f"{key} was {old!r}, now {new!r}" for key, old, new in pairs if old != new], "another recipe")
 
     def check_data(self, digest: str) -> None:
-        """Raise UsageError if a run was begun here with data of another hash."""
+        """Raise UsageError if a run was started here with data of another hash."""
         file = self.path / "versions.json"
         if file.is_file() and read_json(file)["data"] != digest:
-            self._refuse(["the dataset's rows have changed"], "was begun with other data")
+            self._refuse(["the dataset's rows have changed"], "other data")
 
     def check_versions(self) -> None:
-        """Raise UsageError if a run goes on here with other packages or another number of processes than before."""
+        """Raise UsageError if a run was started here with other packages or another number of processes."""
         file = self.path / "versions.json"
         if not file.is_file():
             return
-        then, now = ({**found["packages"], "processes": found["world_size"]} for found in (read_json(file), versions()))
-        drift = [f"{name} was {then.get(name, '')}, now {now[name]}" for name in now if then.get(name, "") != now[name]]
-        self._refuse(drift, "was begun with other versions or processes")
+        old, new = ({**seen["packages"], "processes": seen["world_size"]} for seen in (read_json(file), versions()))
+        drift = [f"{name} was {old.get(name, '')}, now {new[name]}" for name in new if old.get(name, "") != new[name]]
+        self._refuse(drift, "other versions or processes")
 
-    def _refuse(self, drift: Sequence[str], reason: str) -> None:
-        if drift and "allow-drift" not in self.recipe.flags:
+    def _refuse(self, drift: Sequence[str], what: str) -> None:
+        if drift and not self.allow_drift:
             raise UsageError(
-                f"{self.path} {reason} ({'; '.join(drift)}): "
+                f"{self.path} was started with {what} ({'; '.join(drift)}): "
                 f"give another output_dir, or remove it, or pass --allow-drift"
             )
         self.drifted = self.drifted or bool(drift)
 
-    def record(self, problems: Sequence[Demonstration], digest: str) -> None:
-        """Write what the results will stand on: recipe, versions, hardware, and the problems that are attempted."""
+    def record(self, problems: Sequence[Problem], digest: str) -> None:
+        """Write what the results depend on: recipe, versions, hardware, and the problems that are attempted.
+
+        digest: a hash of the data.
+        """
         if not self.writes:
             return
-        write_text(self.path / "config.yaml", yaml.safe_dump(self.recipe.resolved(), allow_unicode=True))
+        write_text(self.path / "config.yaml", yaml.safe_dump(dict(self.recipe), allow_unicode=True))
         write_json(self.path / "versions.json", {**versions(), "data": digest})
-        rows = ({**d.problem.columns, "problem_id": d.problem.id, "prompt": d.problem.prompt} for d in problems)
+        rows = ({**problem.columns, "problem_id": problem.id, "prompt": problem.prompt} for problem in problems)
         write_jsonl(self.path / "problems.jsonl", map(plain, rows))
-        self.status("running")
+        self.write_status("running")
 
-    def status(self, state: str, *, exit_code: int = 0, message: str = "") -> None:
+    def write_status(self, state: str, *, exit_code: int = 0, message: str = "") -> None:
         """Write `status.json`: what a launcher that loses exit codes can still read."""
-        self.begun = True
+        self._started = True
         if self.writes and self.path.is_dir():
-            status = {"state": state, "exit_code": exit_code, "message": message, "command": self.recipe.command}
             write_json(
                 self.path / "status.json",
                 {
-                    **status,
+                    "state": state,
+                    "exit_code": exit_code,
+                    "message": message,
+                    "command": self.command,
                     "pid": os.getpid(),
                     "host": socket.gethostname(),
-                    "seconds": round(time.time() - self.started, 1),
+                    "seconds": round(time.time() - self._opened, 1),
                 },
             )
 
+    def close(self, state: str, *, exit_code: int, message: str) -> None:
+        """Write how the command ended; a refused command says nothing about a run that is here already."""
+        if self._started or not (self.path / "status.json").exists():
+            self.write_status(state, exit_code=exit_code, message=message)
+
 
 @contextmanager
-def open_run(recipe: Recipe, path: Path, *, writes: bool = True) -> Iterator[RunDirectory]:
+def open_run(
+    path: Path,
+    *,
+    command: str,
+    recipe: Mapping[str, Any],
+    writes: bool = True,
+    allow_drift: bool = False,
+    debug: bool = False,
+) -> Iterator[RunDirectory]:
     """Hold a directory while the run works in it, and leave its outcome in `status.json`.
 
     Raises LockedError when another process holds it, StorageError when it cannot be written.
     """
-    run = RunDirectory(recipe, path, writes=writes)
+    run = RunDirectory(path, command=command, recipe=recipe, writes=writes, allow_drift=allow_drift)
     if not writes:
-        with quiet_libraries(recipe):
+        with quiet_libraries(debug=debug):
             yield run
         return
     with storage(run.path):
@@ -134,9 +151,9 @@ def open_run(recipe: Recipe, path: Path, *, writes: bool = True) -> Iterator[Run
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()}")
         lock.flush()
-        state, code, message = "failed", BcftError.exit_code, "an error nobody foresaw: see the traceback"
+        state, code, message = "failed", BcftError.exit_code, "an unforeseen error: see the traceback"
         try:
-            with quiet_libraries(recipe):
+            with quiet_libraries(debug=debug):
                 yield run
             state, code, message = "done", 0, ""
         except BcftError as error:
@@ -146,18 +163,17 @@ def open_run(recipe: Recipe, path: Path, *, writes: bool = True) -> Iterator[Run
             code, message = Preempted.exit_code, "interrupted"
             raise
         finally:
-            # A command that was refused says nothing of the run that is here already.
-            if run.begun or not (run.path / "status.json").exists():
-                run.status("preempted" if code == Preempted.exit_code else state, exit_code=code, message=message)
+            state = "preempted" if code == Preempted.exit_code else state
+            run.close(state, exit_code=code, message=message)
 
 
 @contextmanager
-def quiet_libraries(recipe: Recipe) -> Iterator[None]:
-    """Keep the libraries' notes to their own developers from the user's eyes; `--debug` shows them."""
+def quiet_libraries(*, debug: bool) -> Iterator[None]:
+    """Hide the libraries' notes to their own developers from users, unless `debug`."""
     logger = logging.getLogger("bitsandbytes")
     before = logger.level
     with warnings.catch_warnings():
-        if "debug" not in recipe.flags:
+        if not debug:
             logger.setLevel(logging.ERROR)
             warnings.simplefilter("ignore", FutureWarning)
             warnings.simplefilter("ignore", UserWarning)
@@ -169,7 +185,7 @@ def quiet_libraries(recipe: Recipe) -> Iterator[None]:
 
 def versions() -> dict[str, Any]:
     """Return what a result depends on besides the recipe: packages, Python, hardware."""
-    import torch
+    import torch  # noqa: PLC0415 - commands check recipe and data before they load it
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {

@@ -1,4 +1,4 @@
-"""Which of the processes that the launcher started this one is: what torchrun and accelerate export, without torch."""
+"""Several processes of one run: which one this is, as torchrun and accelerate export it, and what they exchange."""
 
 import os
 import sys
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def rank() -> int:
-    """Return this process's number; 0 writes and prints."""
+    """Return this process's number; process 0 writes and prints."""
     return int(os.environ.get("RANK", "0"))
 
 
@@ -20,21 +20,10 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def leave() -> None:
-    """Take leave of the other processes, at the end of a command that is done.
-
-    Gloo's threads, where they are still there when Python ends, abort some of the runs that are done: PyTorch's issue
-    190489.
-    """
-    distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        distributed.destroy_process_group()
-
-
 def connect(*, cpu: bool) -> None:
-    """Join the group of processes; cpu: over gloo, for models that are not on an accelerator."""
+    """Join the other processes. cpu: over gloo, for a model that is not on an accelerator."""
     if world_size() > 1:
-        from accelerate import PartialState
+        from accelerate import PartialState  # noqa: PLC0415 - loads torch, which commands check their input without
 
         PartialState(cpu=cpu)
 
@@ -43,7 +32,7 @@ def gather(items: list[Any]) -> list[Any]:
     """Return the items of all processes, in the order of their ranks; every process must call it, after `connect`."""
     if world_size() == 1:
         return items
-    from accelerate.utils import gather_object
+    from accelerate.utils import gather_object  # noqa: PLC0415 - as above
 
     return list(gather_object(items))
 
@@ -56,3 +45,13 @@ def broadcast(value: Any) -> Any:
 def barrier() -> None:
     """Wait until every process is here."""
     gather([])
+
+
+def leave() -> None:
+    """Destroy the process group at the end of a command.
+
+    Threads of gloo that are still alive when Python exits abort some runs that have ended well (PyTorch issue 190489).
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()

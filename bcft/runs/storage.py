@@ -1,4 +1,4 @@
-"""Durable writes: a reader sees a whole file or none, and a directory counts once its manifest is there."""
+"""Durable writes: a reader sees a complete file or none, and a directory counts once its manifest is there."""
 
 import hashlib
 import json
@@ -15,6 +15,8 @@ from bcft.errors import CheckpointError, StorageError
 
 MANIFEST = "manifest.json"
 SEAL = "sealed.json"
+ROLLOUTS, SCORES, KEPT = "rollouts.jsonl", "scores.jsonl", "kept.jsonl"
+"""What a round leaves: its trajectories, their scores with the decisions, and the rows to train on."""
 
 
 @contextmanager
@@ -30,12 +32,12 @@ def storage(path: Path) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file whole."""
+    """Write a text file atomically."""
     write_bytes(path, text.encode())
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file whole: to a temporary neighbour, to the disk, then renamed."""
+    """Write a file atomically: to a temporary neighbor, to the disk, then renamed."""
     with storage(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(path.name + ".tmp")
@@ -48,19 +50,19 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write one JSON object, indented for people."""
+    """Write one JSON object, indented for readers."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write one JSON object a line. What users bring goes through `plain` first."""
+    """Write one JSON object a line. Users' values go through `plain` first."""
     write_text(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
 
 
 class Journal:
-    """Rows that are durable chunk by chunk: a chunk is one line with the hash of its rows, and counts only whole.
+    """Rows that are durable chunk by chunk: a chunk is one line with the hash of its rows, and counts when complete.
 
-    Opening a journal cuts away what a kill tore off. `rows` are those of all its chunks.
+    Opening a journal removes a chunk that a kill left incomplete. `rows` are those of all chunks.
     """
 
     def __init__(self, path: Path) -> None:
@@ -87,12 +89,12 @@ class Journal:
 
 
 def read_journal(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a journal's whole chunks, and leave the file alone: another process may be writing it."""
+    """Return the rows of a journal's complete chunks without changing the file: another process may be writing it."""
     return _chunks(path)[0]
 
 
 def _chunks(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """Return the rows of the whole chunks, and where the last of them ends: from a damaged one on nothing counts."""
+    """Return the rows of the complete chunks, and where the last of them ends: nothing counts after a damaged one."""
     rows: list[dict[str, Any]] = []
     whole = 0
     for line in path.read_bytes().splitlines(keepends=True) if path.is_file() else ():
@@ -117,7 +119,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def plain(value: Any) -> Any:
-    """Return a value as files hold it: no nulls (absent text is ""), and as text what JSON has no form for."""
+    """Return a value as files hold it: without nulls (absent text is ""), and as text where JSON has no form for it."""
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -138,7 +140,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_manifest(
     directory: Path, files: Iterable[Path], *, name: str = MANIFEST, about: Mapping[str, Any] | None = None
 ) -> None:
-    """Commit files of a directory: their hashes, written last and durably; about: what else is to be known of them."""
+    """Commit files of a directory: their hashes, written last and durably. about: further facts about them."""
     with storage(directory):
         hashes = {}
         for file in sorted(files):
@@ -150,7 +152,7 @@ def write_manifest(
 
 
 def committed(directory: Path) -> bool:
-    """Tell whether the directory's manifest is there and every file in it is as it was."""
+    """Return whether the directory's manifest is there and every file in it is unchanged."""
     try:
         files: dict[str, str] = read_json(directory / MANIFEST)["files"]
         return all(_sha256(directory / file) == digest for file, digest in files.items())
@@ -159,17 +161,17 @@ def committed(directory: Path) -> bool:
 
 
 def seal(directory: Path, *names: str) -> None:
-    """Say that these files of a round that is not committed yet are whole; they take the place of those sealed before.
+    """Record that these files of an uncommitted round are complete; the list replaces the one sealed before.
 
-    A file that was renamed into place is whole, but only a hash tells whether it still is what was written.
+    A file that was renamed into place is complete, but only a hash shows whether it is still what was written.
     """
     write_manifest(directory, [directory / name for name in names], name=SEAL)
 
 
 def commit_round(directory: Path, *, tokenizer: str) -> None:
-    """Commit all files of a round, the weights below it apart; the seal has served.
+    """Commit all files of a round except the weights below it, and remove the seal.
 
-    tokenizer: the fingerprint of the one whose ids the round's files hold.
+    tokenizer: the fingerprint of the tokenizer whose ids the files hold.
     """
     files = [file for file in directory.iterdir() if file.is_file() and file.name != SEAL]
     write_manifest(directory, files, about={"tokenizer": tokenizer})
@@ -177,7 +179,7 @@ def commit_round(directory: Path, *, tokenizer: str) -> None:
 
 
 def sealed(directory: Path, name: str) -> bool:
-    """Tell whether a file was sealed, or committed with its round, and is as it was."""
+    """Return whether a file was sealed, or committed with its round, and is unchanged."""
     for manifest in (MANIFEST, SEAL):
         try:
             return bool(read_json(directory / manifest)["files"][name] == _sha256(directory / name))
@@ -187,13 +189,13 @@ def sealed(directory: Path, name: str) -> bool:
 
 
 def finished(directory: Path) -> bool:
-    """Tell whether a run was committed here.
+    """Return whether a run was committed here.
 
-    Raises CheckpointError where it was and a file has changed since: training again would overwrite it.
+    Raises CheckpointError when a committed file has changed since: training again would overwrite it.
     """
     if (directory / MANIFEST).is_file() and not committed(directory):
         raise CheckpointError(
-            f"{directory}: a file is not as {MANIFEST} has it: restore it, or remove {MANIFEST} to train again"
+            f"{directory}: a file differs from its hash in {MANIFEST}: restore it, or remove {MANIFEST} to train again"
         )
     return (directory / MANIFEST).is_file()
 

@@ -1,104 +1,102 @@
-"""From scores to rows by a recipe: what a round, `collect` and `refilter` have in common."""
+"""From scores to training examples by a rule: what a round, `collect` and `refilter` have in common."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from bcft.config.loader import Recipe
-from bcft.data.examples import kept_lines
-from bcft.environments.arithmetic import check_steps
-from bcft.runs.storage import write_jsonl
+from bcft.config.schema import RuleSettings, SelectionSettings
+from bcft.data.examples import trajectory_examples
+from bcft.runs.storage import KEPT, SCORES, write_jsonl
 from bcft.selection.filter import Rule, Selection, select
 from bcft.selection.scoring import Score
-from bcft.types import Problem
+from bcft.types import Problem, Source, TrainingExample
 
 
 @dataclass(frozen=True)
 class Filtered:
-    """What became of the scores in scope, and the rows that the kept ones are."""
+    """The decisions about the scores in scope, and the training examples of the kept ones."""
 
     scope: tuple[Score, ...]
     selection: Selection
-    lines: tuple[dict[str, Any], ...]
-    """Of `kept.jsonl`."""
+    examples: tuple[TrainingExample, ...]
     silent: int
-    """Kept trajectories that say nothing and make no row."""
+    """Kept trajectories that say nothing and make no example."""
     wrong_steps: int | None
-    """Kept solutions of arithmetic with a wrong step, the only ones that can be checked; None elsewhere."""
+    """Kept solutions with a wrong step; None where steps cannot be checked."""
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """`selection` of the metrics."""
-        chosen = self.selection
-        note = chosen.note
-        if self.silent:  # labels of a stop token alone would teach to say nothing
+        """The part `selection` of a round's metrics."""
+        selection = self.selection
+        note = selection.note
+        if self.silent:  # labels of a stop token alone would teach the policy to say nothing
             note = f"{note} {self.silent} kept attempts say nothing and are not trained on.".strip()
-        found = {
-            "requested_fraction": chosen.requested_fraction,
-            "cutoff": chosen.cutoff,
-            "kept": len(chosen.kept),
-            "kept_fraction": chosen.kept_fraction,
-            "problems_covered": chosen.problems_covered,
-            "rejected": chosen.rejected,
+        metrics = {
+            "requested_fraction": selection.requested_fraction,
+            "cutoff": selection.cutoff,
+            "kept": len(selection.kept),
+            "kept_fraction": selection.kept_fraction,
+            "problems_covered": selection.problems_covered,
+            "rejected": selection.rejected,
             "note": note,
         }
-        return found if self.wrong_steps is None else found | {"kept_with_wrong_step": self.wrong_steps}
+        return metrics if self.wrong_steps is None else metrics | {"kept_with_wrong_step": self.wrong_steps}
 
-    def conclusion(self, recipe: Recipe, directory: Path) -> str:
-        """Say in words what was kept, why the rest was not, and what comes next."""
-        chosen = self.metrics
-        lost = ", ".join(f"{n:,} {reason.replace('_', ' ')}" for reason, n in chosen["rejected"].items() if n)
-        words = (
-            f"kept {chosen['kept']:,} of {len(self.scope):,} attempts at {chosen['problems_covered']:,} problems, "
-            f"cutoff {chosen['cutoff']:.4g}" + (f" (not kept: {lost})" if lost else "")
+    def conclusion(self, recipe_path: str, directory: Path) -> str:
+        """Say in words how many were kept, why the rest was rejected, and which command comes next."""
+        metrics = self.metrics
+        rejected = ", ".join(f"{n:,} {reason.replace('_', ' ')}" for reason, n in metrics["rejected"].items() if n)
+        kept = (
+            f"kept {metrics['kept']:,} of {len(self.scope):,} attempts at {metrics['problems_covered']:,} problems, "
+            f"cutoff {metrics['cutoff']:.4g}" + (f" (rejected: {rejected})" if rejected else "")
         )
-        following = f"next: bcft sft {recipe.path or 'RECIPE'} --dataset_name {directory} --output_dir DIR"
-        return " ".join(part for part in (f"{words}.", chosen["note"], following if self.lines else "") if part)
+        following = f"next: bcft sft {recipe_path or 'RECIPE'} --dataset_name {directory} --output_dir DIR"
+        return " ".join(part for part in (f"{kept}.", metrics["note"], following if self.examples else "") if part)
 
-    def write(self, place: Path, lines: Sequence[Mapping[str, Any]] | None = None) -> None:
-        """Write `scores.jsonl` and `kept.jsonl`; lines: the latter's, where there are others beside the kept ones."""
-        fates, cutoff = self.selection.fates, self.selection.cutoff
-        write_jsonl(place / "scores.jsonl", (s.to_json(fates[s.trajectory.id], cutoff) for s in self.scope))
-        write_jsonl(place / "kept.jsonl", self.lines if lines is None else lines)
+    def write(self, directory: Path, examples: Sequence[TrainingExample] | None = None) -> None:
+        """Write `scores.jsonl` and `kept.jsonl`; examples: for the latter, where there are more than the kept ones."""
+        decisions, cutoff = self.selection.decisions, self.selection.cutoff
+        scores = (score.to_json(decisions[score.trajectory.id], cutoff) for score in self.scope)
+        write_jsonl(directory / SCORES, scores)
+        chosen = self.examples if examples is None else examples
+        write_jsonl(directory / KEPT, (example.to_json() for example in chosen))
 
 
 def apply_filter(
-    recipe: Recipe, scope: Sequence[Score], problems: Mapping[str, Problem], *, number: int, source: str
+    scores: Sequence[Score],
+    rule: Rule,
+    problems: Mapping[str, Problem],
+    *,
+    source: Source,
+    train_on: str,
+    check_steps: Callable[[str, str], bool] | None,
 ) -> Filtered:
-    """Select from all scores in scope by the recipe's rule, and make the kept trajectories rows.
+    """Select from all scores in scope by a rule, and make examples of the kept trajectories.
 
-    number: the round, part of every lot; source: whose attempts they are, `self` or `teacher`.
+    source: whose attempts they are, `self` or `teacher`; train_on: which actions carry loss, `all_turns` or
+    `last_turn`; check_steps: whether every step of a completion is right, from the prompt and the completion as text.
     """
-    selection = select((found.candidate for found in scope), rule_of(recipe, number))
-    kept = [found for found in scope if selection.fates[found.trajectory.id] == "kept"]
-    lines: list[dict[str, Any]] = []
+    selection = select((score.candidate for score in scores), rule)
+    examples: list[TrainingExample] = []
     silent = 0
-    for found in kept:
-        problem = problems[found.trajectory.problem_id]
-        rows = kept_lines(found.trajectory, problem, reward=found.reward, source=source, train_on=recipe["train_on"])
-        silent += not rows
-        lines += rows
-    wrong = None
-    if recipe["dataset_name"].startswith("bcft:arithmetic") and recipe["environment"] is None:
-        wrong = sum(
-            not check_steps(str(problems[line["problem_id"]].prompt), line["completion"][0]["content"])
-            for line in lines
+    for score in scores:
+        if selection.decisions[score.trajectory.id] != "kept":
+            continue
+        problem = problems[score.trajectory.problem_id]
+        made = trajectory_examples(score.trajectory, problem, reward=score.reward, source=source, train_on=train_on)
+        silent += not made
+        examples += made
+    wrong_steps = None
+    if check_steps is not None:
+        wrong_steps = sum(
+            not check_steps(str(problems[example.problem_id].prompt), example.completion[0]["content"])
+            for example in examples
         )
-    return Filtered(tuple(scope), selection, tuple(lines), silent, wrong)
+    return Filtered(tuple(scores), selection, tuple(examples), silent, wrong_steps)
 
 
-def rule_of(recipe: Recipe, number: int) -> Rule:
+def rule_of(selection: SelectionSettings, *, seed: int, number: int) -> Rule:
     """Return the rule of a round."""
-    band = recipe["pass_rate"]
-    return Rule(
-        keep_quantile=recipe["keep_quantile"],
-        min_reward=recipe["min_reward"],
-        require_success="auto" if recipe["require_success"] == "auto" else recipe["require_success"] == "true",
-        pass_rate=None if band is None else (band[0], band[1]),
-        max_per_problem=recipe["max_per_problem"],
-        ties=recipe["ties"],
-        control=recipe["control"],
-        seed=recipe["seed"],
-        round=number,
-    )
+    settings = {field.name: getattr(selection, field.name) for field in fields(RuleSettings)}
+    return Rule(**settings, seed=seed, round=number)

@@ -1,16 +1,20 @@
-"""Played trajectories to scores: rewards weighted and summed, success apart from reward, ungraded apart from 0."""
+"""From trajectories to scores: rewards weighted and summed, success apart from reward, ungraded apart from 0."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
-from bcft.config.loader import Recipe
+from bcft.config.schema import SelectionSettings
 from bcft.errors import DataError, FaultError, UsageError
-from bcft.rewards.base import REFERENCES, Reward, ask, import_function, name_of, reference
-from bcft.rewards.math_answers import math_reward
+from bcft.rewards.base import REFERENCE_COLUMNS, Answers, Reward, answers_of, ask, import_function, name_of, reference
+from bcft.runs.storage import ROLLOUTS, SCORES, read_jsonl
 from bcft.selection.filter import Candidate
 from bcft.types import Message, Problem, Success, Trajectory
+
+DEFAULT_REWARD = "bcft.rewards.math_reward"
+"""The dotted path of the reward function where neither the recipe nor an environment says anything."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,27 +26,26 @@ class Score:
     """Each reward function's name and what it returned, None where it could not grade."""
     graded: bool
     reward: float
-    """The weighted sum of what was graded, the environment's rewards added; 0.0 when nothing was."""
+    """The weighted sum of the graded rewards and of the environment's; 0.0 when there are none."""
     success: Success
 
     @property
     def candidate(self) -> Candidate:
-        """What the filter looks at."""
-        played = self.trajectory
-        digest = sha256(repr([turn.action_ids for turn in played.turns]).encode()).hexdigest()
-        errored = played.ended == "error"
+        """The record that the filter reads."""
+        trajectory = self.trajectory
+        errored = trajectory.ended == "error"
         return Candidate(
-            id=played.id,
-            problem_id=played.problem_id,
+            id=trajectory.id,
+            problem_id=trajectory.problem_id,
             reward=self.reward,
             graded=self.graded,
             success=self.success,
-            status="errored" if errored else "truncated" if played.cut else "done",
-            digest=digest,
-            round=played.round,
+            status="errored" if errored else "truncated" if trajectory.truncated else "done",
+            digest=sha256(repr([turn.action_ids for turn in trajectory.turns]).encode()).hexdigest(),
+            round=trajectory.round,
         )
 
-    def to_json(self, fate: str, cutoff: float) -> dict[str, Any]:
+    def to_json(self, decision: str, cutoff: float) -> dict[str, Any]:
         """Return a line of `scores.jsonl`."""
         return {
             "id": self.trajectory.id,
@@ -53,15 +56,22 @@ class Score:
                 for name, value in self.rewards
             ],
             "success": self.success,
-            "fate": fate,
+            "decision": decision,
             "cutoff": cutoff,
         }
 
     @classmethod
     def from_json(cls, line: Mapping[str, Any], trajectory: Trajectory) -> "Score":
-        """Return the score of a trajectory from its line; reward functions are asked once only."""
+        """Return the score of a trajectory from its line, because reward functions are called only once."""
         rewards = tuple((r["name"], r["value"] if r["graded"] else None) for r in line["rewards"])
         return cls(trajectory, rewards, line["graded"], line["reward"], line["success"])
+
+
+def stored_scores(directory: Path) -> list[Score]:
+    """Return the scores of a round's own trajectories from its files."""
+    trajectories = {line["id"]: Trajectory.from_json(line) for line in read_jsonl(directory / ROLLOUTS)}
+    lines = read_jsonl(directory / SCORES)
+    return [Score.from_json(line, trajectories[line["id"]]) for line in lines if line["id"] in trajectories]
 
 
 def score(
@@ -72,50 +82,52 @@ def score(
     weights: Sequence[float],
     success: Reward | None,
 ) -> list[Score]:
-    """Score trajectories by reward functions in TRL's signature, in the form of each problem's prompt.
+    """Score trajectories with reward functions in TRL's signature, in the form of each problem's prompt.
 
-    weights: one a function, as in TRL: summed over the functions that did not return None. Success is the
-    environment's last word, else the success function's: solved at 1.0 or more, unknown at None.
+    weights: one for each function, as in TRL: summed over the functions that did not return None. Success is what the
+    environment knew last, else what the success function returns: solved at 1.0 or more, unknown at None.
 
     Raises FaultError when a function raises or returns another number of values than it was given completions.
     """
-    whole = [played for played in trajectories if played.ended != "error"]
-    asked = [problems[played.problem_id] for played in whole]
-    completions = [_completion(played, problem) for played, problem in zip(whole, asked, strict=True)]
-    columns = [ask(function, asked, completions) for function in functions]
-    # A success function that is also a reward is asked once.
-    told = columns[functions.index(success)] if success in functions else None
-    if told is None:
-        told = ask(success, asked, completions) if success else [None] * len(asked)
+    finished = [trajectory for trajectory in trajectories if trajectory.ended != "error"]
+    attempted = [problems[trajectory.problem_id] for trajectory in finished]
+    completions = [_completion(trajectory, problem) for trajectory, problem in zip(finished, attempted, strict=True)]
+    columns = [ask(function, attempted, completions) for function in functions]
+    if success in functions:  # a success function that is also a reward is called once
+        solved = columns[functions.index(success)]
+    else:
+        solved = ask(success, attempted, completions) if success else [None] * len(attempted)
     names = [name_of(function) for function in functions]
-    values = {played.id: found for played, *found in zip(whole, told, *columns, strict=True)}
-    nothing: list[float | None] = [None] * (1 + len(functions))
-    return [_score(played, names, weights, values.get(played.id, nothing)) for played in trajectories]
+    values = {trajectory.id: row for trajectory, *row in zip(finished, solved, *columns, strict=True)}
+    no_values: list[float | None] = [None] * (1 + len(functions))
+    return [_score(trajectory, names, weights, values.get(trajectory.id, no_values)) for trajectory in trajectories]
 
 
-def _score(played: Trajectory, names: Sequence[str], weights: Sequence[float], values: Sequence[float | None]) -> Score:
-    """Return the score of one trajectory; values: what the success function said, then each reward function."""
+def _score(
+    trajectory: Trajectory, names: Sequence[str], weights: Sequence[float], values: Sequence[float | None]
+) -> Score:
+    """Return the score of one trajectory; values: of the success function, then of each reward function."""
     solved, *rewards = values
     named = tuple(zip(names, rewards, strict=True))
-    if played.ended == "error":  # it was never finished: not a reward of 0, and no failure of the policy's
-        return Score(played, named, graded=False, reward=0.0, success="unknown")
+    if trajectory.ended == "error":  # it never finished: neither a reward of 0 nor a failure of the policy
+        return Score(trajectory, named, graded=False, reward=0.0, success="unknown")
     given = [weight * value for weight, value in zip(weights, rewards, strict=True) if value is not None]
-    own = played.environment_reward
-    given += [] if own is None else [own]
-    known: Success = "unknown" if solved is None else "yes" if solved >= 1.0 else "no"
-    return Score(
-        played, named, bool(given), float(sum(given)), known if played.success == "unknown" else played.success
-    )
+    environment_reward = trajectory.environment_reward
+    given += [] if environment_reward is None else [environment_reward]
+    success: Success = "unknown" if solved is None else "yes" if solved >= 1.0 else "no"
+    if trajectory.success != "unknown":
+        success = trajectory.success
+    return Score(trajectory, named, bool(given), float(sum(given)), success)
 
 
-def _completion(played: Trajectory, problem: Problem) -> str | list[Message]:
-    """Return all that was said after the prompt: a string for a string, else messages."""
-    if isinstance(problem.prompt, str) and len(played.turns) <= 1:
-        return played.turns[0].action if played.turns else ""
-    said: list[Message] = []
-    for turn in played.turns:
-        said += [{"role": "assistant", "content": turn.action}, *turn.observation]
-    return said
+def _completion(trajectory: Trajectory, problem: Problem) -> str | list[Message]:
+    """Return everything after the prompt: a string where the prompt is one and there is one turn, else messages."""
+    if isinstance(problem.prompt, str) and len(trajectory.turns) <= 1:
+        return trajectory.turns[0].action if trajectory.turns else ""
+    conversation: list[Message] = []
+    for turn in trajectory.turns:
+        conversation += [{"role": "assistant", "content": turn.action}, *turn.observation]
+    return conversation
 
 
 MOST_ERRORS = 0.05
@@ -123,8 +135,8 @@ MOST_ERRORS = 0.05
 
 
 @dataclass(frozen=True)
-class Grading:
-    """Reward functions with their weights, and what says whether an attempt solved its problem: None for nothing."""
+class Scorer:
+    """Reward functions with their weights, and the function that decides about success; None where there is none."""
 
     functions: tuple[Reward, ...]
     weights: tuple[float, ...]
@@ -132,29 +144,45 @@ class Grading:
 
     @classmethod
     def of(
-        cls, recipe: Recipe, held_out: Sequence[Problem], *, reward_funcs: Sequence[Callable[..., Any]] | None = None
-    ) -> "Grading":
-        """Return a recipe's; `reward_funcs` take the place of those it names.
+        cls,
+        selection: SelectionSettings,
+        held_out: Sequence[Problem],
+        *,
+        environment: str | None,
+        reward_funcs: Sequence[Reward] | None = None,
+    ) -> "Scorer":
+        """Return the scorer of a recipe. `reward_funcs` replace the functions that the recipe names.
 
-        Raises UsageError when there is a weight too many or too few, or no such function.
+        Raises UsageError for another number of weights than of functions, or a function that does not exist, and
+        DataError as `success_function` does.
         """
-        names = reward_names(recipe)
+        names = reward_names(selection, environment=environment)
         functions = tuple(reward_funcs or (import_function(name, key="reward_funcs") for name in names))
-        weights = tuple(recipe["reward_weights"] or [1.0] * len(functions))
+        weights = selection.reward_weights or (1.0,) * len(functions)
         if len(weights) != len(functions):
             raise UsageError(f"reward_weights: {len(weights)} weights for {len(functions)} reward functions")
-        return cls(functions, weights, success_function(recipe, held_out, functions))
+        success = success_function(selection, held_out, environment=environment, rewards=reward_funcs or ())
+        return cls(functions, weights, success)
+
+    @property
+    def answers(self) -> Answers | None:
+        """How the success function reads answers; None where it does not compare answers with references."""
+        return answers_of(self.success)
 
     def check(self, problems: Sequence[Problem]) -> str:
-        """Grade the references of problems against themselves where that can be done; say so where it cannot, or ''."""
-        if math_reward in self.functions:
-            check_references(problems)
-        elif self.functions:
+        """Grade the references of problems against themselves; return a note where that is not possible, or ''.
+
+        Raises DataError with the first reference that a function does not accept.
+        """
+        readers = [function for function in self.functions if answers_of(function)]
+        for function in readers:
+            check_references(function, problems)
+        if self.functions and not readers:
             return "references: not graded against themselves, no reward function is known to read them"
         return ""
 
     def score(self, trajectories: Sequence[Trajectory], problems: Mapping[str, Problem]) -> list[Score]:
-        """Score what was played. Raises FaultError when too many environments failed, or a function does."""
+        """Score trajectories. Raises FaultError when too many environments failed, or when a function fails."""
         refuse_failures(trajectories)
         return score(trajectories, problems, self.functions, weights=self.weights, success=self.success)
 
@@ -167,25 +195,29 @@ def refuse_failures(trajectories: Sequence[Trajectory]) -> None:
         raise FaultError(f"{len(errors)} of {len(trajectories)} trajectories failed; {first}")
 
 
-def reward_names(recipe: Recipe) -> list[str]:
-    """Return the reward functions a recipe names: where it says nothing, `math_reward` for answers to questions, and
-    none beside an environment."""
-    names: list[str] | None = recipe["reward_funcs"]
-    if names is not None:
-        return names
-    return [] if recipe["environment"] else ["bcft.rewards.math_reward"]
+def reward_names(selection: SelectionSettings, *, environment: str | None) -> tuple[str, ...]:
+    """Return the dotted paths of the reward functions: by default `DEFAULT_REWARD`, and none with an environment."""
+    if selection.reward_funcs is not None:
+        return selection.reward_funcs
+    return () if environment else (DEFAULT_REWARD,)
 
 
-def success_function(recipe: Recipe, held_out: Sequence[Problem], rewards: Sequence[Reward] = ()) -> Reward | None:
-    """Return what says whether an attempt solved its problem: `success_func`, else the first reward function.
+def success_function(
+    selection: SelectionSettings,
+    held_out: Sequence[Problem],
+    *,
+    environment: str | None,
+    rewards: Sequence[Reward] = (),
+) -> Reward | None:
+    """Return the function that decides about success: `success_func`, else the first reward function.
 
-    rewards: functions that take the place of the recipe's `reward_funcs`. None where `success_func` is '', where an
-    environment is asked instead, and where `math_reward` is nobody's wish but the default's and would find no reference
-    answers.
+    rewards: functions that replace the recipe's `reward_funcs`. None where `success_func` is '', where the environment
+    decides instead, and where nobody asked for the default reward and it would not find reference answers.
 
-    Raises DataError when `math_reward` does not accept a held-out reference answer as its own solution.
+    Raises UsageError when the function does not exist, and DataError when it reads answers and does not accept a
+    held-out reference as its own solution.
     """
-    name, names = recipe["success_func"], reward_names(recipe)
+    name, names = selection.success_func, reward_names(selection, environment=environment)
     if name == "" or (name is None and not rewards and not names):
         return None
     if name is None and rewards:
@@ -193,25 +225,36 @@ def success_function(recipe: Recipe, held_out: Sequence[Problem], rewards: Seque
     else:
         key = "reward_funcs" if name is None else "success_func"
         function = import_function(name or names[0], key=key)
-    if function is math_reward:
-        told = bool(held_out) and all(any(key in problem.columns for key in REFERENCES) for problem in held_out)
-        if not told and name is None and recipe["reward_funcs"] is None:
+    if answers_of(function):
+        by_default = name is None and not rewards and selection.reward_funcs is None
+        if by_default and not _have_references(held_out):
             return None
-        check_references(held_out)
+        check_references(function, held_out)
     return function
 
 
-def check_references(problems: Sequence[Problem]) -> None:
-    """Grade each reference answer against itself: one that is not its own solution would make every attempt wrong.
+def check_references(function: Reward, problems: Sequence[Problem]) -> None:
+    """Grade each reference against itself: one that is not its own solution would make every attempt wrong.
 
-    Raises DataError with the first that `math_reward` does not accept.
+    Raises DataError with the first that the function does not accept.
     """
     texts = [reference(problem) for problem in problems]
-    graded = math_reward(prompts=texts, completions=texts, answer=texts)
-    refused = [problem for problem, value in zip(problems, graded, strict=True) if value != 1.0]
+    names = [name for name in REFERENCE_COLUMNS if any(name in problem.columns for problem in problems)]
+    columns = names or [REFERENCE_COLUMNS[0]]
+    questions = [
+        Problem(problem.id, text, dict.fromkeys(columns, text), problem.where)
+        for problem, text in zip(problems, texts, strict=True)
+    ]
+    grades = ask(function, questions, texts)
+    refused = [question for question, grade in zip(questions, grades, strict=True) if grade != 1.0]
     if refused:
         more = f" (nor those of {len(refused) - 1} more rows)" if len(refused) > 1 else ""
         raise DataError(
-            f"{refused[0].where}: math_reward does not accept the reference {reference(refused[0])[-60:]!r} "
-            f"as its own solution{more}: mend or remove it, or name other reward functions"
+            f"{refused[0].where}: {name_of(function)} does not accept the reference {reference(refused[0])[-60:]!r} "
+            f"as its own solution{more}: correct or remove it, or name other reward functions"
         )
+
+
+def _have_references(problems: Sequence[Problem]) -> bool:
+    """Whether there are problems, and every one has a reference answer."""
+    return bool(problems) and all(any(name in problem.columns for name in REFERENCE_COLUMNS) for problem in problems)

@@ -1,4 +1,4 @@
-"""What the trainer does besides training: one progress bar, and a stop that loses nothing."""
+"""What the trainer does besides training: one progress bar, and a stop on request that loses nothing."""
 
 import signal
 import sys
@@ -13,10 +13,10 @@ from transformers import TrainerCallback
 
 
 class Progress(TrainerCallback):  # type: ignore[misc]
-    """One bar with rate and time left; where nobody watches a terminal, a line about every tenth of the way."""
+    """One bar with rate and time left; without a terminal, a line at about every tenth of the steps."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
-        """Open the bar at the step a resumed run starts from."""
+        """Open the bar at the step from which a resumed run starts."""
         self.bar = tqdm(
             total=state.max_steps,
             initial=state.global_step,
@@ -25,7 +25,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
             dynamic_ncols=True,
             disable=not (state.is_world_process_zero and sys.stderr.isatty()),
         )
-        self.told = state.global_step
+        self.printed = state.global_step
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """Advance."""
@@ -33,15 +33,15 @@ class Progress(TrainerCallback):  # type: ignore[misc]
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:  # noqa: ARG002
         """Show the latest losses."""
-        shown = {k: f"{logs[k]:.4f}" for k in ("loss", "eval_loss") if k in (logs or {})}
-        if not shown or not state.is_world_process_zero:
+        losses = {k: f"{logs[k]:.4f}" for k in ("loss", "eval_loss") if k in (logs or {})}
+        if not losses or not state.is_world_process_zero:
             return
         if not self.bar.disable:
-            self.bar.set_postfix(shown)
-        elif state.global_step >= self.told + state.max_steps / 10:
-            self.told = state.global_step
-            losses = ", ".join(f"{key} {value}" for key, value in shown.items())
-            print(f"train: step {state.global_step} of {state.max_steps}, {losses}", flush=True)
+            self.bar.set_postfix(losses)
+        elif state.global_step >= self.printed + state.max_steps / 10:
+            self.printed = state.global_step
+            line = ", ".join(f"{key} {value}" for key, value in losses.items())
+            print(f"train: step {state.global_step} of {state.max_steps}, {line}", flush=True)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """Close the bar."""
@@ -49,38 +49,38 @@ class Progress(TrainerCallback):  # type: ignore[misc]
 
 
 class StopGently(TrainerCallback):  # type: ignore[misc]
-    """On SIGTERM or Ctrl-C end the step, save a checkpoint and stop; a second signal stops at once.
+    """On SIGTERM or Ctrl-C finish the step, save a checkpoint and stop; a second signal stops at once.
 
-    Rounds save none (`checkpoints` false): what they resume from is their sealed rows.
+    Rounds save no checkpoint (`checkpoints` false): they resume from their sealed examples.
     """
 
     def __init__(self, accelerator: Any, *, checkpoints: bool) -> None:
         self.accelerator = accelerator
         self.checkpoints = checkpoints
-        self.asked = False
+        self.requested = False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
-        """Save and stop if any process was asked: between steps, where a resumed run meets the same random numbers."""
+        """Save and stop if any process got a signal: between steps, where a resumed run has the same random state."""
         if self.accelerator.num_processes > 1:
-            flag = torch.tensor(float(self.asked), device=self.accelerator.device)
-            self.asked = bool(self.accelerator.reduce(flag, reduction="sum") > 0)
-        if self.asked:
+            flag = torch.tensor(float(self.requested), device=self.accelerator.device)
+            self.requested = bool(self.accelerator.reduce(flag, reduction="sum") > 0)
+        if self.requested:
             control.should_save, control.should_training_stop = self.checkpoints, True
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take the signals over, and give them back whatever happens; a thread other than the main one hears none."""
+        """Handle the signals inside, and restore their handlers; in a thread other than the main one, do nothing."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        before = {number: signal.signal(number, self._request) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _ask(self, *_: object) -> None:
-        if self.asked:
+    def _request(self, *_: object) -> None:
+        if self.requested:
             raise KeyboardInterrupt
-        self.asked = True
+        self.requested = True

@@ -1,7 +1,7 @@
-"""The trainer: TRL's `SFTTrainer`, fed ids and labels that are proved already.
+"""The trainer: TRL's `SFTTrainer` on ids and labels that were checked before.
 
-The loss is TRL's: the mean over all supervised tokens of an optimizer step, whatever the micro-batches. Left out:
-truncation, packing, tokenisation and label making, which happen before (or not at all).
+The loss is TRL's: the mean over all supervised tokens of an optimizer step, whatever the micro-batches. Truncation and
+packing do not happen; tokenization and labels are made earlier, in `bcft.data.examples`.
 """
 
 import dataclasses
@@ -19,17 +19,18 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTConfig, SFTTrainer
 
+from bcft.config.schema import TrainingSettings
 from bcft.errors import DivergedError, Preempted, StorageError, UsageError
 from bcft.runs.storage import MANIFEST, committed, read_json, storage, write_manifest
 from bcft.training.callbacks import Progress, StopGently
-from bcft.types import Row
+from bcft.types import TrainingExample
 
 
 class BCTrainer(SFTTrainer):  # type: ignore[misc]
-    """SFTTrainer on rows of ids and labels; stops at the first loss that is not finite, commits its checkpoints.
+    """SFTTrainer on training examples; stops at the first loss that is not finite, commits its checkpoints.
 
-    LoRA adapters are kept in fp32: TRL casts them to bf16 on a quantised base, where most small updates vanish.
-    `carried` is an optimizer state, as `optimizer_state` returns it, that the next optimizer begins with.
+    LoRA adapters are kept in fp32: TRL casts them to bf16 on a quantized base, where most small updates vanish.
+    `carried` is an optimizer state, as `optimizer_state` returns it, from which the next optimizer starts.
     """
 
     carried: Mapping[str, torch.Tensor] | None = None
@@ -39,22 +40,22 @@ class BCTrainer(SFTTrainer):  # type: ignore[misc]
         model: Any,
         args: SFTConfig,
         *,
-        rows: Sequence[Row],
+        examples: Sequence[TrainingExample],
         tokenizer: Any,
-        held_out: Sequence[Row] = (),
+        held_out: Sequence[TrainingExample] = (),
         checkpoints: bool = True,
     ) -> None:
-        # What TRL casts cannot be cast back: 16 of 24 bits of an adapter's weights are gone.
+        # TRL's cast to bf16 cannot be undone: it drops 16 of the 24 bits of an adapter's weights.
         named = model.named_parameters() if hasattr(model, "peft_config") else ()
         exact = {name: p.detach().clone() for name, p in named if p.requires_grad}
         super().__init__(
             model=model,
             args=args,
-            train_dataset=to_dataset(rows),
+            train_dataset=to_dataset(examples),
             eval_dataset=to_dataset(held_out) if held_out else None,
             processing_class=tokenizer,
         )
-        # The Trainer's own callbacks print every log as a dictionary, or draw a table of them into a notebook.
+        # The Trainer's own callbacks print every log as a dictionary, or as a table in a notebook.
         for callback in (PrinterCallback, ProgressCallback, DEFAULT_PROGRESS_CALLBACK):
             self.pop_callback(callback)
         if not args.disable_tqdm:
@@ -70,13 +71,13 @@ class BCTrainer(SFTTrainer):  # type: ignore[misc]
         loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
         if not bool(torch.isfinite(self.accelerator.reduce(loss.detach()))):
             raise DivergedError(
-                f"step {self.state.global_step + 1}: the loss is not finite; no weights were saved from it: "
-                f"lower learning_rate (now {self._get_learning_rate():.2g}) or max_grad_norm, or set bf16 over fp16"
+                f"step {self.state.global_step + 1}: the loss is not finite, and no weights were saved from "
+                f"it: lower learning_rate (now {self._get_learning_rate():.2g}) or max_grad_norm, or use bf16, not fp16"
             )
         return loss
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """Create it, with the moments carried on from the round before where there are any."""
+        """Create the optimizer, with the moments in `carried` where there are any."""
         optimizer = super().create_optimizer(*args, **kwargs)
         if self.carried:
             state: dict[int, dict[str, torch.Tensor]] = {}
@@ -87,12 +88,12 @@ class BCTrainer(SFTTrainer):  # type: ignore[misc]
         return optimizer
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write none: TRL makes one at every checkpoint, ours comes with the figures at the end."""
+        """Do nothing: TRL writes a card at every checkpoint, ours comes with the figures at the end."""
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Save, commit with a manifest, and only then let older checkpoints go.
+        """Save, commit with a manifest, and only then delete older checkpoints.
 
-        A checkpoint without a manifest is a torn one and never resumed from.
+        A checkpoint without a manifest is incomplete; a run never resumes from it.
         """
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
@@ -115,24 +116,35 @@ class Fit:
     loss_first: float
     loss_last: float
     loss: float
-    """Mean of what was logged; exact with `logging_steps: 1`, as rounds have it."""
+    """Mean of the logged losses; exact with `logging_steps: 1`, the default in rounds."""
     seconds: float
     tokens_per_second: float
     weights_changed: bool
     entropy: float
-    """Mean over the steps, in nats a token: of the policy on the rows it was trained on."""
+    """In nats per token, mean over the steps: of the policy on the examples it was trained on."""
 
 
-def to_dataset(rows: Sequence[Row]) -> Dataset:
-    """Return rows as the columns the trainer reads."""
+def to_dataset(examples: Sequence[TrainingExample]) -> Dataset:
+    """Return examples as the columns that the trainer reads."""
     return Dataset.from_dict(
-        {"input_ids": [list(row.input_ids) for row in rows], "labels": [list(row.labels) for row in rows]}
+        {
+            "input_ids": [list(example.input_ids) for example in examples],
+            "labels": [list(example.labels) for example in examples],
+        }
     )
 
 
-def training_arguments(values: Mapping[str, Any], *, output_dir: Path, autocast: str, use_cpu: bool) -> SFTConfig:
-    """Return the recipe's values as TRL's configuration, precision and what the package decides itself filled in."""
-    names = {field.name for field in dataclasses.fields(SFTConfig) if field.init}
+def training_arguments(
+    settings: TrainingSettings, *, output_dir: Path, autocast: str, use_cpu: bool, **overrides: Any
+) -> SFTConfig:
+    """Return the settings as TRL's configuration, with the fields that this package decides itself.
+
+    autocast: `no`, `bf16` or `fp16`; overrides: fields of SFTConfig that replace those of the settings.
+    """
+    values = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
+    values |= values.pop("passed_through")
+    if values["logging_steps"] is None:
+        del values["logging_steps"]  # leaves TRL's default
     ours = {
         "output_dir": str(output_dir),
         "bf16": autocast == "bf16",
@@ -145,31 +157,31 @@ def training_arguments(values: Mapping[str, Any], *, output_dir: Path, autocast:
         "eos_token": None,
         "dataset_kwargs": {"skip_prepare_dataset": True},
     }
-    return SFTConfig(**{key: value for key, value in values.items() if key in names} | ours)
+    return SFTConfig(**values | overrides | ours)
 
 
-def fit(trainer: BCTrainer, rows: Sequence[Row], *, resume: str = "") -> Fit:
+def fit(trainer: BCTrainer, examples: Sequence[TrainingExample], *, resume: str = "") -> Fit:
     """Train, from a checkpoint directory if `resume` names one.
 
-    Raises DivergedError when a loss or a weight is not finite, or when no weight changed, Preempted when asked to
-    stop before the end.
+    Raises DivergedError when a loss or a weight is not finite, or when no weight changed, Preempted when a signal
+    stopped the training before its end, UsageError when memory runs out, StorageError when the disk is full.
     """
     before = _fingerprint(trainer.model)
-    # Read now: the checkpoint may be rotated away while training goes on from it.
-    resumed = read_json(Path(resume) / "trainer_state.json")["epoch"] if resume else 0.0
+    # Read now: the checkpoint may be rotated away during training.
+    epoch = read_json(Path(resume) / "trainer_state.json")["epoch"] if resume else 0.0
     start = time.perf_counter()
     try:
         with storage(Path(trainer.args.output_dir)), trainer.stop_gently.listening():
             _train(trainer, resume)
     except torch.OutOfMemoryError as error:
         raise UsageError(
-            f"out of memory with {trainer.args.per_device_train_batch_size} rows at once: halve "
+            f"out of memory with {trainer.args.per_device_train_batch_size} examples at once: halve "
             f"per_device_train_batch_size and double gradient_accumulation_steps, or set gradient_checkpointing: true"
         ) from error
     seconds = time.perf_counter() - start
-    if trainer.stop_gently.asked:
+    if trainer.stop_gently.requested:
         saved = "and saved " if trainer.stop_gently.checkpoints else ""
-        raise Preempted(f"stopped {saved}at step {trainer.state.global_step}; the same command goes on from here")
+        raise Preempted(f"stopped {saved}at step {trainer.state.global_step}; re-run the same command to resume")
     after = _fingerprint(trainer.model)
     if not all(map(math.isfinite, after)):
         raise DivergedError(f"step {trainer.state.global_step}: a weight is not finite: lower learning_rate")
@@ -180,27 +192,28 @@ def fit(trainer: BCTrainer, rows: Sequence[Row], *, resume: str = "") -> Fit:
         )
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     entropies = [entry["entropy"] for entry in trainer.state.log_history if "entropy" in entry]
-    supervised = sum(row.supervised for row in rows)
+    supervised = sum(example.supervised for example in examples)
     return Fit(
-        rows=len(rows),
+        rows=len(examples),
         tokens_supervised=supervised,
         steps=trainer.state.global_step,
         loss_first=losses[0] if losses else 0.0,
         loss_last=losses[-1] if losses else 0.0,
         loss=round(sum(losses) / max(len(losses), 1), 6),
         seconds=round(seconds, 3),
-        tokens_per_second=round(supervised * (trainer.state.epoch - resumed) / seconds, 1),
+        tokens_per_second=round(supervised * (trainer.state.epoch - epoch) / seconds, 1),
         weights_changed=True,
         entropy=round(sum(entropies) / max(len(entropies), 1), 6),
     )
 
 
-def next_round(trainer: BCTrainer, rows: Sequence[Row], *, seed: int, learning_rate: float) -> None:
-    """Give the one trainer of all rounds this round's rows, a fresh schedule from `learning_rate`, and its own seed.
+def next_round(trainer: BCTrainer, examples: Sequence[TrainingExample], *, seed: int, learning_rate: float) -> None:
+    """Give the one trainer of all rounds this round's examples, a fresh schedule from `learning_rate`, and a seed.
 
-    A trainer a round would nest the model's forward, lose autocast from the second on and draw the same noise in each.
+    A new trainer for each round would nest the model's forward, lose autocast from the second round on and draw the
+    same random numbers in every round.
     """
-    trainer.train_dataset = to_dataset(rows)
+    trainer.train_dataset = to_dataset(examples)
     trainer.args.learning_rate = learning_rate
     trainer.args.data_seed = seed % 2**31
     set_seed(seed)
@@ -209,26 +222,29 @@ def next_round(trainer: BCTrainer, rows: Sequence[Row], *, seed: int, learning_r
 def optimizer_state(trainer: BCTrainer) -> dict[str, torch.Tensor]:
     """Return the optimizer's tensors on the CPU, as `PARAMETER.NAME`: `0.exp_avg` is the first parameter's.
 
-    Raises UsageError for an optimizer that keeps something else than tensors.
+    Raises UsageError for an optimizer that keeps anything but tensors.
     """
-    found: dict[str, torch.Tensor] = {}
+    tensors: dict[str, torch.Tensor] = {}
     for index, values in trainer.optimizer.state_dict()["state"].items():
         for name, value in values.items():
             if not isinstance(value, torch.Tensor):
-                raise UsageError(f"reset_optimizer: false carries tensors on, and {trainer.args.optim} keeps a {name}")
-            found[f"{index}.{name}"] = value.detach().cpu().contiguous()
-    return found
+                raise UsageError(
+                    f"reset_optimizer: false carries over tensors only, and the state {name!r} of "
+                    f"{trainer.args.optim} is not a tensor: set reset_optimizer: true or another optim"
+                )
+            tensors[f"{index}.{name}"] = value.detach().cpu().contiguous()
+    return tensors
 
 
 def release(trainer: BCTrainer) -> None:
-    """Let go of optimizer and gradients, so that sampling has their memory."""
+    """Free optimizer and gradients, so that sampling has their memory."""
     trainer.optimizer = trainer.lr_scheduler = None
     trainer.model.zero_grad(set_to_none=True)
     trainer.accelerator.free_memory()
 
 
 def _train(trainer: BCTrainer, resume: str) -> None:
-    """Train, or only load a checkpoint that was the last one: the Trainer would take one step more."""
+    """Train; only load a checkpoint of the last step, from which the Trainer would take one more."""
     state = TrainerState.load_from_json(str(Path(resume) / "trainer_state.json")) if resume else None
     if state and state.global_step >= state.max_steps:
         trainer._load_from_checkpoint(resume)
@@ -237,7 +253,7 @@ def _train(trainer: BCTrainer, resume: str) -> None:
     try:
         trainer.train(resume_from_checkpoint=resume or None)
     except RuntimeError as error:
-        if "inline_container" in str(error):  # how torch.save says that the disk is full
+        if "inline_container" in str(error):  # torch.save's error for a full disk
             raise StorageError(
                 f"cannot write {trainer.args.output_dir}: make room or give another output_dir"
             ) from error
@@ -245,9 +261,9 @@ def _train(trainer: BCTrainer, resume: str) -> None:
 
 
 def newest_checkpoint(directory: Path) -> str:
-    """Return the newest checkpoint whose manifest verifies, '' when there is none."""
-    found = [path for path in directory.glob("checkpoint-*") if path.name.split("-")[-1].isdigit()]
-    for path in sorted(found, key=lambda p: -int(p.name.split("-")[-1])):
+    """Return the newest checkpoint with a valid manifest, '' when there is none."""
+    checkpoints = [path for path in directory.glob("checkpoint-*") if path.name.split("-")[-1].isdigit()]
+    for path in sorted(checkpoints, key=lambda p: -int(p.name.split("-")[-1])):
         if committed(path):
             return str(path)
     return ""

@@ -24,13 +24,13 @@ def lengths(output: Path) -> dict[str, float]:
         lines = (place / "rollouts.jsonl").read_text(encoding="utf-8").splitlines()
         turns = {line["id"]: len(line["turns"]) for line in map(json.loads, lines)}
         scores = map(json.loads, (place / "scores.jsonl").read_text(encoding="utf-8").splitlines())
-        found["kept"] += [turns[score["id"]] for score in scores if score["fate"] == "kept"]
+        found["kept"] += [turns[score["id"]] for score in scores if score["decision"] == "kept"]
         found["played"] += turns.values()
     return {name: sum(values) / max(len(values), 1) for name, values in found.items()}
 
 
 def last_dev(output: Path) -> float:
-    """Return the mean return on dev after the last round, whichever round is shipped."""
+    """Return the mean return on dev after the last round, whichever round is chosen."""
     lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     evaluated = [line for line in map(json.loads, lines) if "eval" in line]
     return float(evaluated[-1]["eval"]["return"]["mean"])

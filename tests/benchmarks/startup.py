@@ -1,22 +1,35 @@
-"""Seconds from the shell to the first forward pass of `bcft.sft`, against `from trl import SFTTrainer` alone.
+"""How long a command takes to answer, and to reach its first forward pass.
 
-    python tests/benchmarks/startup.py [--pairs 5]
+    python tests/benchmarks/startup.py [--pairs 5] [--before CHECKOUT]
 
-Whole processes, interleaved; the figure is the median of the pairwise differences, ours less trl's import.
+- CPU seconds of `--help` and of a configuration error, for every command, less those of an empty Python: under 0.5 s.
+- CPU seconds of the largest files that are not recipes, less those of an empty Python: under 2 s.
+- Seconds from the shell to the first forward pass of `bcft.sft`, less those of `from trl import SFTTrainer` alone; with
+  `--before`, also less those of another checkout of this package: no later than it.
+
+Whole processes, in interleaved pairs; each figure is the median of the pairwise differences. CPU seconds are of all
+threads, in user and kernel, so other load on the machine hardly changes them.
 """
 
 import argparse
 import os
+import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
-# The process ends at its first forward pass, whichever it is.
-OURS = """
+COMMANDS = ("sft", "filtered", "evaluate", "collect", "refilter", "preview")
+ANSWER, HOSTILE, FORWARD, LATER = 0.5, 2.0, 3.0, 0.3
+"""Seconds: the bounds of an answer, of a hostile file, of the first forward pass over trl's import, and of how much
+later than before it may be without being more than noise."""
+# The process ends at its first forward pass.
+FIRST_FORWARD = """
 import os, sys, torch
 def forward(self, *args, **kwargs): os._exit(7)
 import transformers.models.llama.modeling_llama as llama
@@ -24,37 +37,101 @@ llama.LlamaForCausalLM.forward = forward
 from bcft.sft import main
 main(["recipes/bc_math.yaml", f"--output_dir={sys.argv[1]}"])
 """
-THEIRS = "from trl import SFTTrainer"
+TRL = "from trl import SFTTrainer"
+WRONG = "model_name_or_path: bcft:tiny-math\ndataset_name: bcft:arithmetic\nlerning_rate: 5.0e-4\nbatch_size: 8\n"
+NOT_RECIPES = {
+    "490 unknown keys": "".join(f"learning_{i}_rate: 1\n" for i in range(490)),
+    "800 kB of values": "seed: [" + "1," * 400_000 + "]",
+    "900 kB of brackets": "[" * 900_000,
+    "60,000 keys": "".join(f"key_{i}: 1\n" for i in range(60_000)),
+}
 
 
-def seconds(code: str, expected: int) -> float:
-    """Return how long a fresh interpreter takes for the code."""
+class Taken(NamedTuple):
+    """What one process took."""
+
+    wall: float
+    cpu: float
+
+
+def taken(arguments: Sequence[str], code: int, *, root: Path = ROOT) -> Taken:
+    """Run a fresh interpreter with the arguments; return what it took."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    start = time.perf_counter()
+    process = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=root,
+        capture_output=True,
+        check=False,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(root)},
+    )
+    wall = time.perf_counter() - start
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert process.returncode == code, process.stderr.decode()
+    return Taken(wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+
+
+def empty() -> Taken:
+    """Return what an empty Python takes."""
+    return taken(["-c", "pass"], 0)
+
+
+def first_forward(root: Path = ROOT) -> Taken:
+    """Return what a run of `sft` takes until its first forward pass."""
     with tempfile.TemporaryDirectory() as directory:
-        start = time.perf_counter()
-        found = subprocess.run(
-            [sys.executable, "-c", code, directory], cwd=ROOT, capture_output=True, check=False,
-            env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)},
-        )  # fmt: skip
-        taken = time.perf_counter() - start
-    assert found.returncode == expected, found.stderr.decode()
-    return taken
+        return taken(["-c", FIRST_FORWARD, directory], 7, root=root)
+
+
+def median_difference(ours: Callable[[], Taken], theirs: Callable[[], Taken], pairs: int) -> Taken:
+    """Return the median of ours less theirs, of so many pairs after one that warms the file cache."""
+    ours(), theirs()
+    differences = []
+    for _ in range(pairs):
+        our, their = ours(), theirs()
+        differences.append(Taken(our.wall - their.wall, our.cpu - their.cpu))
+    return Taken(statistics.median(d.wall for d in differences), statistics.median(d.cpu for d in differences))
 
 
 def main() -> int:
-    """Print each pair and the median difference; exit 1 above the bound."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Print each figure; exit 1 if one is above its bound."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--bound", type=float, default=3.0)
+    parser.add_argument("--before", type=Path, metavar="CHECKOUT", help="another checkout, whose start is compared")
     options = parser.parse_args()
-    seconds(OURS, 7), seconds(THEIRS, 0)
-    differences = []
-    for pair in range(options.pairs):
-        ours, theirs = seconds(OURS, 7), seconds(THEIRS, 0)
-        differences.append(ours - theirs)
-        print(f"pair {pair + 1}: first forward {ours:.1f} s, import of trl {theirs:.1f} s, {differences[-1]:+.1f} s")
-    median = statistics.median(differences)
-    print(f"median difference {median:+.1f} s of {options.pairs} pairs")
-    return 0 if median <= options.bound else 1
+    above = 0
+
+    def report(what: str, seconds: float, bound: float, kind: str) -> None:
+        nonlocal above
+        above += seconds > bound
+        print(
+            f"{what}: {seconds:+.2f} s {kind}, bound {bound:.2f} s{'' if seconds <= bound else ': ABOVE'}", flush=True
+        )
+
+    with tempfile.TemporaryDirectory() as directory:
+        recipe = Path(directory) / "wrong.yaml"
+        recipe.write_text(WRONG)
+        for command in COMMANDS:
+            for arguments, code in (["--help"], 0), ([str(recipe)], 2):
+                difference = median_difference(
+                    lambda command=command, arguments=arguments, code=code: taken(
+                        ["-m", "bcft.cli", command, *arguments], code
+                    ),
+                    empty,
+                    options.pairs,
+                )
+                shown = f"bcft {command} {'--help' if code == 0 else 'WRONG'}"
+                report(shown, difference.cpu, ANSWER, "of CPU over an empty Python")
+        for what, text in NOT_RECIPES.items():
+            recipe.write_text(text)
+            difference = median_difference(lambda: taken(["-m", "bcft.cli", "sft", str(recipe)], 2), empty, 1)
+            report(what, difference.cpu, HOSTILE, "of CPU over an empty Python")
+    difference = median_difference(first_forward, lambda: taken(["-c", TRL], 0), options.pairs)
+    report("first forward pass", difference.wall, FORWARD, "over the import of trl")
+    if options.before:
+        difference = median_difference(first_forward, lambda: first_forward(options.before.resolve()), options.pairs)
+        report("first forward pass", difference.wall, LATER, f"over {options.before}")
+        print(f"  of CPU: {difference.cpu:+.2f} s")
+    return int(above > 0)
 
 
 if __name__ == "__main__":

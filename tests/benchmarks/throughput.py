@@ -1,8 +1,8 @@
-"""Supervised tokens a second: `bcft.training.fit` against a bare `SFTTrainer` with the same settings and rows.
+"""Supervised tokens a second: `bcft.training.trainer.fit` against a bare `SFTTrainer`, same settings and examples.
 
     python tests/benchmarks/throughput.py [--pairs 7]
 
-Interleaved pairs in one process, training only; the figure is the median of the pairwise ratios, ours over bare.
+Interleaved pairs in one process, training only; the result is the median of the pairwise ratios, ours over bare.
 """
 
 import argparse
@@ -19,9 +19,9 @@ from transformers import PrinterCallback, ProgressCallback
 from trl import SFTTrainer
 
 from bcft.config.loader import load
-from bcft.data.examples import make_rows
+from bcft.data.examples import make_examples
 from bcft.data.loading import load_splits
-from bcft.policy.loading import load_policy
+from bcft.policy.loading import load_policy, load_renderer
 from bcft.training.trainer import BCTrainer, fit, to_dataset, training_arguments
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "bc_math.yaml"
@@ -34,22 +34,30 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--bound", type=float, default=0.97)
     options = parser.parse_args()
-    recipe = load("sft", RECIPE, {"max_steps": options.steps, "save_strategy": "no"})
-    rows, _ = make_rows(load_splits(recipe).train, load_policy(recipe).renderer, max_length=512)
+    config = load("sft", RECIPE, {"max_steps": options.steps, "save_strategy": "no"})
+    name = config.model.model_name_or_path
+    demonstrations = load_splits(config.data, config.evaluation).train
+    examples, _ = make_examples(demonstrations, load_renderer(name, config.model), max_length=512)
 
     def train(ours: bool) -> float:
-        policy = load_policy(recipe)
+        policy = load_policy(name, config.model)
         with tempfile.TemporaryDirectory() as directory:
             arguments = training_arguments(
-                recipe.values, output_dir=Path(directory), autocast="no", use_cpu=policy.precision.device == "cpu"
+                config.training,
+                output_dir=Path(directory),
+                autocast="no",
+                use_cpu=policy.precision.device == "cpu",
             )
             if ours:
-                trainer = BCTrainer(policy.model, arguments, rows=rows, tokenizer=policy.renderer.tokenizer)
+                trainer = BCTrainer(policy.model, arguments, examples=examples, tokenizer=policy.renderer.tokenizer)
                 start = time.perf_counter()
-                fit(trainer, rows)
+                fit(trainer, examples)
             else:
                 trainer = SFTTrainer(
-                    policy.model, arguments, train_dataset=to_dataset(rows), processing_class=policy.renderer.tokenizer
+                    policy.model,
+                    arguments,
+                    train_dataset=to_dataset(examples),
+                    processing_class=policy.renderer.tokenizer,
                 )
                 trainer.pop_callback(PrinterCallback)
                 trainer.pop_callback(ProgressCallback)
@@ -58,7 +66,8 @@ def main() -> int:
             return time.perf_counter() - start
 
     train(True), train(False)
-    tokens = sum(row.supervised for row in rows) / len(rows) * recipe["per_device_train_batch_size"] * options.steps
+    per_example = sum(example.supervised for example in examples) / len(examples)
+    tokens = per_example * config.training.per_device_train_batch_size * options.steps
     ratios = []
     for pair in range(options.pairs):
         order = (True, False) if pair % 2 == 0 else (False, True)

@@ -1,0 +1,54 @@
+"""Models and datasets that may have to come from the Hub, on a machine from which the Hub may be unreachable."""
+
+import os
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TypeVar
+
+from bcft.data.loading import SUFFIXES
+from bcft.errors import BcftError
+
+T = TypeVar("T")
+PATIENCE = 3.0
+"""Seconds the Hub may take to answer; the libraries would retry for half a minute, once for each file."""
+
+
+class Missing(str):
+    """Why something is unknown; printed in its place."""
+
+
+def work_offline_if_unreachable(names: Iterable[str]) -> None:
+    """Set HF_HUB_OFFLINE if one of the names may be a Hub id and the Hub does not answer.
+
+    Call it before the libraries are imported, because they read the variable then.
+    """
+    local = all(name.startswith("bcft:") or name.endswith(SUFFIXES) or Path(name).exists() for name in names)
+    if not local and "HF_HUB_OFFLINE" not in os.environ and not _answers():
+        os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def available(load: Callable[[], T], name: str) -> T | Missing:
+    """Return what `load` returns, or Missing where it would have to come from an unreachable Hub; raise its other
+    errors."""
+    try:
+        return load()
+    except BcftError as error:
+        from huggingface_hub.errors import LocalEntryNotFoundError  # noqa: PLC0415 - reads HF_HUB_OFFLINE
+
+        cause = error.__cause__
+        while cause and not isinstance(cause, (ConnectionError, LocalEntryNotFoundError)):
+            cause = cause.__cause__
+        if cause:
+            return Missing(f"unknown: {name} is not on this machine, and the Hub is unreachable")
+        raise
+
+
+def _answers() -> bool:
+    hub = urllib.request.Request(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), method="HEAD")
+    try:
+        urllib.request.urlopen(hub, timeout=PATIENCE).close()
+    except OSError as error:
+        return isinstance(error, urllib.error.HTTPError)  # an error page is an answer
+    return True

@@ -1,0 +1,52 @@
+"""kill -9 in every phase, then the same command again: bit for bit the uninterrupted run, with LoRA on 4 bits too."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from helpers.runs import LLAMA, LOOP, ROOT
+from helpers.tiny import gsm8k, llama_tokenizer, save_llama, write_jsonl
+
+TINY = {
+    "model_name_or_path": "bcft:tiny-math", "dataset_name": "bcft:arithmetic", "dataset_train_split": "train[:200]",
+    "num_rounds": 2, "prompts_per_round": 20, "num_generations": 3, "learning_rate": 2e-4, "num_train_epochs": 1,
+    "per_device_train_batch_size": 4, "max_completion_length": 72, "eval_dev_problems": 8, "eval_dev_samples": 2,
+    "eval_test_problems": 6, "eval_test_samples": 2, "eval_every": 1,
+}  # fmt: skip
+
+
+def digests(path, recipe, keys):
+    """Return what every point of tests/helpers/killed.py left behind."""
+    found = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "helpers" / "killed.py"), str(path), str(recipe), json.dumps(keys)],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+        env=os.environ | {
+            "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
+        },
+    )  # fmt: skip
+    assert found.returncode == 0, found.stderr[-3000:]
+    return json.loads(found.stdout)
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_any_point_ends_in_the_same_files_and_weights(tmp_path):
+    found = digests(tmp_path, "-", TINY)
+    assert len(found) > 15
+    assert {point for point, digest in found.items() if digest != found["alone"]} == {"another seed"}
+
+
+@pytest.mark.slow
+def test_a_run_of_lora_on_4_bits_killed_at_any_point_ends_in_the_same_files_and_weights(tmp_path):
+    rows = gsm8k(ROOT / "tests" / "data" / "gsm8k_50.jsonl")
+    tokenizer = llama_tokenizer([row["question"] for row in rows], vocabulary=300)
+    pages = [{**row, "question": f"Page {page}. {row['question'][:60]}"} for page in range(6) for row in rows]
+    keys = LLAMA | LOOP | {
+        "model_name_or_path": save_llama(tmp_path / "llama", tokenizer, positions=1024), "eval_every": 1,
+        "dataset_name": write_jsonl(tmp_path / "rows.jsonl", pages), "prompts_per_round": 20, "num_generations": 3,
+        "reset_optimizer": False,
+    }  # fmt: skip
+    found = digests(tmp_path, ROOT / "recipes" / "llama-3.2-3b" / "filtered_bc_qlora.yaml", keys)
+    assert len(found) > 15
+    assert {point for point, digest in found.items() if digest != found["alone"]} == {"another seed"}

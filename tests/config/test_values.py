@@ -1,0 +1,100 @@
+"""A value means the same in a file, on the command line and in Python."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import yaml
+from helpers.recipes import BASE, BASE_KEYS, BASE_TOKENS, SAME, findings
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bcft.config.keys import KEYS, REFUSED_VALUES
+from bcft.config.loader import load, parse
+from bcft.config.schema import REQUIRED
+from bcft.errors import UsageError
+
+Write = Callable[[str | bytes], str]
+
+
+@pytest.mark.parametrize(("key", "text", "value"), SAME)
+def test_a_value_means_the_same_in_a_file_on_the_command_line_and_in_python(
+    write: Write, key: str, text: str, value: Any
+) -> None:
+    base = f"{BASE}use_peft: true\n" if key.startswith("lora_") else BASE
+    path = write(base)
+    recipes = [
+        parse("sft", [path, f"--{key}", text]),
+        parse("sft", [path, f"--{key}={text}"]),
+        parse("sft", [f"{key}={text}", "--config", path]),
+        load("sft", path, {key: value}),
+        load("sft", write(f"{base}{key}: {text}\n"), {}),
+    ]
+    for recipe in recipes:
+        assert recipe.values[key] == value
+        assert type(recipe.values[key]) is type(value)
+        assert key in recipe.given
+    assert len({str(recipe.resolved) for recipe in recipes}) == 1
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.floats(min_value=1e-300, max_value=1e300))
+def test_every_float_comes_back_as_python_and_yaml_write_it(value: float) -> None:
+    for text in (repr(value), yaml.safe_dump(value).split("\n")[0]):
+        assert parse("sft", [*BASE_TOKENS, f"learning_rate={text}"]).values["learning_rate"] == value
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(min_value=0, max_value=10**18 - 1))
+def test_every_integer_comes_back(value: int) -> None:
+    assert parse("sft", [*BASE_TOKENS, "--seed", str(value)]).values["seed"] == value
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text(max_size=40), st.text(max_size=40))
+def test_no_command_line_ends_in_anything_but_a_recipe_or_findings(key: str, value: str) -> None:
+    for tokens in ([f"--{key}", value], [f"{key}={value}"], [value]):
+        try:
+            parse("sft", [*BASE_TOKENS, *tokens])
+        except UsageError as error:
+            lines = str(error).split("\n")
+        else:
+            lines = []
+        assert all(": " in line for line in lines)
+
+
+def test_every_default_is_a_value_its_own_key_accepts() -> None:
+    assert {key.name for key in KEYS.values() if key.default == ""} == {*REQUIRED, "output_dir"}
+    for key in KEYS.values():
+        if key.default not in (None, ""):
+            recipe = load(key.commands[0], None, {**BASE_KEYS, "use_peft": False, key.name: key.default})
+            assert recipe.values[key.name] == key.default
+
+
+def test_every_word_of_a_choice_stays_the_word(write: Write) -> None:
+    for key in KEYS.values():
+        for word in key.choices:
+            if (key.name, word) not in REFUSED_VALUES:
+                assert load("preview", write(f"{BASE}{key.name}: {word}\n"), {}).values[key.name] == word
+
+
+def test_quotation_marks_of_a_python_string_are_part_of_it() -> None:
+    assert load("sft", None, {**BASE_KEYS, "run_name": '"x"'}).values["run_name"] == '"x"'
+
+
+@pytest.mark.parametrize("text", ["'x", '"x', "'x' y", '"x": y', '"\\q"'])
+def test_text_that_only_begins_with_a_quotation_mark_is_refused_on_the_command_line_as_in_a_file(
+    write: Write, text: str
+) -> None:
+    (line,) = findings(lambda: parse("sft", [*BASE_TOKENS, f"run_name={text}"]))
+    assert line.startswith("command line: run_name: ")
+    assert "is not readable: not valid YAML" in line
+    (line,) = findings(lambda: load("sft", write(f"{BASE}run_name: {text}\n"), {}))
+    assert "not valid YAML" in line
+
+
+def test_an_empty_quoted_value_is_empty() -> None:
+    assert parse("sft", [*BASE_TOKENS, "success_func=''"]).values["success_func"] == ""
+    assert (
+        "run_name: wants text or null, and is empty" in findings(lambda: parse("sft", [*BASE_TOKENS, 'run_name=""']))[0]
+    )

@@ -1,0 +1,237 @@
+"""Datasets to splits: every source, and splits that cannot overlap."""
+
+import json
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import yaml
+from helpers.tiny import write_jsonl
+
+from bcft.config.schema import DataSettings, EvaluationSettings
+from bcft.data.loading import SOURCE, load_splits
+from bcft.errors import DataError
+from bcft.types import TrainingExample, bucket, problem_id
+
+DIGESTS = {
+    "bcft:arithmetic": "525fca7a35bc2c5d6fd0d82755dd094d7a38da5fc406daec9a5152617923640b",
+    "bcft:grid-walk": "c0dc64ad64ca4dcf937c7ea6c830edfdff895b814b4cd5142bee140edc56d431",
+}
+
+
+def splits(dataset, *, dev=0, test=0, **keys):
+    data = DataSettings(dataset_name=str(dataset), **keys)
+    return load_splits(data, EvaluationSettings(eval_dev_problems=dev, eval_test_problems=test))
+
+
+def everything(parts):
+    """Return all demonstrations of a dataset, sorted by their prompts."""
+    return sorted((*parts.train, *parts.dev, *parts.test), key=lambda d: str(d.problem.prompt))
+
+
+def many(n=400):
+    return [{"prompt": f"{i} + {i}?", "completion": str(2 * i), "answer": str(2 * i)} for i in range(n)]
+
+
+def test_a_dataset_that_does_not_exist_is_an_error_of_one_line(tmp_path):
+    for name in (tmp_path, "nobody/no-such-dataset", "bcft:chess"):
+        with pytest.raises(DataError) as caught:
+            splits(name)
+        assert "\n" not in str(caught.value)
+
+
+def test_every_format_gives_the_same_demonstrations(tmp_path):
+    rows = many(20)
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    (tmp_path / "b.json").write_text(json.dumps(rows))
+    (tmp_path / "c.csv").write_text("prompt,completion,answer\n" + "".join(",".join(r.values()) + "\n" for r in rows))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "d.parquet")
+    write_jsonl(tmp_path / "train.jsonl", rows)
+    sources = [tmp_path / "a.jsonl", tmp_path / "b.json", tmp_path / "c.csv", tmp_path / "d.parquet", tmp_path]
+    first, *others = (
+        [(d.problem.id, d.completion, d.problem.columns) for d in everything(splits(source, dev=99, test=99))]
+        for source in sources
+    )
+    rows.sort(key=lambda row: row["prompt"])
+    assert first == [
+        (problem_id(r["prompt"]), ({"role": "assistant", "content": r["completion"]},), {"answer": r["answer"]})
+        for r in rows
+    ]
+    assert all(other == first for other in others)
+
+
+def test_splits_by_hash_do_not_overlap_lose_nothing_and_ignore_the_order(tmp_path):
+    rows = many()
+    forward = splits(write_jsonl(tmp_path / "a.jsonl", rows), dev=10_000, test=10_000)
+    backward = splits(write_jsonl(tmp_path / "b.jsonl", rows[::-1]), dev=10_000, test=10_000)
+    parts = [{d.problem.id for d in part} for part in (forward.train, forward.dev, forward.test)]
+    assert sum(map(len, parts)) == len(set.union(*parts)) == len(rows)
+    assert all(5 <= len(part) <= 40 for part in parts[1:])
+    assert all(bucket(key) < 0.05 for key in parts[2])
+    assert all(0.05 <= bucket(key) < 0.10 for key in parts[1])
+    assert [d.problem.id for d in forward.test] == [d.problem.id for d in backward.test]
+    assert [d.problem.id for d in forward.dev] == [d.problem.id for d in backward.dev]
+
+
+def test_the_same_problem_with_other_white_space_is_the_same_problem():
+    assert problem_id("2  + 2?\n") == problem_id("2 + 2?")
+
+
+def test_a_string_and_the_same_words_as_one_user_message_are_one_problem():
+    for words in ("2 + 2?", " 2 +\n2? "):
+        assert problem_id([{"role": "user", "content": words}]) == problem_id("2 + 2?")
+    assert problem_id([{"role": "system", "content": "s"}, {"role": "user", "content": "2 + 2?"}]) != problem_id(
+        "2 + 2?"
+    )
+
+
+def test_a_test_split_of_its_own_is_used_and_slices_are_understood(tmp_path):
+    write_jsonl(tmp_path / "train.jsonl", many(100))
+    write_jsonl(tmp_path / "test.jsonl", [{"prompt": f"held out {i}", "answer": str(i)} for i in range(30)])
+    parts = splits(tmp_path, test=20, dev=99, dataset_train_split="train[10:60]")
+    assert {d.problem.prompt for d in (*parts.train, *parts.dev)} == {f"{i} + {i}?" for i in range(10, 60)}
+    assert [d.problem.prompt for d in parts.train] == sorted(
+        (d.problem.prompt for d in parts.train), key=lambda prompt: int(prompt.split()[0])
+    )
+    assert len(parts.test) == 20
+    assert all(str(d.problem.prompt).startswith("held out") for d in parts.test)
+    named = splits(tmp_path, test=20, dev=99, dataset_train_split="train[10:60]", dataset_test_split="test")
+    assert named == parts
+    with pytest.raises(DataError, match="no split 'exam'"):
+        splits(tmp_path, test=20, dataset_test_split="exam")
+    with pytest.raises(DataError, match="is not understood"):
+        splits(tmp_path, dataset_train_split="train[:10%]")
+
+
+def test_a_test_split_that_is_given_must_exist_and_the_default_one_need_not(tmp_path):
+    write_jsonl(tmp_path / "train.jsonl", many(100))
+    assert splits(tmp_path, test=20).test
+    with pytest.raises(DataError, match=r"^dataset_test_split: .* has no split 'test'"):
+        splits(tmp_path, test=20, dataset_test_split="test")
+    with pytest.raises(DataError, match=r"^dataset_test_split: .* is one file without splits"):
+        splits(tmp_path / "train.jsonl", test=20, dataset_test_split="test")
+
+
+def test_training_prompts_that_are_also_held_out_are_refused_unless_allowed(tmp_path):
+    write_jsonl(tmp_path / "train.jsonl", many(50))
+    write_jsonl(tmp_path / "test.jsonl", many(50)[7:9])
+    with pytest.raises(DataError, match=r"train\.jsonl:8: 2 of \d+ training prompts are also in dev or test"):
+        splits(tmp_path, test=5)
+    assert splits(tmp_path, test=5, allow_overlap=True).shared_prompts == 2
+
+
+def test_the_held_out_problems_do_not_depend_on_how_many_are_evaluated(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", many())
+    assert splits(path).train == splits(path, dev=500, test=500).train
+
+
+def test_the_embedded_splits_share_no_problem():
+    parts = splits("bcft:arithmetic", dev=128, test=500, dataset_train_split="train[:500]")
+    ids = [{d.problem.id for d in part} for part in (parts.train, parts.dev, parts.test, parts.harder)]
+    assert [len(part) for part in ids] == [500, 128, 500, 200]
+    assert len(set.union(*ids)) == sum(map(len, ids))
+
+
+# Kept rows and replay
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Return the directory of a run on the files of `tmp_path`, with a kept row of each of ten problems."""
+    write_jsonl(tmp_path / "train.jsonl", many(100))
+    write_jsonl(tmp_path / "test.jsonl", many(120)[100:])
+    directory = tmp_path / "run"
+    directory.mkdir()
+    values = dict(zip(SOURCE, (str(tmp_path), None, "train[:80]", None), strict=True))
+    (directory / "config.yaml").write_text(yaml.safe_dump(values))
+    (directory / "manifest.json").write_text('{"tokenizer": "abc"}')
+    examples = [
+        TrainingExample(
+            f"1-{problem_id(row['prompt'])}-0", problem_id(row["prompt"]), (1, n + 2, 3), (-100, n + 2, 3),
+            source="self", prompt=({"role": "user", "content": row["prompt"]},),
+            completion=({"role": "assistant", "content": row["completion"]},),
+        )
+        for n, row in enumerate(many(10))
+    ]  # fmt: skip
+    write_jsonl(directory / "kept.jsonl", [example.to_json() for example in examples])
+    return directory
+
+
+def test_kept_rows_are_trained_and_the_problems_of_their_run_held_out(run, tmp_path):
+    source = splits(tmp_path, dev=99, test=99, dataset_train_split="train[:80]")
+    for name in (run, run / "kept.jsonl"):
+        # The slice is one of the kept rows; the splits are those that the run's config.yaml names.
+        parts = splits(name, dev=99, test=99, dataset_train_split="train[2:8]", allow_overlap=True)
+        assert (parts.dev, parts.test) == (source.dev, source.test)
+        assert [d.sampled.input_ids for d in parts.train] == [(1, n + 2, 3) for n in range(2, 8)]
+        assert {d.tokenizer for d in parts.train} == {"abc"}
+        held_out = {d.problem.id for d in parts.held_out}
+        assert parts.shared_prompts == sum(d.problem.id in held_out for d in parts.train)
+
+
+def test_kept_rows_without_their_run_and_malformed_ones_are_refused(run):
+    lines = (run / "kept.jsonl").read_text().splitlines()
+    (run / "kept.jsonl").write_text("\n".join([*lines[:4], lines[4].replace('"labels": [-100,', '"labels": [')]))
+    with pytest.raises(DataError, match=r"kept\.jsonl:5: not a row of kept\.jsonl: 3 input_ids but 2 labels"):
+        splits(run, allow_overlap=True)
+    (run / "kept.jsonl").write_text("")
+    with pytest.raises(DataError, match=r"kept\.jsonl: no rows"):
+        splits(run)
+    (run / "config.yaml").write_text(yaml.safe_dump({"dataset_name": str(run)}))
+    with pytest.raises(DataError, match=r"config\.yaml: its dataset, .* is itself the kept rows of a run"):
+        splits(run)
+    (run / "config.yaml").unlink()
+    with pytest.raises(DataError, match=r"kept\.jsonl: no config\.yaml"):
+        splits(run)
+
+
+def test_replay_takes_the_training_split_without_held_out_problems(tmp_path):
+    for name in ("main", "other"):
+        (tmp_path / name).mkdir()
+    write_jsonl(tmp_path / "main" / "train.jsonl", many(50))
+    write_jsonl(tmp_path / "main" / "exam.jsonl", many(60)[50:])
+    write_jsonl(tmp_path / "other" / "train.jsonl", [*many(100)[40:], {"prompt": "empty", "completion": ""}])
+    parts = splits(tmp_path / "main", test=99, dataset_test_split="exam", replay_dataset=str(tmp_path / "other"))
+    replayed = {d.problem.id for d in parts.replay}
+    shares = {problem_id(row["prompt"]) for row in many(100)[40:] if bucket(problem_id(row["prompt"])) >= 0.1}
+    assert replayed == shares - {d.problem.id for d in parts.test}
+    assert splits("bcft:arithmetic", replay_dataset="bcft:arithmetic-apprentice").replay[0].problem.where == (
+        "bcft:arithmetic-apprentice train row 0"
+    )
+
+
+def test_an_error_of_the_replayed_dataset_names_its_key(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", many(100))
+    with pytest.raises(DataError, match=r"^replay_dataset: .*none\.jsonl does not exist"):
+        splits(path, replay_dataset=str(tmp_path / "none.jsonl"))
+    (held_out, *_) = splits(path, test=9).test
+    write_jsonl(tmp_path / "b.jsonl", [{"prompt": held_out.problem.prompt, "completion": "9"}])
+    with pytest.raises(DataError, match=r"^replay_dataset: .*b\.jsonl: no demonstration"):
+        splits(path, test=9, replay_dataset=str(tmp_path / "b.jsonl"))
+
+
+def test_the_digest_changes_with_any_data_that_is_trained_or_evaluated(tmp_path):
+    def digest(rows, **keys):
+        return splits(write_jsonl(tmp_path / "a.jsonl", rows), dev=99, test=99, **keys).digest
+
+    rows, replay = many(100), write_jsonl(tmp_path / "b.jsonl", many(3))
+    reply = {"role": "assistant", "content": "4"}
+    other_prompt = [{"role": "user", "content": "Hi"}, reply]
+    digests = {
+        digest(rows),
+        digest(rows[:-1]),
+        digest([rows[0] | {"completion": "x"}, *rows[1:]]),
+        digest([rows[0] | {"answer": "x"}, *rows[1:]]),
+        digest([rows[0] | {"messages": other_prompt}, *rows[1:]]),
+        digest([rows[0] | {"messages": [*other_prompt, other_prompt[0], reply]}, *rows[1:]]),
+        digest(rows, replay_dataset=replay),
+    }
+    assert len(digests) == 7
+    assert digest(rows) in digests
+
+
+def test_the_digest_of_the_same_data_never_changes():
+    """Another format would refuse to resume every run that was started before the change."""
+    for name, expected in DIGESTS.items():
+        keys = {"replay_dataset": "bcft:arithmetic"} if name == "bcft:grid-walk" else {}
+        assert splits(name, dev=20, test=20, dataset_train_split="train[:50]", **keys).digest == expected

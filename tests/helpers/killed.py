@@ -1,0 +1,150 @@
+"""Runs of `bcft.filtered` that die by SIGKILL and are started again; a script, so that it imports once and forks.
+
+    python tests/helpers/killed.py DIRECTORY RECIPE_OR_- KEYS_JSON
+
+One run is left alone. For each point in POINTS a child runs until it is killed there, another runs the same to its
+end, and what they leave is hashed. Prints one JSON object: point -> hash of all that must not depend on kills; that of
+`another seed` shows that the hash can differ.
+"""
+
+import hashlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from helpers.functions import odd
+
+from bcft import filtered
+from bcft.algorithms import filtered_bc, learner, rounds
+from bcft.rollout import sample
+from bcft.training import trainer
+
+# What a run imports when it needs it: children do not import it again.
+import bcft.generation.hf  # noqa: F401 isort: skip
+import peft  # noqa: F401 isort: skip
+
+POINTS: dict[str, tuple[Any, str, str, int]] = {
+    "before any rollout": (filtered_bc, "evaluate_base", "after", 1),
+    "after a chunk": (sample.Journal, "append", "after", 3),
+    "in a chunk": (sample.Journal, "append", "torn", 3),
+    "before the rollouts are sealed": (sample, "seal", "before", 2),
+    "after the rollouts are sealed": (sample, "seal", "after", 2),
+    "after scoring": (filtered_bc, "score_round", "after", 2),
+    "before the selection is sealed": (rounds, "seal", "before", 2),
+    "after the selection": (filtered_bc, "select_round", "after", 2),
+    "in training": (trainer.BCTrainer, "training_step", "after", 4),
+    "after training": (trainer, "fit", "after", 2),
+    "in saving": (learner, "save_policy", "after", -1),
+    "after saving": (filtered_bc, "train_round", "after", 2),
+    "after evaluation": (rounds, "measure", "after", 4),
+    "before the round is committed": (rounds, "commit_round", "before", 2),
+    "after the round is committed": (rounds, "commit_round", "after", 1),
+    "before the test": (filtered_bc, "conclude", "before", 1),
+    "in writing the best round": (rounds, "save_policy", "after", -1),
+    "before the run is committed": (rounds, "write_best", "inside", 1),
+}
+"""Name -> whose function dies, when, and at which of its calls; -1 is the last call of a whole run."""
+
+
+def run(path: Path, recipe: str, keys: dict[str, Any]) -> None:
+    """Run to the end."""
+    sample.CHUNK = 7
+    rewards = [odd] if keys.get("success_func") == "" else None
+    filtered.run(None if recipe == "-" else recipe, output_dir=str(path), reward_funcs=rewards, **keys)
+
+
+def forked(action: Callable[[], None]) -> int:
+    """Do something in a child; return how it ended: 0, an exit code, or minus a signal."""
+    child = os.fork()
+    if child == 0:
+        silence = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(silence, 1)
+        try:
+            action()
+        except BaseException as error:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+            os._exit(1)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def calls(holder: Any, name: str, path: Path, recipe: str, keys: dict[str, Any]) -> int:
+    """Return how often a whole run calls a function."""
+    original, count = getattr(holder, name), path.with_suffix(".calls")
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        with count.open("a") as file:
+            file.write(".")
+        return original(*args, **kwargs)
+
+    def action() -> None:
+        setattr(holder, name, counting)
+        run(path, recipe, keys)
+
+    assert forked(action) == 0
+    return len(count.read_text())
+
+
+def die() -> None:
+    """Die as by the power switch: nothing is flushed, no handler runs."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def killed(holder: Any, name: str, when: str, times: int, path: Path, recipe: str, keys: dict[str, Any]) -> None:
+    """Run until the function is called for the given time, and die there."""
+    original, left = getattr(holder, name), [times]
+
+    def dying(*args: Any, **kwargs: Any) -> Any:
+        left[0] -= 1
+        last = left[0] == 0
+        if last and when == "torn":
+            with args[0].path.open("ab") as journal:
+                journal.write(b'{"sha256": "0123", "rows": [{"id": ')
+        if last and when == "inside":
+            rounds.write_manifest = lambda *_, **__: die()  # type: ignore[assignment]
+        if last and when in ("torn", "before"):
+            die()
+        answer = original(*args, **kwargs)
+        if last:
+            die()
+        return answer
+
+    setattr(holder, name, dying)
+    run(path, recipe, keys)
+
+
+def digest(path: Path) -> str:
+    """Hash what was played, scored and kept in every round, the weights at the end, and the conclusion."""
+    files = [*path.glob("round_*/*.jsonl"), *path.glob("round_*/evaluation.json"), *path.glob("best/*.safetensors")]
+    files += [*path.glob("round_*/model/*.safetensors"), path / "metrics.json"]
+    found = hashlib.sha256()
+    for file in sorted(files):
+        found.update(str(file.relative_to(path)).encode() + b"\0" + file.read_bytes())
+    return found.hexdigest()
+
+
+def main() -> int:
+    """Try every point; print what each left."""
+    root, recipe, keys = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
+    assert forked(lambda: run(root / "alone", recipe, keys)) == 0
+    assert forked(lambda: run(root / "other", recipe, keys | {"seed": 1})) == 0
+    found = {"alone": digest(root / "alone"), "another seed": digest(root / "other")}
+    for number, (point, (holder, name, when, times)) in enumerate(POINTS.items()):
+        path = root / f"{number:02d}"
+        if times < 0:
+            times += 1 + calls(holder, name, root / f"{number:02d}-counted", recipe, keys)
+        ended = forked(lambda: killed(holder, name, when, times, path, recipe, keys))  # noqa: B023
+        assert ended == -signal.SIGKILL, f"{point}: the run was not killed but ended with {ended}"
+        assert not (path / "manifest.json").exists(), f"{point}: the run is committed although it was killed"
+        assert forked(lambda: run(path, recipe, keys)) == 0, f"{point}: the same command did not resume"  # noqa: B023
+        found[point] = digest(path)
+    print(json.dumps(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

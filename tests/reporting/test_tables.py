@@ -1,0 +1,177 @@
+"""Lines and tables: each figure in its column, blanks where a summary has none, and conclusions in words."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from bcft.evaluation.results import Evaluation, Measured
+from bcft.reporting.tables import (
+    ROUNDS,
+    before_and_after,
+    conclusion,
+    level,
+    print_table,
+    round_line,
+    say,
+    table_rows,
+)
+from bcft.types import Demonstration, Problem
+
+SOLVED = {
+    "n": 8, "stop_rate": 1.0, "greedy": {"success": 0.25, "ci95": [0.1, 0.5]},
+    "sampled": {"n": 4, "k": 2, "pass@1": 0.5, "ci95": [0.4, 0.6], "pass@k": 0.75, "maj@k": 0.625},
+}  # fmt: skip
+RETURNED = SOLVED | {"return": {"mean": -4.0, "ci95": [-5.0, -3.0], "turns": 4.25}}
+UNGRADED = {"n": 8, "stop_rate": 0.5, "loss": 0.25}
+REVISED = SOLVED | {"revision": {"first": 0.5, "last": 0.75, "wrong_to_right": 3, "right_to_wrong": 1}}
+
+
+def evaluated(*, solved, n=4, answer="7", **more):
+    """Return the evaluation of n problems, one greedy attempt and two samples each."""
+    attempts = [
+        {
+            "problem_id": f"p{i}", "sample": sample, "completion": answer, "success": "yes" if i < solved else "no",
+            "stop": "stop_token", **more,
+        }
+        for i in range(n)
+        for sample in (-1, 0, 1)
+    ]  # fmt: skip
+    return Evaluation(tuple(attempts))
+
+
+def measured(**more):
+    evaluation = evaluated(**more)
+    return Measured(evaluation, evaluation.summary(None))
+
+
+@pytest.mark.parametrize(("rank", "quiet", "printed"), [("0", False, "a [b]\n"), ("0", True, ""), ("1", False, "")])
+def test_the_first_process_alone_prints_and_nothing_when_quiet(monkeypatch, capsys, rank, quiet, printed):
+    monkeypatch.setenv("RANK", rank)
+    say("a [b]", quiet=quiet)
+    assert capsys.readouterr().out == printed
+    print_table({"base": SOLVED}, quiet)
+    assert bool(capsys.readouterr().out) == bool(printed)
+
+
+def test_a_closed_pipe_ends_the_command_without_a_traceback():
+    read, write = os.pipe()
+    os.close(read)
+    code = "from bcft.reporting.tables import say; say('a line', quiet=False)"
+    ended = subprocess.run([sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert (ended.returncode, ended.stderr) == (1, "")
+
+
+def test_the_printed_table_has_a_column_for_each_summary(capsys):
+    print_table({"[base]": SOLVED, "final": RETURNED}, quiet=False)
+    text = capsys.readouterr().out
+    assert text.startswith("held-out problems\n")
+    assert "final" in text
+    assert "25.0 % [10.0, 50.0]" in text
+
+
+def test_every_row_has_a_cell_for_every_summary_and_rows_without_a_figure_are_left_out():
+    rows = {name: cells for name, *cells in table_rows({"a": SOLVED, "b": RETURNED, "c": UNGRADED})}
+    assert rows == {
+        "problems": ["8", "8", "8"],
+        "solved, greedy": ["25.0 % [10.0, 50.0]", "25.0 % [10.0, 50.0]", ""],
+        "solved, sampled x 4": ["50.0 % [40.0, 60.0]", "50.0 % [40.0, 60.0]", ""],
+        "pass@2": ["75.0 %", "75.0 %", ""],
+        "maj@2": ["62.5 %", "", ""],
+        "mean return": ["", "-4.00 [-5.00, -3.00]", ""],
+        "mean turns": ["", "4.25", ""],
+        "stopped by itself": ["100.0 %", "100.0 %", "50.0 %"],
+        "held-out loss, nats/token": ["", "", "0.2500"],
+    }
+
+
+def test_two_turns_and_harder_problems_have_rows_of_their_own():
+    rows = {name: cells for name, *cells in table_rows({"a": REVISED | {"harder": SOLVED}})}
+    assert rows["solved at the first turn"] == ["50.0 %"]
+    assert rows["solved at the second turn"] == ["75.0 %"]
+    assert rows["wrong to right, right to wrong"] == ["3, 1"]
+    assert rows["harder problems, sampled"] == ["50.0 % [40.0, 60.0]"]
+
+
+def test_more_solved_problems_are_better_and_the_same_ones_not_distinguishable():
+    better = conclusion(measured(solved=4, n=16), measured(solved=16, n=16), before="with it")
+    assert better["vs_base"]["conclusion"] == "better"
+    assert better["conclusion"].startswith(
+        "better: 100.0 % of attempts at 16 held-out problems solved (sampled), 25.0 % with it: paired difference +75.0 "
+    )
+    same = conclusion(measured(solved=2), measured(solved=2))["conclusion"]
+    assert same.startswith("not distinguishable: 50.0 % of attempts at 4 held-out problems solved (sampled), 50.0 % be")
+
+
+def test_an_environment_with_rewards_is_concluded_by_its_return():
+    low, high = (measured(solved=4, graded=True, turns=1, first="unknown", **{"return": r}) for r in (-3.0, -1.0))
+    words = conclusion(low, high)["conclusion"]
+    assert "a mean return of -1.00 at 4 held-out problems, -3.00 before: paired difference +2.00" in words
+    assert words.endswith("; 100.0 % of attempts solved, 100.0 % before")
+
+
+def test_without_success_the_conclusion_has_loss_and_stop_rate_and_without_problems_nothing():
+    old, new = (Measured(Evaluation(()), UNGRADED | {"loss": loss}) for loss in (0.5, 0.25))
+    ungraded = conclusion(old, new)
+    assert ungraded == {
+        "conclusion": "success is unknown, nothing could be graded: held-out loss 0.5000 before, 0.2500 now; "
+        "50.0 % of attempts stopped by themselves before, 50.0 % now"
+    }
+    assert "nothing was measured" in conclusion(old, Measured(Evaluation(()), {}))["conclusion"]
+
+
+def test_the_line_of_a_round_stands_below_the_head_of_the_table():
+    record = {
+        "round": 3, "rollout": {"played": 1024, "success": 0.5, "unknown": 0, "reward_mean": 0.5},
+        "selection": {"kept": 175, "cutoff": 1.0, "note": "A note."}, "eval": SOLVED, "seconds": {"train": 1.5},
+    }  # fmt: skip
+    line, note = round_line(record).splitlines()
+    for name, value in {"round": "3", "played": "1024", "success": "50.0 %", "kept": "175", "cutoff": "1"}.items():
+        end = ROUNDS.index(name) + len(name)
+        assert line[:end].endswith(f" {value}")
+    assert line.endswith("25.0 %  50.0 % [40.0, 60.0]    1.5 s")
+    assert note.strip() == "A note."
+    assert round_line({"round": 0, "eval": SOLVED}).split() == ["0", "25.0", "%", "50.0", "%", "[40.0,", "60.0]"]
+
+
+def test_rewards_and_returns_take_the_place_of_an_unknown_success():
+    rollout = {"played": 4, "success": 0.0, "unknown": 4, "reward_mean": 0.125}
+    line = round_line({"round": 1, "rollout": rollout, "eval": RETURNED})
+    assert "r 0.125" in line
+    assert line.endswith("-4.00 [-5.00, -3.00]")
+
+
+@pytest.mark.parametrize(
+    ("summary", "expected"),
+    [
+        (
+            SOLVED,
+            "solved 25.0 % [10.0, 50.0] of 8 problems by greedy decoding, 50.0 % [40.0, 60.0] of sampled attempts",
+        ),
+        (RETURNED, "a mean return of -4.00 [-5.00, -3.00] in 4.2 turns, at 8 problems"),
+        (UNGRADED, "50.0 % of attempts stopped by themselves; success is unknown"),
+    ],
+)
+def test_how_well_one_policy_does_is_one_line(summary, expected):
+    assert level(Measured(Evaluation(()), summary)) == expected
+
+
+def test_one_problem_that_only_the_later_policy_solves_is_shown_in_full():
+    demonstrations = [
+        Demonstration(problem, problem.prompt) for problem in (Problem(f"p{i}", f"Q{i}") for i in range(4))
+    ]
+    shown = before_and_after(evaluated(solved=1, answer="a\nb"), evaluated(solved=2, answer="c"), demonstrations)
+    assert shown == "Q1\n  before: a\n          b\n  after:  c\n"
+    assert before_and_after(evaluated(solved=2), evaluated(solved=2), demonstrations) == ""
+
+
+def test_a_conversation_is_shown_with_its_observations_in_brackets():
+    demonstrations = [Demonstration(Problem("p0", [{"role": "user", "content": "Walk."}]), "Walk.")]
+    messages = [
+        {"role": "assistant", "content": "N"}, {"role": "user", "content": "2 left"},
+        {"role": "assistant", "content": "E"},
+    ]  # fmt: skip
+    worse, better = (evaluated(solved=4, messages=messages, graded=True, **{"return": r}) for r in (-3.0, -1.0))
+    assert before_and_after(worse, better, demonstrations) == "Walk.\n  before: N [2 left] E\n  after:  N [2 left] E\n"

@@ -1,0 +1,111 @@
+"""Reward functions: how one is called, named and imported."""
+
+import numpy as np
+import pytest
+
+from bcft.errors import FaultError, UsageError
+from bcft.rewards import math_reward
+from bcft.rewards.base import Answers, answers_of, ask, described, import_function, reference
+from bcft.types import Problem
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), "1.0", [1.0], object()])
+def test_a_reward_that_is_not_a_finite_number_is_reported_with_its_function_and_row(value):
+    def odd(**_):
+        return [1.0, value]
+
+    problems = [Problem("a", "?", where="rows.jsonl:1"), Problem("b", "?", where="rows.jsonl:2")]
+    with pytest.raises(FaultError, match=r"^odd returned .+ for rows.jsonl:2: return a finite number"):
+        ask(odd, problems, ["", ""])
+
+
+def test_anything_that_counts_as_a_number_becomes_a_float_and_none_stays_none():
+    values = ask(lambda **_: [np.float32(0.5), True, 1, None], [Problem(str(n), "?") for n in range(4)], [""] * 4)
+    assert values == [0.5, 1.0, 1.0, None]
+    assert [type(value) for value in values] == [float, float, float, type(None)]
+    assert ask(lambda **_: 1 / 0, [], []) == []
+
+
+def test_a_function_gets_the_columns_of_the_problems_under_their_names():
+    def checking(prompts, completions, answer, level):
+        assert prompts == ["1 + 1?", "1 + 2?"]
+        assert level == ["easy", None]
+        return [float(text == right) for text, right in zip(completions, answer, strict=True)]
+
+    problems = [Problem("a", "1 + 1?", {"answer": "2", "level": "easy"}), Problem("b", "1 + 2?", {"answer": "3"})]
+    assert ask(checking, problems, ["2", "2"]) == [1.0, 0.0]
+
+
+def test_a_function_that_raises_or_returns_too_few_values_is_reported_with_its_name():
+    def failing(**_):
+        raise KeyError("answer")
+
+    with pytest.raises(FaultError, match=r"^failing raised KeyError: 'answer' \(--debug shows where\)$"):
+        ask(failing, [Problem("a", "?")], [""])
+
+    def short(**_):
+        return [1.0]
+
+    with pytest.raises(FaultError, match=r"^short returned 1 values for 2 completions$"):
+        ask(short, [Problem("a", "?"), Problem("b", "?")], ["", ""])
+
+
+def test_only_an_attribute_of_the_right_type_says_how_answers_are_read():
+    def reward(**_):
+        return []
+
+    assert answers_of(None) is None
+    assert answers_of(reward) is None
+    reward.answers = ["7"]
+    assert answers_of(reward) is None
+    reward.answers = Answers(str.strip, str.lower)
+    assert answers_of(reward) is reward.answers
+
+
+def test_the_reference_is_the_first_column_that_a_problem_has():
+    assert reference(Problem("a", "?", {"ground_truth": 3, "solution": 2})) == "2"
+    assert reference(Problem("a", "?", {"answer": "", "solution": 2})) == ""
+    assert reference(Problem("a", "?", {"gold": 1})) == ""
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("length", "reward_funcs: 'length' is not a dotted path such as my_rewards.length"),
+        ("no_such_module.length", "reward_funcs: cannot import 'no_such_module': "),
+        ("bcft.rewards.no_such_function", "reward_funcs: module 'bcft.rewards' has no function 'no_such_function'"),
+        ("bcft.rewards.__all__", "reward_funcs: bcft.rewards.__all__ is a list, not a function"),
+    ],
+)
+def test_a_dotted_path_without_a_function_is_refused_with_its_key(path, message):
+    with pytest.raises(UsageError) as caught:
+        import_function(path, key="reward_funcs")
+    assert str(caught.value).startswith(message)
+
+
+def test_a_module_of_the_working_directory_can_be_imported(tmp_path, monkeypatch):
+    (tmp_path / "rewards_of_mine.py").write_text(
+        "def length(completions, **_):\n    return list(map(len, completions))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", ["/"])
+    function = import_function("rewards_of_mine.length", key="reward_funcs")
+    assert ask(function, [Problem("a", "?")], ["four"]) == [4.0]
+    assert import_function("bcft.rewards.math_reward", key="reward_funcs") is math_reward
+
+
+def test_functions_of_one_name_and_different_source_are_described_differently():
+    def make(text):
+        def reward(**_):
+            return [len(text)]
+
+        return reward
+
+    first = make("a")
+
+    def reward(**_):
+        return [0.0]
+
+    assert described(first) == described(make("b"))
+    assert described(first) != described(reward)
+    assert described(first).split("@")[0] == described(reward).split("@")[0] == f"{__name__}.reward"

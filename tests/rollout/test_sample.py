@@ -1,0 +1,147 @@
+"""A round's attempts: drawn by seed and number alone, played once each, and whole again after an interruption."""
+
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pytest
+from helpers.episodes import Counting, Scripted, attempts, rollout_settings
+from helpers.tiny import llama_tokenizer
+
+from bcft.policy.chat_template import Renderer
+from bcft.rollout import sample
+from bcft.rollout.sample import ROLLOUTS, draw, play_journaled, roll_out, share
+from bcft.runs.clock import Clock
+from bcft.runs.storage import Journal, read_journal, read_jsonl, sealed
+from bcft.types import Problem, Trajectory
+
+
+class Interrupted(Exception):  # noqa: N818
+    """A kill, as seen from inside."""
+
+
+@pytest.fixture(scope="module")
+def renderer():
+    return Renderer(llama_tokenizer(["say a number"], vocabulary=300))
+
+
+@pytest.fixture
+def engines(monkeypatch):
+    """The scripted engines that were made, in the place of the policy's."""
+    made = []
+
+    @contextmanager
+    def make_engine(policy, settings):  # noqa: ARG001
+        made.append(Scripted(policy.renderer))
+        yield made[-1]
+
+    monkeypatch.setattr(sample, "make_engine", make_engine)
+    return made
+
+
+@pytest.fixture
+def policy(renderer):
+    return SimpleNamespace(renderer=renderer)
+
+
+def requested(engines):
+    """Return how many attempts the engines opened."""
+    return sum(len(engine.waves[0]) for engine in engines if engine.waves)
+
+
+def played(function, policy, directory, given):
+    return function(policy, given, rollout_settings(Counting), directory=directory, clock=Clock(), label="")
+
+
+def test_a_round_draws_problems_without_replacement_and_by_its_seed_and_number_alone():
+    problems = [Problem(f"{n:03}", "?") for n in range(50)]
+
+    def drawn(number, seed=0, given=problems):
+        return [(a.problem.id, a.sample) for a in draw(given, number, seed=seed, prompts=18, samples=3)]
+
+    chosen = {identity for identity, _ in drawn(1)}
+    assert len(chosen) == 18
+    assert sorted(drawn(1)) == [(identity, number) for identity in sorted(chosen) for number in range(3)]
+    assert drawn(1) == drawn(1, given=problems[::-1])
+    assert len({tuple(drawn(number, seed)) for number in (1, 2) for seed in (0, 1)}) == 4
+    assert len({identity for number in range(20) for identity, _ in drawn(number)}) == 50
+
+
+def test_a_draw_is_what_it_always_was():
+    """Changed only with a reason: another draw is another result for every run."""
+    problems = [Problem(f"{n:016x}", "?") for n in range(6)]
+    drawn = draw(problems, 2, seed=7, prompts=3, samples=2)
+    chosen = ["0000000000000000", "0000000000000003", "0000000000000002"]
+    assert [a.id for a in drawn] == [f"2-{identity}-{number}" for identity in chosen for number in range(2)]
+
+
+def test_processes_share_whole_problems_and_leave_none_out(monkeypatch):
+    given = attempts(5, 3)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    parts = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        parts.append(share(given))
+    assert sorted(a.id for part in parts for a in part) == sorted(a.id for a in given)
+    assert not {a.problem.id for a in parts[0]} & {a.problem.id for a in parts[1]}
+    assert [len(part) for part in parts] == [9, 6]
+
+
+def test_trajectories_come_back_in_the_order_of_their_attempts(policy, engines, tmp_path):
+    given = attempts(5, 3)[::-1]
+    assert [t.id for t in played(play_journaled, policy, tmp_path, given)] == [a.id for a in given]
+    assert requested(engines) == 15
+
+
+def test_a_round_that_was_interrupted_plays_only_the_missing_attempts_and_ends_in_the_same_file(
+    policy, engines, tmp_path, monkeypatch
+):
+    given = attempts(5, 3)
+    monkeypatch.setattr(sample, "CHUNK", 4)
+    whole = played(roll_out, policy, tmp_path / "whole", given)
+    append = Journal.append
+
+    def interrupted(self, rows):
+        append(self, rows)
+        if len(self.rows) == 8:
+            raise Interrupted
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "append", interrupted)
+        with pytest.raises(Interrupted):
+            played(roll_out, policy, tmp_path / "resumed", given)
+    assert not sealed(tmp_path / "resumed", ROLLOUTS)
+    engines.clear()
+    assert played(roll_out, policy, tmp_path / "resumed", given) == whole
+    assert requested(engines) == 15 - 8
+    assert (tmp_path / "resumed" / ROLLOUTS).read_bytes() == (tmp_path / "whole" / ROLLOUTS).read_bytes()
+
+
+def test_attempts_in_the_journal_of_another_process_are_not_played_again(policy, engines, tmp_path):
+    given = attempts(5, 3)
+    whole = played(play_journaled, policy, tmp_path, given)
+    own = tmp_path / "journal" / "000.jsonl"
+    own.rename(own.with_name("001.jsonl"))
+    engines.clear()
+    assert played(play_journaled, policy, tmp_path, given) == whole
+    assert requested(engines) == 0
+    assert not own.exists()
+
+
+def test_a_sealed_round_is_read_and_nothing_is_played(policy, engines, tmp_path, monkeypatch):
+    whole = played(roll_out, policy, tmp_path, attempts())
+    assert [Trajectory.from_json(line) for line in read_jsonl(tmp_path / ROLLOUTS)] == whole
+    engines.clear()
+    monkeypatch.setattr(sample, "play_attempts", None)
+    assert played(roll_out, policy, tmp_path, attempts()) == whole
+    (tmp_path / ROLLOUTS).write_text("")
+    with pytest.raises(TypeError):  # not as it was sealed: it would be played again
+        played(roll_out, policy, tmp_path, attempts())
+
+
+def test_the_journal_holds_every_trajectory_in_chunks(policy, engines, tmp_path, monkeypatch):
+    monkeypatch.setattr(sample, "CHUNK", 4)
+    whole = played(play_journaled, policy, tmp_path, attempts(5, 1))
+    file = tmp_path / "journal" / "000.jsonl"
+    assert len(file.read_text().splitlines()) == 2
+    assert {line["id"] for line in read_journal(file)} == {t.id for t in whole}
+    assert len(engines) == 1
