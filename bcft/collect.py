@@ -4,6 +4,7 @@ One round's attempts of any policy, a stronger teacher or the one to be trained,
 a round of `filtered` does it. The kept rows are a dataset: `bcft sft RECIPE --dataset_name OUTPUT_DIR` clones them.
 """
 
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from os import PathLike
@@ -17,7 +18,7 @@ from bcft.environments.base import rollout_settings, step_checker
 from bcft.evaluation.metrics import diversity, tally
 from bcft.runs.clock import Clock
 from bcft.runs.distributed import barrier, broadcast, rank
-from bcft.runs.storage import KEPT, ROLLOUTS, SCORES, write_json, write_manifest
+from bcft.runs.storage import KEPT, ROLLOUTS, SCORES, SEAL, write_json, write_manifest
 from bcft.selection.apply import apply_filter, rule_of
 from bcft.selection.scoring import Scorer
 from bcft.types import Problem, RolloutSettings
@@ -30,11 +31,11 @@ def run(recipe: str | PathLike[str] | None = None, **overrides: Any) -> dict[str
 
     Raises a `bcft.errors.BcftError` for everything a user can cause.
     """
-    return collect(load("collect", recipe, overrides))
+    return run_config(load("collect", recipe, overrides))
 
 
-def collect(config: Config) -> dict[str, Any]:
-    """Run a configuration, or report what it came to if it is finished; return what `metrics.json` holds."""
+def run_config(config: Config) -> dict[str, Any]:
+    """Run a configuration; if its run is finished, print the saved conclusion. Return what `metrics.json` holds."""
     # Dotted paths and data are checked before torch is loaded and before a directory is made.
     rollouts = rollout_settings(config.sampling, config.environment, seed=config.training.seed)
     splits = load_splits(config.data, config.evaluation)
@@ -69,6 +70,10 @@ def _collect(
     session.say(f"data: {len(attempts) // samples:,} of {len(problems):,} problems, {len(attempts):,} attempts")
     if note:
         session.say(note)
+    if session.directory.drifted and rank() == 0:  # trajectories of another recipe
+        shutil.rmtree(session.path / "journal", ignore_errors=True)
+        for name in (ROLLOUTS, SEAL):
+            (session.path / name).unlink(missing_ok=True)
     barrier()  # every process has read the directory before it is written
     session.directory.record([d.problem for d in (*splits.train, *splits.held_out)], splits.digest)
     label = "" if session.quiet else "roll out"
@@ -97,7 +102,7 @@ def _collect(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
-    return execute("collect", collect, argv)
+    return execute("collect", run_config, argv)
 
 
 if __name__ == "__main__":

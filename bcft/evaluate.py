@@ -15,6 +15,7 @@ from bcft.config.loader import Config, load
 from bcft.data.loading import load_splits
 from bcft.environments.base import rollout_settings
 from bcft.errors import DataError
+from bcft.evaluation.results import Measured
 from bcft.reporting.tables import conclusion, level, print_table, say
 from bcft.runs.directory import open_run
 from bcft.runs.distributed import rank
@@ -27,12 +28,14 @@ def run(recipe: str | PathLike[str] | None = None, **overrides: Any) -> dict[str
 
     Raises a `bcft.errors.BcftError` for everything a user can cause.
     """
-    return evaluate(load("evaluate", recipe, overrides))
+    return run_config(load("evaluate", recipe, overrides))
 
 
-def evaluate(config: Config) -> dict[str, Any]:
-    """Evaluate as configured; return `{model, against, vs_base, conclusion}` and write it, with every attempt, below
-    `<output_dir>/evaluate`."""
+def run_config(config: Config) -> dict[str, Any]:
+    """Evaluate as configured; return `{model, against, vs_base, conclusion}`.
+
+    The result and every attempt are written below `<output_dir>/evaluate`.
+    """
     rollouts = rollout_settings(config.sampling, config.environment, seed=config.training.seed)
     splits, split = load_splits(config.data, config.evaluation), config.evaluation.eval_split
     if not (splits.test if split == "test" else splits.dev):
@@ -44,6 +47,23 @@ def evaluate(config: Config) -> dict[str, Any]:
     from bcft.evaluation.held_out import measure, samples_of
     from bcft.policy.loading import load_policy
 
+    def measure_model(part: str, name: str, directory: Path) -> Measured:
+        """Load one model and evaluate it; it is freed before the next one is loaded."""
+        policy = load_policy(name, config.model, trainable=False)
+        say(f"{part}: {name} on {policy.precision.why}", quiet=config.quiet)
+        samples = samples_of(config.evaluation, split, graded=bool(success or environment))
+        return measure(
+            policy,
+            splits,
+            rollouts,
+            split=split,
+            samples=samples,
+            success=success,
+            examples=[],
+            directory=directory / part,
+            quiet=config.quiet,
+        )
+
     with open_run(
         Path(config.training.output_dir) / "evaluate",
         command=config.command,
@@ -51,38 +71,23 @@ def evaluate(config: Config) -> dict[str, Any]:
         writes=rank() == 0,
         debug="debug" in config.flags,
     ) as directory:
-        measured = {}
-        for part, name in names.items():
-            if not name:
-                continue
-            policy = load_policy(name, config.model, trainable=False)
-            say(f"{part}: {name} on {policy.precision.why}", quiet=config.quiet)
-            measured[part] = measure(
-                policy,
-                splits,
-                rollouts,
-                split=split,
-                samples=samples_of(config.evaluation, split, graded=bool(success or environment)),
-                success=success,
-                examples=[],
-                directory=directory.path / part,
-                quiet=config.quiet,
-            )
-        print_table({names[part]: one.summary for part, one in measured.items()}, quiet=config.quiet)
-        result: dict[str, Any] = {part: one.summary for part, one in measured.items()}
+        directory.write_status("running")
+        measured = {part: measure_model(part, name, directory.path) for part, name in names.items() if name}
+        print_table({names[part]: result.summary for part, result in measured.items()}, quiet=config.quiet)
+        summaries: dict[str, Any] = {part: result.summary for part, result in measured.items()}
         if "against" in measured:
-            result |= conclusion(measured["against"], measured["model"], before=f"with {names['against']}")
+            summaries |= conclusion(measured["against"], measured["model"], before=f"with {names['against']}")
         else:
-            result["conclusion"] = level(measured["model"])
+            summaries["conclusion"] = level(measured["model"])
         if rank() == 0:
-            write_json(directory.path / "metrics.json", result)
-            print(json.dumps(result) if "json" in config.flags else result["conclusion"])
-    return result
+            write_json(directory.path / "metrics.json", summaries)
+        say(json.dumps(summaries) if "json" in config.flags else summaries["conclusion"], quiet=False)
+    return summaries
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
-    return execute("evaluate", evaluate, argv)
+    return execute("evaluate", run_config, argv)
 
 
 if __name__ == "__main__":

@@ -19,18 +19,18 @@ from bcft.data.loading import load_splits
 from bcft.environments.base import rollout_settings
 from bcft.errors import UsageError
 from bcft.reporting.report import write_report
-from bcft.rewards.base import described
+from bcft.rewards.base import described, import_function
 from bcft.selection.scoring import Scorer
 from bcft.types import Environment
 
 LONG_ROUND = 60.0
-"""Seconds of a round after which the report is written at once: it costs less than a hundredth of them."""
+"""The report is written after a round that took at least this many seconds; writing it takes under a second."""
 
 
 def run(
     recipe: str | PathLike[str] | None = None,
     *,
-    reward_funcs: Sequence[Callable[..., Any]] | Sequence[str] | None = None,
+    reward_funcs: Sequence[Callable[..., Any] | str] | None = None,
     environment: Callable[..., Environment] | str | None = None,
     **overrides: Any,
 ) -> dict[str, Any]:
@@ -41,22 +41,24 @@ def run(
 
     Raises a `bcft.errors.BcftError` for everything a user can cause.
     """
-    functions = [function for function in reward_funcs or () if not isinstance(function, str)]
-    if reward_funcs and not functions:
-        overrides["reward_funcs"] = reward_funcs
+    functions: list[Callable[..., Any]] = []
+    if reward_funcs and all(isinstance(function, str) for function in reward_funcs):
+        overrides["reward_funcs"] = list(reward_funcs)
+    else:
+        functions = [import_function(f, key="reward_funcs") if isinstance(f, str) else f for f in reward_funcs or ()]
     factory = None if isinstance(environment, str) else environment
     if isinstance(environment, str):
         overrides["environment"] = environment
-    return improve(load("filtered", recipe, overrides), reward_funcs=functions or None, environment=factory)
+    return run_config(load("filtered", recipe, overrides), reward_funcs=functions or None, environment=factory)
 
 
-def improve(
+def run_config(
     config: Config,
     *,
     reward_funcs: Sequence[Callable[..., Any]] | None = None,
     environment: Callable[..., Environment] | None = None,
 ) -> dict[str, Any]:
-    """Run a configuration, or report what it came to if it is finished; return what `metrics.json` holds."""
+    """Run a configuration; if its run is finished, print the saved conclusion. Return what `metrics.json` holds."""
     config = config.naming(
         reward_funcs=[described(function) for function in reward_funcs or ()],
         environment=described(environment) if environment else "",
@@ -65,8 +67,7 @@ def improve(
     if against and not (against / "metrics.jsonl").is_file():
         raise UsageError(f"against: {against} is not a run of bcft filtered, whose rounds are in DIR/metrics.jsonl")
     # Dotted paths and data are checked before torch is loaded and before a directory is made.
-    make = partial(environment, **config.environment.environment_args) if environment else None
-    rollouts = rollout_settings(config.sampling, config.environment, seed=config.training.seed, make=make)
+    rollouts = rollout_settings(config.sampling, config.environment, seed=config.training.seed, make=environment)
     splits = load_splits(config.data, config.evaluation)
     if not splits.dev:
         raise UsageError("eval_dev_problems: dev problems choose the best round, and there are none: raise it")
@@ -110,7 +111,7 @@ def _dry_run(config: Config) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
-    return execute("filtered", lambda config: (_dry_run if "dry-run" in config.flags else improve)(config), argv)
+    return execute("filtered", lambda config: (_dry_run if "dry-run" in config.flags else run_config)(config), argv)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from bcft.runs.storage import (
     SEAL,
     read_json,
     read_jsonl,
+    read_yaml,
     sealed,
     write_json,
     write_manifest,
@@ -44,10 +45,10 @@ def run(recipe: str | PathLike[str] | None = None, **overrides: Any) -> dict[str
 
     Raises a `bcft.errors.BcftError` for everything a user can cause.
     """
-    return refilter(load("refilter", recipe, overrides))
+    return run_config(load("refilter", recipe, overrides))
 
 
-def refilter(config: Config) -> dict[str, Any]:
+def run_config(config: Config) -> dict[str, Any]:
     """Run a configuration; the files of an earlier refilter in its directory are replaced.
 
     All attempts of the rollouts are selected from together, with the draws of their last round.
@@ -60,12 +61,12 @@ def refilter(config: Config) -> dict[str, Any]:
         raise UsageError("rollouts: required: a rollouts.jsonl, a round, or the directory of a run")
     files = rollout_files(Path(config.selection.rollouts))
     top = run_of(files[0])
-    made = yaml.safe_load((top / "config.yaml").read_text(encoding="utf-8"))
+    made = read_yaml(top / "config.yaml")
     # Problems, held-out problems and the environment are those of the run that made the rollouts.
     recipe = {**config.resolved, **{key: made[key] for key in (*SOURCE, "environment")}}
-    place = Path(config.training.output_dir)
-    if place.resolve() in {top.resolve(), *(file.parent.resolve() for file in files)}:
-        raise UsageError(f"output_dir: {place} holds the rollouts: give another")
+    output = Path(config.training.output_dir)
+    if output.resolve() in {top.resolve(), *(file.parent.resolve() for file in files)}:
+        raise UsageError(f"output_dir: {output} holds the rollouts: give another")
     problems = {line["problem_id"]: _problem(line) for line in read_jsonl(top / "problems.jsonl")}
     trajectories = [_trajectory(line, file) for file in files for line in read_jsonl(file)]
     say(f"rollouts: {len(trajectories):,} attempts of {len(files)} rounds in {top}", quiet=config.quiet)
@@ -75,7 +76,8 @@ def refilter(config: Config) -> dict[str, Any]:
     environment = made["environment"]
     scorer = Scorer.of(config.selection, [problems[identity] for identity in attempted], environment=environment)
     last = max(trajectory.round for trajectory in trajectories)
-    with open_run(place, command=config.command, recipe=recipe, debug="debug" in config.flags):
+    with open_run(output, command=config.command, recipe=recipe, debug="debug" in config.flags) as directory:
+        directory.write_status("running")
         scores = scorer.score(trajectories, problems)
         filtered = apply_filter(
             scores,
@@ -85,15 +87,15 @@ def refilter(config: Config) -> dict[str, Any]:
             train_on=config.data.train_on,
             check_steps=step_checker(made["dataset_name"], environment),
         )
-        filtered.write(place)
+        filtered.write(output)
         metrics: dict[str, Any] = {
             "rollout": tally(scores),
             "selection": filtered.metrics,
             "diversity": diversity(scores),
         }
-        metrics["conclusion"] = filtered.conclusion(config.path, place)
-        _write(place, recipe, metrics, files)
-    print(metrics["conclusion"])
+        metrics["conclusion"] = filtered.conclusion(config.path, output)
+        _write(output, recipe, metrics, files)
+    say(metrics["conclusion"], quiet=False)
     return metrics
 
 
@@ -133,13 +135,13 @@ def _trajectory(line: dict[str, Any], file: Path) -> Trajectory:
         raise DataError(f"{file}: {line.get('id', '')}: not a trajectory: {error}") from error
 
 
-def _write(place: Path, recipe: Mapping[str, Any], metrics: Mapping[str, Any], files: Sequence[Path]) -> None:
+def _write(output: Path, recipe: Mapping[str, Any], metrics: Mapping[str, Any], files: Sequence[Path]) -> None:
     """Write recipe and metrics, and the manifest that commits them with the selected rows."""
-    write_text(place / "config.yaml", yaml.safe_dump(dict(recipe), allow_unicode=True))
-    write_json(place / "metrics.json", metrics)
-    written = [place / name for name in (SCORES, KEPT, "metrics.json", "config.yaml")]
+    write_text(output / "config.yaml", yaml.safe_dump(dict(recipe), allow_unicode=True))
+    write_json(output / "metrics.json", metrics)
+    written = [output / name for name in (SCORES, KEPT, "metrics.json", "config.yaml")]
     about = {"tokenizer": _tokenizer(files), "rollouts": [str(file) for file in files]}
-    write_manifest(place, written, about=about)
+    write_manifest(output, written, about=about)
 
 
 def _tokenizer(files: Sequence[Path]) -> str:
@@ -153,7 +155,7 @@ def _tokenizer(files: Sequence[Path]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
-    return execute("refilter", refilter, argv)
+    return execute("refilter", run_config, argv)
 
 
 if __name__ == "__main__":

@@ -22,11 +22,11 @@ def run(recipe: str | PathLike[str] | None = None, **overrides: Any) -> dict[str
 
     Raises a `bcft.errors.BcftError` for everything a user can cause.
     """
-    return clone(load("sft", recipe, overrides))
+    return run_config(load("sft", recipe, overrides))
 
 
-def clone(config: Config) -> dict[str, Any]:
-    """Run a configuration, or report what it came to if it is finished; return what `metrics.json` holds."""
+def run_config(config: Config) -> dict[str, Any]:
+    """Run a configuration; if its run is finished, print the saved conclusion. Return what `metrics.json` holds."""
     # Dotted paths and data are checked before torch is loaded and before a directory is made.
     rollouts = rollout_settings(config.sampling, config.environment, seed=config.training.seed)
     splits = load_splits(config.data, config.evaluation)
@@ -59,7 +59,7 @@ def _dry_run(config: Config) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
-    return execute("sft", lambda config: (_dry_run if "dry-run" in config.flags else clone)(config), argv)
+    return execute("sft", lambda config: (_dry_run if "dry-run" in config.flags else run_config)(config), argv)
 
 
 if __name__ == "__main__":

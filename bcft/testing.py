@@ -1,4 +1,4 @@
-"""For tests of users' environments and reward functions: checks, a scripted policy, and a tiny model to play with."""
+"""Tools for tests of users' environments and reward functions: checks, a scripted policy and a tiny model."""
 
 import copy
 import importlib.util
@@ -14,7 +14,7 @@ from bcft.rewards.base import Reward, ask, name_of
 from bcft.types import Action, Environment, Feedback, Message, Problem, Request, messages
 
 ACTIONS = ("", "1", "yes", "½ 𝔘 <|eot_id|>", "word " * 2000)
-"""Actions of a policy: nothing, a little, control tokens as text, more than anyone wants to read."""
+"""Actions of a policy: an empty one, short ones, control tokens as text, a very long one."""
 
 
 def check_environment(
@@ -26,7 +26,7 @@ def check_environment(
 ) -> None:
     """Check that `make` returns an environment: on every problem, with `actions` repeated in turn.
 
-    max_turns: an attempt ends after so many, as in the loop. Raises AssertionError with the broken promise.
+    max_turns: most turns of an attempt, as in the loop. Raises AssertionError with the broken promise.
     """
     checked = 0
     for problem in problems:
@@ -55,7 +55,7 @@ def check_environment(
 def check_reward(function: Reward, problems: Sequence[Problem]) -> None:
     """Check that a reward function takes TRL's arguments and that a completion's grade depends on nothing else.
 
-    Raises AssertionError with the broken promise, and what `bcft.rewards.base.ask` raises for a wrong return value.
+    Raises AssertionError with the broken promise, and the errors of `bcft.rewards.base.ask` for a wrong return value.
     """
     _require(problems, "give at least one problem to check with")
     for action in ACTIONS:
@@ -76,7 +76,7 @@ def check_reward(function: Reward, problems: Sequence[Problem]) -> None:
 
 
 def _attempt(environment: Any, problem: Problem, seed: int, actions: Sequence[str], max_turns: int) -> list[Any]:
-    """Return everything that an environment answered in an attempt."""
+    """Return all answers of an environment in an attempt."""
     answers: list[Any] = [_reset(environment, problem, seed)]
     for turn in range(max_turns):
         answers.append(_step(environment, actions[turn % len(actions)], problem))
@@ -89,7 +89,7 @@ def _attempt(environment: Any, problem: Problem, seed: int, actions: Sequence[st
 def _beside_another(
     make: Callable[[], Environment], problem: Problem, actions: Sequence[str], max_turns: int
 ) -> list[Any]:
-    """Return the same while another attempt is played turn by turn beside it, with other actions."""
+    """Return the same while another attempt with other actions is played beside it, turn by turn."""
     environment, other = make(), make()
     answers: list[Any] = [_reset(environment, problem, 0)]
     _reset(other, problem, 1)
@@ -176,8 +176,8 @@ _LLAMA_SPECIAL = [
 def tiny_tokenizer(texts: Iterable[str], *, vocabulary: int = 600, chat: bool = True) -> Any:
     """Train a byte-level BPE with the control tokens of Llama 3 on texts, and return it as a transformers tokenizer.
 
-    vocabulary: most tokens, of which 262 are bytes and control tokens; chat: with the chat template of Llama 3.2, as
-    TRL has it. Without, its EOS token is that of a base model.
+    vocabulary: most tokens, of which 262 are bytes and control tokens; chat: with the chat template of Llama 3.2 that
+    TRL ships, else with the EOS token of a base model.
     """
     # A test of an environment must not load these.
     from tokenizers import (  # noqa: PLC0415 - see above

@@ -43,16 +43,16 @@ def problem_id(prompt: Prompt) -> str:
 
 
 def bucket(identity: str) -> float:
-    """Return the place of a problem id in [0, 1): what decides its split."""
+    """Map a problem id to a number in [0, 1). The number decides the split."""
     return int(identity[:8], 16) / 2**32
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Something to be solved: a prompt, and whatever columns a reward needs to judge an attempt."""
+    """Something to solve: a prompt, and the columns that a reward needs to grade an attempt."""
 
     id: str
-    """`problem_id(prompt)`: the same text is the same problem, wherever it stands."""
+    """`problem_id(prompt)`: equal texts are one problem, in every dataset."""
     prompt: Prompt
     """As given: a string or a list of messages."""
     columns: Mapping[str, Any] = field(default_factory=dict)
@@ -63,7 +63,7 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class TrainingExample:
-    """One row to train on: token ids, and labels that are `IGNORED` where there is no loss.
+    """One row to train on: token ids, and labels that are `IGNORED` for tokens without loss.
 
     `to_json` is a line of `kept.jsonl`; `from_json` reads one. Raises ValueError when ids and labels differ in length
     or a label is neither `IGNORED` nor its token.
@@ -85,6 +85,7 @@ class TrainingExample:
     """To read: the messages from that action to the last one that is trained."""
     reward: float = 0.0
     weight: float = 1.0
+    """Always 1.0: part of the file format, and ignored by the trainer."""
     where: str = ""
     """`file:line` or the like, for messages."""
 
@@ -118,7 +119,7 @@ class TrainingExample:
 
     @classmethod
     def from_json(cls, line: Mapping[str, Any], *, where: str = "") -> "TrainingExample":
-        """Return the example of a line. Raises ValueError, TypeError or KeyError when it is not one."""
+        """Return the example of a line. Raises ValueError, TypeError or KeyError for another kind of line."""
         return cls(
             id=str(line["id"]),
             problem_id=str(line["problem_id"]),
@@ -136,16 +137,16 @@ class TrainingExample:
 
 @dataclass(frozen=True, slots=True)
 class Demonstration:
-    """A problem and what a demonstrator said, as text."""
+    """A problem and a demonstrator's solution, as text."""
 
     problem: Problem
     prompt: Prompt
-    """What the policy reads first: mostly the problem's prompt, as given."""
+    """The first text that the policy reads: mostly the problem's prompt, as given."""
     completion: tuple[Message, ...] = ()
-    """What follows, from the first action to the last, observations between them; empty for a problem without a
-    solution."""
+    """The messages after it, from the first action to the last, with the observations between them; empty for a problem
+    without a solution."""
     sampled: TrainingExample | None = None
-    """For what a policy sampled, its ids: trained as they are by a model with the same tokenizer."""
+    """For a policy's own text, the sampled ids: a model with the same tokenizer trains on them as they are."""
     tokenizer: str = ""
     """The fingerprint of the tokenizer that `sampled` is made with."""
 
@@ -171,7 +172,7 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One action to be sampled. Requests with equal `context_ids` share their prefill."""
+    """One action to sample. Requests with equal `context_ids` share their prefill."""
 
     key: tuple[str | int, ...]
     """The attempt's identity: (run seed, phase, round, problem id, sample, turn). The noise depends on nothing else."""
@@ -180,12 +181,12 @@ class Request:
     stop_ids: tuple[int, ...]
     max_new_tokens: int
     session: tuple[str | int, ...] | None = None
-    """The conversation it goes on with: an engine may keep its cache from one call to the next; None keeps none."""
+    """The conversation it continues: an engine may keep its cache from one call to the next; None keeps none."""
 
 
 @dataclass(frozen=True, slots=True)
 class Action:
-    """What was sampled: token ids, the stop token included where there is one."""
+    """The sampled token ids, with the stop token if there is one."""
 
     key: tuple[str | int, ...]
     ids: tuple[int, ...]
@@ -203,40 +204,40 @@ class Engine(Protocol):
 def messages(prompt: Prompt) -> list[Message]:
     """Return a prompt or an observation as messages of its own: a string is one user message.
 
-    Raises ValueError for anything but a string or a list of messages of just `role` and `content`, both text.
+    Raises ValueError for anything but a string or a list of messages with `role` and `content` alone, both text.
     """
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     if not isinstance(prompt, list | tuple) or not prompt:
-        raise ValueError(f"expected a string or a list of messages, not {_shown(prompt)}")
+        raise ValueError(f"expected a string or a list of messages, not {_with_type(prompt)}")
     for message in prompt:
         texts = isinstance(message, dict) and all(isinstance(value, str) for value in message.values())
         if not texts or message.keys() != {"role", "content"}:
-            raise ValueError(f"a message is {{role, content}}, both text, not {_shown(message)}")
-        "".join(message.values()).encode()  # half a surrogate pair is no text, and an UnicodeEncodeError a ValueError
+            raise ValueError(f"a message is {{role, content}}, both text, not {_with_type(message)}")
+        "".join(message.values()).encode()  # half a surrogate pair raises UnicodeEncodeError, a ValueError
     return [{"role": message["role"], "content": message["content"]} for message in prompt]
 
 
 @dataclass(frozen=True, slots=True)
 class Feedback:
-    """What an environment answers to an action. Raises ValueError for a field of a wrong type."""
+    """The answer of an environment to an action. Raises ValueError for a field of a wrong type."""
 
     observation: Prompt | None
-    """What the policy reads next, a string being a user message; None only when `done`."""
+    """The next message for the policy, a string being a user message; None only when `done`."""
     reward: float | None
-    """Of this turn alone; None: not graded."""
+    """The reward for this turn, or None if it is not graded."""
     done: bool
     success: bool | None = None
-    """Whether the problem is solved as things stand; None: not known. The last one that is known counts."""
+    """Whether the problem is solved so far; None: not known. The last known value counts."""
 
     def __post_init__(self) -> None:
         number = isinstance(self.reward, Real) and not isinstance(self.reward, bool) and math.isfinite(self.reward)
         if not (self.reward is None or number):
-            raise ValueError(f"reward must be a finite number or None, not {_shown(self.reward)}")
+            raise ValueError(f"reward must be a finite number or None, not {_with_type(self.reward)}")
         if not isinstance(self.done, bool):
-            raise ValueError(f"done must be True or False, not {_shown(self.done)}")
+            raise ValueError(f"done must be True or False, not {_with_type(self.done)}")
         if not (self.success is None or isinstance(self.success, bool)):
-            raise ValueError(f"success must be True, False or None, not {_shown(self.success)}")
+            raise ValueError(f"success must be True, False or None, not {_with_type(self.success)}")
         if self.observation is not None:
             messages(self.observation)
         elif not self.done:
@@ -246,11 +247,11 @@ class Feedback:
 class Environment(Protocol):
     """One attempt at one problem: made for it, reset once, stepped until it is done or the turns are used up.
 
-    `close()`, where there is one, is called after the last step.
+    `close()`, if there is one, is called after the last step.
     """
 
     def reset(self, problem: Problem, *, seed: int) -> Prompt:
-        """Return the first observation; whatever is drawn comes from `seed`, which is in [0, 2**32)."""
+        """Return the first observation. All random draws come from `seed`, which is in [0, 2**32)."""
         ...
 
     def step(self, action: str) -> Feedback:
@@ -268,13 +269,13 @@ class RolloutSettings:
     make_environment: Callable[[], Environment]
     sampling: Sampling
     max_new_tokens: int
-    """Of an action."""
+    """Most tokens of an action."""
     max_turns: int
-    """Actions of an attempt."""
+    """Most actions of an attempt."""
     step_timeout: float
-    """Seconds that a call of an environment may take."""
+    """Most seconds that a call of an environment may take."""
     seed: int
-    """Part of the noise's key: tokens depend on it, the phase and the attempt's identity alone."""
+    """Part of the noise's key: tokens depend on the seed, the phase and the attempt's identity alone."""
 
     def __post_init__(self) -> None:
         if self.max_turns < 1 or self.max_new_tokens < 1 or not self.step_timeout > 0:
@@ -286,38 +287,38 @@ class RolloutSettings:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One action, what the policy read before it and what the environment answered. Raises ValueError if malformed."""
+    """One action, with the text before it and the answer of the environment. Raises ValueError if malformed."""
 
     action: str
     """The text, without its stop token."""
     ids: tuple[int, ...]
-    """What was added to the context since the action before; the whole context where `rewritten`."""
+    """The part of the context since the action before; the whole context if `rewritten`."""
     action_ids: tuple[int, ...]
-    """As sampled, the stop token included; empty only with a full context."""
+    """As sampled, with the stop token; empty only with a full context."""
     stop: Stop
     rewritten: bool = False
     """Whether the template changed earlier text, so that this context does not begin with the one before."""
     observation: tuple[Message, ...] = ()
-    """What the environment answered; empty where it had nothing more to say or failed."""
+    """The answer of the environment; empty if it had nothing more to say or failed."""
     graded: bool = False
     reward: float = 0.0
-    """What the environment gave for this action; 0.0 when not graded."""
+    """The environment's reward for this action; 0.0 when not graded."""
     success: Success = "unknown"
 
     def __post_init__(self) -> None:
         if self.stop not in get_args(Stop) or self.success not in get_args(Success):
-            raise ValueError(f"stop {self.stop!r} or success {self.success!r} is none of the known words")
+            raise ValueError(f"stop {self.stop!r} or success {self.success!r} is not a known word")
         if not self.action_ids and self.stop != "context_full":
             raise ValueError(f"an action without tokens stops at context_full, not at {self.stop}")
         if not math.isfinite(self.reward) or (self.reward and not self.graded):
-            raise ValueError(f"a reward of {self.reward} with graded {self.graded}: not finite, or given by nobody")
+            raise ValueError(f"a reward of {self.reward} with graded {self.graded}: not finite, or not graded")
         if self.observation:
             messages(self.observation)
 
 
 @dataclass(frozen=True, slots=True)
 class Trajectory:
-    """One attempt at a problem as it was played. Raises ValueError for one that cannot have been.
+    """One attempt at a problem as it was played. Raises ValueError for an impossible one.
 
     `to_json` is a line of `rollouts.jsonl`, and `from_json(to_json(t)) == t`.
     """
@@ -329,16 +330,18 @@ class Trajectory:
     turns: tuple[Turn, ...]
     ended: Ended
     error: str = ""
-    """What failed, in one line; empty unless `ended` is `error`."""
+    """The failure, in one line; empty unless `ended` is `error`."""
     opening: tuple[Message, ...] = ()
-    """The first observation; empty where it is the problem's prompt."""
+    """The first observation; empty if it is the problem's prompt."""
 
     def __post_init__(self) -> None:
         about = f"trajectory {self.id}"
         if self.ended not in get_args(Ended):
             raise ValueError(f"{about}: ended must be one of {', '.join(get_args(Ended))}, not {self.ended!r}")
         if bool(self.error) != (self.ended == "error") or len(self.error.splitlines()) > 1:
-            raise ValueError(f"{about}: ended {self.ended} with the error {self.error!r}; one line says what failed")
+            raise ValueError(
+                f"{about}: ended {self.ended} with the error {self.error!r}; an error has a reason of one line"
+            )
         if not self.turns and self.ended != "error":
             raise ValueError(f"{about}: no turn was played, but it ended {self.ended}")
         if self.turns and self.turns[0].rewritten:
@@ -352,21 +355,18 @@ class Trajectory:
         return f"{self.round}-{self.problem_id}-{self.sample}"
 
     @property
-    def contexts(self) -> tuple[tuple[int, ...], ...]:
-        """The ids the policy read before each action."""
-        contexts: list[tuple[int, ...]] = []
+    def conversation(self) -> tuple[Message, ...]:
+        """All messages after the problem's prompt or the opening: each action and the observation that follows it."""
+        conversation: list[Message] = []
         for turn in self.turns:
-            before = self.turns[len(contexts) - 1].action_ids if contexts else ()
-            contexts.append(turn.ids if turn.rewritten or not contexts else contexts[-1] + before + turn.ids)
-        return tuple(contexts)
+            conversation += [{"role": "assistant", "content": turn.action}, *turn.observation]
+        return tuple(conversation)
 
     @property
     def messages(self) -> tuple[Message, ...]:
-        """All that was said after the problem's prompt or the opening, to the last action."""
-        said: list[Message] = []
-        for turn in self.turns:
-            said += [{"role": "assistant", "content": turn.action}, *turn.observation]
-        return tuple(said[: len(said) - len(self.turns[-1].observation)] if self.turns else ())
+        """The conversation up to the last action."""
+        last = len(self.turns[-1].observation) if self.turns else 0
+        return self.conversation[: len(self.conversation) - last]
 
     @property
     def truncated(self) -> bool:
@@ -375,17 +375,17 @@ class Trajectory:
 
     @property
     def environment_reward(self) -> float | None:
-        """The sum of what the environment gave; None when it graded no turn."""
+        """The sum of the environment's rewards; None when it graded no turn."""
         given = [turn.reward for turn in self.turns if turn.graded]
         return sum(given) if given else None
 
     @property
     def success(self) -> Success:
-        """The last success the environment knew."""
+        """The last known success."""
         return next((turn.success for turn in reversed(self.turns) if turn.success != "unknown"), "unknown")
 
     def to_json(self) -> dict[str, Any]:
-        """Return what `json` can write, without nulls."""
+        """Return a line of `rollouts.jsonl`, without nulls."""
         return {
             "id": self.id,
             "round": self.round,
@@ -412,7 +412,7 @@ class Trajectory:
 
     @classmethod
     def from_json(cls, line: Mapping[str, Any]) -> "Trajectory":
-        """Return the trajectory of a line. Raises ValueError, TypeError or KeyError when it is not one."""
+        """Return the trajectory of a line. Raises ValueError, TypeError or KeyError for another kind of line."""
         values = dict(line)
         identity = values.pop("id")
         turns = tuple(
@@ -430,7 +430,11 @@ class Trajectory:
         return trajectory
 
 
-def _shown(value: Any) -> str:
-    """Return a value for a message: its type and the beginning of what it looks like."""
-    text = repr(value)
-    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
+def show(value: object) -> str:
+    """Return a value for an error message: its `repr` on one line, at most 60 characters."""
+    text = " ".join(repr(value).splitlines())
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _with_type(value: object) -> str:
+    return f"{type(value).__name__} {show(value)}"

@@ -185,6 +185,14 @@ def test_the_reward_snippet_decides_what_is_kept(ran):
     assert {rewards[row["id"]] for row in lines(ran / "round_001" / "kept.jsonl")} == {1.0}
 
 
+def test_the_reward_snippet_grades_text_and_messages(monkeypatch):
+    monkeypatch.setattr(filtered, "run", lambda *_, **__: None)
+    names = {"__name__": "snippet"}
+    exec(compile(blocks("README.md", "python")[0], "README.md", "exec"), names)
+    completions = ["#### 4", "#### 5", [{"role": "assistant", "content": "#### 4"}]]
+    assert names["right_answer"](completions=completions, prompts=[""] * 3, answer=["4"] * 3) == [1.0, 0.0, 1.0]
+
+
 @pytest.mark.parametrize("ran", [1], indirect=True)
 def test_the_environment_snippet_asks_again_until_the_answer_is_right(ran):
     answers = {row["problem_id"]: row["answer"] for row in lines(ran / "problems.jsonl")}

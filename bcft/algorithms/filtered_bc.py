@@ -1,14 +1,16 @@
 """Filtered behavior cloning: rounds of roll out, score, select, train and evaluate.
 
 `filtered_bc` is the loop; the phases are functions of `rounds`. Two things have state: the weights (`Learner`) and the
-run directory. Everything that passes from phase to phase is a frozen value. A phase whose file is sealed is read and
-not repeated: rollouts chunk by chunk, the others as a whole. A round counts once its manifest is written; an
-interrupted round trains again from the weights it began with, on its sealed rows, to the same weights.
+run directory, whose committed rounds `History` holds. Phases exchange frozen values.
+
+Re-running the same command resumes. A round counts once its manifest is written. Of an unfinished round, journaled
+trajectories are not played again, and scores are read back once the selection is sealed. Selection, training and
+evaluation run again: from the weights the round started with, on the same rows, to the same weights.
 """
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from bcft.algorithms.rounds import (
@@ -18,7 +20,7 @@ from bcft.algorithms.rounds import (
     conclude,
     evaluate_base,
     evaluate_round,
-    next_number,
+    load_weights,
     roll_out_round,
     score_round,
     scores_in_scope,
@@ -47,9 +49,9 @@ class RoundRecord:
     diversity: Mapping[str, Any]
     selection: Mapping[str, Any]
     train: Mapping[str, Any]
-    eval: Mapping[str, Any] = field(default_factory=dict)
+    eval: Mapping[str, Any]
     """On dev, against the base; empty for a round that is not evaluated."""
-    seconds: Mapping[str, float] = field(default_factory=dict)
+    seconds: Mapping[str, float]
 
     def to_json(self) -> dict[str, Any]:
         """Return the line, without an empty evaluation."""
@@ -80,7 +82,8 @@ def filtered_bc(
     session.say("\n" + "\n".join([ROUNDS, *map(round_line, history.records)]))
     recent: dict[int, list[Score]] = {}
 
-    while number := next_number(config, history, learner):
+    while number := history.next_round():
+        load_weights(learner, history, number)
         directory = history.path(number)
         with clock.phase("rollout"):
             trajectories = roll_out_round(run, learner, number, directory)
@@ -91,19 +94,18 @@ def filtered_bc(
             selection, examples = select_round(run, number, recent, replay, directory)
         with clock.phase("train"):
             trained = train_round(run, learner, history, number, examples, selection)
+        with clock.phase("evaluate"):
+            evaluation = evaluate_round(run, learner, history, number, trained, base_dev)
         record = RoundRecord(
             round=number,
             rollout=tally(scores),
             diversity=diversity(scores) | trained.diversity,
             selection=selection.metrics,
             train=trained.metrics,
+            eval=evaluation,
+            seconds=clock.lap(),
         )
-        history.records.append(record.to_json())
-        with clock.phase("evaluate"):
-            evaluation = evaluate_round(run, learner, history, number, base_dev)
-        record = dataclasses.replace(record, eval=evaluation, seconds=clock.lap())
-        history.records[number] = record.to_json()
-        commit(run, learner, history, number)
+        commit(run, learner, history, record.to_json())
         if rank() == 0:
             report(sum(record.seconds.values()))
     return conclude(run, learner, history, base_test)

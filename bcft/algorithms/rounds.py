@@ -1,8 +1,9 @@
-"""The phases of filtered behavior cloning, before, in and after a round: values in, values out.
+"""The phases of filtered behavior cloning, before, in and after a round.
 
 Each function returns its part of the round's record or the values of the next phase; `filtered_bc` calls them in order.
 """
 
+import dataclasses
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -68,9 +69,9 @@ def start(run: Run, history: History) -> tuple[Learner, list[TrainingExample]]:
     """
     config, splits, session = run.config, run.splits, run.session
     note = run.scorer.check(list(run.problems.values()))
-    if session.directory.drifted and rank() == 0:  # files of the next round were made with another recipe
-        shutil.rmtree(history.path(history.last + 1), ignore_errors=True)
-    loaded = load_policy(history.weights(history.weights_after(history.last)), config.model)
+    if session.directory.drifted and rank() == 0:
+        discard_stale(history)
+    loaded = load_policy(history.weights_path(history.weights_round_after(history.last)), config.model)
     policy = with_adapter(loaded, config.model, seed=config.training.seed)
     learner = Learner(config, policy, session.path)
     if policy is not loaded and rank() == 0:  # a new adapter is saved as round 0
@@ -89,13 +90,24 @@ def start(run: Run, history: History) -> tuple[Learner, list[TrainingExample]]:
     return learner, replay
 
 
+def discard_stale(history: History) -> None:
+    """Delete what another recipe left and this one would read: an unfinished round and the evaluations to compare with.
+
+    It happens before the new recipe is recorded: an interruption in between leaves a directory that still differs.
+    """
+    shutil.rmtree(history.path(history.last + 1), ignore_errors=True)
+    for directory in history.directory.glob("round_*/test"):
+        shutil.rmtree(directory)
+    for file in history.path(0).glob("evaluation.json*"):
+        file.unlink()
+
+
 def evaluate_base(run: Run, learner: Learner, history: History) -> tuple[Measured, Measured]:
-    """Evaluate the policy as it is, on test and on dev, and start the history with the latter."""
-    start = history.path(0)
-    known = not run.session.directory.drifted
-    test = (known and stored(start / "test")) or _measure(run, learner, start / "test", "test")
-    dev = (known and stored(start)) or _measure(run, learner, start, "dev")
-    history.records[0]["eval"] = dict(dev.summary)
+    """Evaluate the policy as it is, on test and on dev, unless its results are there; start the history with dev."""
+    directory = history.path(0)
+    test = stored(directory / "test") or _measure(run, learner, directory / "test", "test")
+    dev = stored(directory) or _measure(run, learner, directory, "dev")
+    history.start(dev.summary)
     run.clock.lap()
     return test, dev
 
@@ -129,14 +141,11 @@ def check_sanity(run: Run, learner: Learner, history: History, base_dev: Measure
 # The phases of a round
 
 
-def next_number(config: Config, history: History, learner: Learner) -> int:
-    """Return the round to play, its weights in the learner; 0 when there is none."""
-    number = history.last + 1
-    if number > config.rounds.num_rounds or history.stop_reason():
-        return 0
-    if history.weights_before(number) != history.weights_after(number - 1):
-        learner.restore(history.weights(history.weights_before(number)))
-    return number
+def load_weights(learner: Learner, history: History, number: int) -> None:
+    """Give the learner the weights that a round starts from, unless it has them."""
+    start_from = history.weights_round_before(number)
+    if start_from != history.weights_round_after(number - 1):
+        learner.restore(history.weights_path(start_from))
 
 
 def round_attempts(run: Run, number: int) -> list[Attempt]:
@@ -211,8 +220,22 @@ def select_round(
 class Trained:
     """What the training of a round adds to its record."""
 
-    metrics: Mapping[str, Any]
-    diversity: dict[str, float]
+    rows: int = 0
+    tokens_supervised: int = 0
+    steps: int = 0
+    loss: float = 0.0
+    weights_changed: bool = False
+    entropy: float | None = None
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """`train` of the record."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "entropy"}
+
+    @property
+    def diversity(self) -> dict[str, float]:
+        """The part of `diversity` that training measures."""
+        return {} if self.entropy is None else {"entropy": self.entropy}
 
 
 def train_round(
@@ -228,59 +251,67 @@ def train_round(
     Raises FaultError when nothing is kept and `on_empty` is `stop`.
     """
     rounds = run.config.rounds
-    nothing = {"rows": 0, "tokens_supervised": 0, "steps": 0, "loss": 0.0, "weights_changed": False}
     if number <= rounds.warmup_rounds:
-        return Trained(nothing, {})
+        return Trained()
     if not examples:
         if rounds.on_empty == "stop":
             raise FaultError(f"round {number} kept nothing: {selection.metrics['note']}")
-        return Trained(nothing, {})
-    if rounds.init_from == "base" and history.weights_after(number - 1):
-        learner.restore(history.weights(0))
+        return Trained()
+    if rounds.init_from == "base" and history.weights_round_after(number - 1):
+        learner.restore(history.weights_path(0))
     before = history.last_trained(number - 1)
     carry_from = history.path(before) / "model" if before and not rounds.reset_optimizer else None
     fitted, state = learner.train(examples, number, carry_from=carry_from)
     if rank() == 0:
         with run.clock.phase("other"):
             learner.save(history.path(number) / "model", state)
-    return Trained({name: getattr(fitted, name) for name in nothing}, {"entropy": fitted.entropy})
+    return Trained(
+        rows=fitted.rows,
+        tokens_supervised=fitted.tokens_supervised,
+        steps=fitted.steps,
+        loss=fitted.loss,
+        weights_changed=fitted.weights_changed,
+        entropy=fitted.entropy,
+    )
 
 
-def evaluate_round(run: Run, learner: Learner, history: History, number: int, base_dev: Measured) -> dict[str, Any]:
+def evaluate_round(
+    run: Run, learner: Learner, history: History, number: int, trained: Trained, base_dev: Measured
+) -> dict[str, Any]:
     """Evaluate on dev when the round is due and its weights are new; return its figures, empty when it is not due."""
     config = run.config
     played = min(config.rounds.prompts_per_round, len(run.problems)) * config.sampling.num_generations
     each = 1 + _samples(run, "dev")
     due = is_due(config.rounds, number, evaluated=len(run.splits.dev) * each, played=played)
-    before = max(n for n in range(number) if "eval" in history.records[n])
-    if not due or history.weights_after(number) == history.weights_after(before):
+    last_evaluated = max(n for n in range(number) if "eval" in history.records[n])
+    weights_round = number if trained.steps else history.weights_round_before(number)
+    if not due or weights_round == history.weights_round_after(last_evaluated):
         return {}
     dev = _measure(run, learner, history.path(number), "dev")
     return {**dev.summary, "vs_base": conclusion(base_dev, dev).get("vs_base", {})}
 
 
-def commit(run: Run, learner: Learner, history: History, number: int) -> None:
+def commit(run: Run, learner: Learner, history: History, record: Mapping[str, Any]) -> None:
     """Write the round's metrics and its manifest, print its line, delete weights that nothing will read."""
+    number = history.last + 1
     directory = history.path(number)
+    history.append(record)
     if rank() == 0:
-        write_json(directory / "metrics.json", history.records[number])
+        write_json(directory / "metrics.json", record)
         commit_round(directory, tokenizer=learner.policy.renderer.fingerprint)
         write_jsonl(run.session.path / "metrics.jsonl", history.records[1:])
         for past in set(range(number)) - history.rounds_to_keep():
             shutil.rmtree(history.path(past) / "model", ignore_errors=True)
     barrier()  # the other processes wait for the files
-    run.session.say(round_line(history.records[number]))
-
-
-# After the last round
+    run.session.say(round_line(record))
 
 
 def conclude(run: Run, learner: Learner, history: History, base_test: Measured) -> dict[str, Any]:
     """Test the best round, write it as `best/`; return what `metrics.json` holds."""
     config, session, last = run.config, run.session, history.last
     best = history.best(last)
-    if history.weights_after(best) != history.weights_after(last):
-        learner.restore(history.weights(history.weights_after(best)))
+    if history.weights_round_after(best) != history.weights_round_after(last):
+        learner.restore(history.weights_path(history.weights_round_after(best)))
     tested = base_test
     if best:
         place = history.path(best) / "test"

@@ -37,7 +37,7 @@ def run_or_report(
     *,
     report: Callable[[Path], Path] | None = None,
 ) -> dict[str, Any]:
-    """Do the work in the run's directory, or report what it came to if it is finished; return its `metrics.json`.
+    """Do the work in the run's directory; if the run is finished, print its saved conclusion. Return `metrics.json`.
 
     work: resumes an unfinished run by itself. report: writes a page about a finished directory, on rank 0.
 
@@ -63,6 +63,5 @@ def run_or_report(
             metrics = work(session)
         if report and rank() == 0:
             session.say(f"Report with the learning curve: {report(directory.path)}")
-    if rank() == 0:
-        print(metrics["conclusion"])
+    say(metrics["conclusion"], quiet=False)
     return metrics

@@ -1,6 +1,7 @@
 """Plain behavior cloning: demonstrations to examples, one SFT run, held-out success before and after."""
 
 import dataclasses
+import shutil
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -42,6 +43,9 @@ def sft(
     others = [d for d in splits.train if d.sampled is not None and d.tokenizer != policy.renderer.fingerprint]
     if others:
         session.say(f"rows: {len(others):,} were sampled with another tokenizer, and are tokenized from their text")
+    base_directory = session.path / "base"
+    if session.directory.drifted and rank() == 0:  # an evaluation with another recipe is not comparable
+        shutil.rmtree(base_directory, ignore_errors=True)
     barrier()  # every process has read the directory before it is written
     session.directory.record([d.problem for d in splits.held_out], splits.digest)
 
@@ -57,9 +61,7 @@ def sft(
         examples=test_examples,
         quiet=session.quiet,
     )
-    base_directory = session.path / "base"
-    base = None if session.directory.drifted else stored(base_directory)
-    base = base or evaluate(policy, directory=base_directory)
+    base = stored(base_directory) or evaluate(policy, directory=base_directory)
 
     # 3. One SFT run, from the newest complete checkpoint if there is one.
     policy, fitted = _train(config, session, policy, examples, dev_examples)

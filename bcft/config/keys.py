@@ -97,7 +97,7 @@ _CHOICES = {"include_num_input_tokens_seen": ("all", "non_padding", "no"), "pad_
 """The words that a passed-through field takes beside its other types; the library's annotation only says `str`."""
 
 _LAUNCHER = "give it to the launcher: accelerate launch --config_file FILE"
-_LABELS = "the labels are made and proved here: loss is on completions only; `train_on` chooses the turns"
+_LABELS = "bcft makes and checks the labels: loss is on completions only; `train_on` chooses the turns"
 _TOKEN = "set HF_TOKEN in the environment instead; tokens never go into recipes"
 _COMMAND = "the command decides it, such as `bcft sft`"
 _UPLOAD = "a run uploads nothing; upload its finished directory with `hf upload`"
@@ -130,7 +130,7 @@ REFUSED = {
     "generation_kwargs": "every sampling parameter is a key of its own: temperature, top_p, top_k, min_p",
     "reward_args": "this version does not have it; a reward function reads the columns of a problem",
 }
-"""A name that people type -> why it is refused. Every other library field that is not a key is refused in general."""
+"""A name that users type -> the reason why it is refused. Other library fields that are not keys are refused too."""
 
 REFUSED_VALUES = {
     ("train_sampling_strategy", "group_by_length"): "its sampler is not seeded, so a resumed run would differ",
@@ -188,7 +188,7 @@ RENAMED = {
     }.items()
     for old in names.split()
 }
-"""A name from transformers' past or from another toolkit -> what it is called here."""
+"""A name from an earlier transformers or from another toolkit -> the name here."""
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,7 @@ class Key:
     group: str
     """The library class the key comes from, or `bcft`."""
     commands: tuple[str, ...]
-    """Which commands read it. A file may hold the keys of all commands, a command line only those of its own."""
+    """The commands that read it. A file may hold keys of any command, a command line only those of its own."""
     choices: tuple[str, ...] = ()
     limits: str = ""
     """Of its numbers, such as `> 0 and <= 1`."""

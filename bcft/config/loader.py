@@ -30,8 +30,9 @@ from bcft.config.schema import (
     SettingError,
     TrainingSettings,
 )
-from bcft.config.values import MAX_BYTES, Plain, Raw, YamlError, convert, nearest, read_yaml, show, wanted
+from bcft.config.values import MAX_BYTES, Plain, Raw, YamlError, convert, nearest, read_yaml, wanted
 from bcft.errors import UsageError
+from bcft.types import show
 
 SECRET = re.compile(r"\b(hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,})")
 ASSIGNMENT = re.compile(r"[A-Za-z_][\w.-]*=")
@@ -63,6 +64,8 @@ class Config:
     rounds: RoundSettings
     training: TrainingSettings
     evaluation: EvaluationSettings
+    python_objects: frozenset[str] = frozenset()
+    """The keys whose value only names a Python object, such as `m.reward@0a1b2c3d`: see `naming`."""
 
     @property
     def quiet(self) -> bool:
@@ -71,7 +74,11 @@ class Config:
 
     @property
     def resolved(self) -> dict[str, Any]:
-        """The keys that decide the result, as a recipe that loads to the same one: the content of `config.yaml`."""
+        """The keys that decide the result, with their values: the content of `config.yaml`.
+
+        As a recipe it loads to the same configuration. With `python_objects` it does not: their keys hold names, so
+        that a run is not resumed with other objects.
+        """
         declared = (
             key.name for key in KEYS.values() if self.command in key.commands and key.name not in PASSED_THROUGH
         )
@@ -79,22 +86,25 @@ class Config:
 
     @property
     def command_line(self) -> str:
-        """The command that starts this run: the recipe, and every key that differs from its file."""
+        """The command that starts this run: the recipe, and every key that differs from its file.
+
+        It leaves out `python_objects`, which no command line can give: with them it is not the whole run.
+        """
         try:
             in_file = load(self.command, self.path, {}, flags=self.flags).values if self.path else {}
         except UsageError:  # the file is incomplete without the command line
             in_file = {}
         words = ["bcft", self.command, *([self.path] if self.path else [])]
-        for key in sorted(self.given):
+        for key in sorted(self.given - self.python_objects):
             value = self.values[key]
             if key not in in_file or in_file[key] != value:
                 words.append(f"{key}={_argument(key, value)}")
         return shlex.join([*words, *(f"--{flag}" for flag in sorted(self.flags - {"dry-run"}))])
 
     def naming(self, *, reward_funcs: Sequence[str] = (), environment: str = "") -> "Config":
-        """Return a copy with the names of reward functions and an environment that were given as Python objects.
+        """Return a copy that names the reward functions and the environment that were given as Python objects.
 
-        They are recorded, so that a run is not resumed with others.
+        `resolved` records the names, so that a run is not resumed with other objects; `command_line` omits them.
         """
         names: dict[str, Any] = {}
         selection, section = self.selection, self.environment
@@ -110,6 +120,7 @@ class Config:
             given=self.given | names.keys(),
             selection=selection,
             environment=section,
+            python_objects=self.python_objects | names.keys(),
         )
 
 
@@ -160,7 +171,7 @@ def parse(command: str, argv: Sequence[str]) -> Config:
 
 
 def _takes_next(name: str, rest: Sequence[str]) -> bool:
-    """Say whether the token after `--name` is its value."""
+    """Return whether the token after `--name` is its value."""
     if not rest or rest[0].startswith("--"):
         return False
     if name == "config" or (name in KEYS and not _may_stand_alone(name)):
@@ -169,12 +180,12 @@ def _takes_next(name: str, rest: Sequence[str]) -> bool:
 
 
 def _may_stand_alone(name: str) -> bool:
-    """Say whether `--name` without a value means `true`, as in transformers' own command lines."""
+    """Return whether `--name` without a value means `true`, as in transformers' own command lines."""
     return "bool" in KEYS[name].type.split(" | ")
 
 
 def _argument(key: str, value: Any) -> str:
-    """Return a value as the command line reads it; text in quotes where it would mean something else without."""
+    """Return a value as the command line reads it: text in quotes if it would mean something else without them."""
     if not isinstance(value, str):
         return json.dumps(value, ensure_ascii=False)
     try:
@@ -191,7 +202,7 @@ def load(
     *,
     flags: Collection[str] = frozenset(),
 ) -> Config:
-    """Read a recipe file and set keys from Python, with values of Python's or as text.
+    """Read a recipe file and set keys from Python, to Python values or text.
 
     Raises UsageError with one line for each finding.
     """
@@ -205,7 +216,7 @@ def load(
 def _config(
     command: str, path: str, overrides: Sequence[_Entry], flags: Collection[str], findings: list[str]
 ) -> Config:
-    """Check everything; return the configuration if nothing is wrong."""
+    """Return the configuration. Raises UsageError with all findings."""
     in_file, problems = _read(path) if path else ([], [])
     findings += problems
     allowed = {name for name, flag in FLAGS.items() if command in flag.commands}
@@ -220,7 +231,10 @@ def _config(
     if not problems:
         at = path or COMMAND_LINE
         findings += [f"{at}: {key}: required" for key in REQUIRED if key not in where]
-        conflicts += [*_permissions(values, where, flags), *_ruinous(command, file_values, override_values)]
+        conflicts += [
+            *_permissions(values, where, flags),
+            *_learning_rate_conflict(command, file_values, override_values),
+        ]
         findings += [f"{where.get(key, at)}: {key}: {message}" for key, message in conflicts]
     if findings:
         raise UsageError("\n".join(findings))
@@ -230,7 +244,7 @@ def _config(
 def _valid(
     entries: Sequence[_Entry], commands: Sequence[str], findings: list[str]
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the valid values and the places of all keys that exist; add what is wrong to the findings."""
+    """Return the valid values and the places of all keys that exist; add a finding for each mistake."""
     values: dict[str, Any] = {}
     seen: dict[str, str] = {}
     for entry in entries:
@@ -247,9 +261,9 @@ def _valid(
 
 
 def _sections(values: Mapping[str, Any], given: Collection[str]) -> tuple[dict[str, Any], list[tuple[str, str]]]:
-    """Return the sections, and the conflicts within them: the key to change and what is wrong.
+    """Return the sections, and the conflicts within them: the key to change and the reason.
 
-    given: of the keys of a conflict, one that is given is the one to change.
+    given: the keys that were set; a conflict is reported for one of these.
     """
     sections: dict[str, Any] = {}
     conflicts: list[tuple[str, str]] = []
@@ -343,7 +357,9 @@ def _permissions(
                 yield key, "has no effect without use_peft: true"
 
 
-def _ruinous(command: str, in_file: Mapping[str, Any], overrides: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _learning_rate_conflict(
+    command: str, in_file: Mapping[str, Any], overrides: Mapping[str, Any]
+) -> Iterator[tuple[str, str]]:
     """Yield a finding when the model of an embedded-model recipe is overridden and its learning rate is not."""
     small, model = in_file.get("model_name_or_path", ""), overrides.get("model_name_or_path", "bcft:")
     if command not in ("sft", "filtered") or not small.startswith("bcft:") or model.startswith("bcft:"):

@@ -29,7 +29,7 @@ _INHERITED: Any = object()
 
 
 def own(default: Any, meaning: str, *, commands: tuple[str, ...] = ALL, limits: str = "") -> Any:
-    """Declare a key of bcft's own: default, meaning, the commands that read it, the limits of its numbers."""
+    """Declare a key of bcft: its default, its meaning, the commands that read it, the limits of its numbers."""
     metadata = {"meaning": meaning, "commands": commands, "limits": limits, "group": "bcft"}
     if isinstance(default, dict):
         return field(default_factory=dict, metadata=metadata)
@@ -52,7 +52,7 @@ def library(
 
 
 Conflict = tuple[tuple[str, ...], str]
-"""The keys concerned, the one to change first, and what is wrong."""
+"""The keys in conflict, the one to change first, and the reason."""
 
 
 class SettingError(ValueError):
@@ -71,13 +71,13 @@ class Settings:
             raise SettingError(conflicts)
 
     def conflicts(self) -> Iterator[Conflict]:
-        """Yield what is wrong about fields that are valid one by one."""
+        """Yield the conflicts between fields that are valid one by one."""
         yield from ()
 
 
 @dataclass(frozen=True)
 class ModelSettings(Settings):
-    """The policy: which weights, in which precision, behind which adapter."""
+    """The policy: its weights, its precision and its adapter."""
 
     model_name_or_path: str = library(
         "model_name_or_path", default="", note="a Hub id, a directory, or bcft:tiny-math, which is embedded"
@@ -111,7 +111,7 @@ class ModelSettings(Settings):
 
 @dataclass(frozen=True)
 class DataSettings(Settings):
-    """Where problems and demonstrations come from, and what becomes an example."""
+    """The source of problems and demonstrations, and the rules that make examples of them."""
 
     dataset_name: str = library(
         "dataset_name", default="", note="a Hub id, a file, a directory, or bcft:arithmetic, which is embedded"
@@ -121,7 +121,7 @@ class DataSettings(Settings):
     dataset_test_split: str | None = library(
         "dataset_test_split",
         default=None,
-        note="null: `test` where the dataset has it, else a share of the problems by the hash of their text",
+        note="null: `test` if the dataset has it, else a share of the problems by the hash of their text",
     )
     max_length: int | None = library(
         "max_length",
@@ -131,7 +131,7 @@ class DataSettings(Settings):
     )
     overlength: Literal["drop", "raise"] = own(
         "drop",
-        "what to do with examples longer than max_length: drop and count them, or raise an error",
+        "for examples longer than max_length: drop and count them, or raise an error",
         commands=("sft", "preview"),
     )
     train_on: Literal["all_turns", "last_turn"] = own(
@@ -142,8 +142,9 @@ class DataSettings(Settings):
     allow_overlap: bool = own(False, "train even if held-out prompts are also in training", commands=SPLITTING)
     replay_dataset: str | None = own(
         None,
-        "demonstrations to train on beside the kept trajectories, at most as many, drawn anew each round from the "
-        "train split; named like dataset_name",
+        "demonstrations to train on beside the kept trajectories, at most as many, drawn anew each round; named like "
+        "dataset_name; its rows are those of dataset_train_split, the slice included, without held-out problems; "
+        "dataset_config applies only if it is dataset_name itself",
         commands=("filtered",),
     )
     preview_rows: int = own(3, "how many rows are shown", commands=("preview",), limits=">= 1")
@@ -183,7 +184,7 @@ class SamplingSettings(Settings):
 
 @dataclass(frozen=True)
 class EnvironmentSettings(Settings):
-    """What the policy acts in; without an environment, one prompt and one completion."""
+    """The environment that the policy acts in; without one, an attempt is one prompt and one completion."""
 
     environment: str | None = own(
         None,
@@ -212,7 +213,8 @@ class RuleSettings(Settings):
 
     keep_quantile: float = own(
         0.9,
-        "the cutoff is this quantile of all graded rewards, so about 1 - keep_quantile is kept; higher keeps less",
+        "the cutoff is this quantile of all graded rewards; higher keeps less: at most about 1 - keep_quantile if all "
+        "rewards differ, more if several are equal to the cutoff",
         commands=SELECTING,
         limits=">= 0 and <= 1",
     )
@@ -244,12 +246,13 @@ class RuleSettings(Settings):
     )
     control: Literal["none", "random"] = own(
         "none",
-        "random: keep as many as the filter would, drawn without looking at rewards; a control, not a method",
+        "random: keep as many trajectories of each problem as the filter would, and draw which ones without looking at "
+        "rewards; a control, not a method",
         commands=("filtered",),
     )
 
     def conflicts(self) -> Iterator[Conflict]:
-        """Yield a pass rate that is not an interval, and ties that would keep nothing."""
+        """Yield a pass rate that is not an interval, and a way to break ties that would keep nothing."""
         rate = self.pass_rate
         if rate is not None and not (len(rate) == 2 and 0 <= rate[0] <= rate[1] <= 1):
             wanted = "wants two numbers in [0, 1], the lower first, such as [0.1, 0.9]"
@@ -260,7 +263,7 @@ class RuleSettings(Settings):
 
 @dataclass(frozen=True)
 class SelectionSettings(RuleSettings):
-    """How trajectories are scored and selected."""
+    """The functions that score trajectories, and the rule that selects them."""
 
     reward_funcs: tuple[str, ...] | None = own(
         None,
@@ -272,7 +275,7 @@ class SelectionSettings(RuleSettings):
     success_func: str | None = own(
         None,
         "dotted path of a function that returns 1.0 or more for a completion that solves its problem; null: the "
-        "first of reward_funcs; '': none, for rewards that do not say what is solved",
+        "first of reward_funcs; '': none, for rewards that do not show success",
         commands=GRADING,
     )
     rollouts: str | None = own(
@@ -325,7 +328,7 @@ class RoundSettings(Settings):
         limits="> 0 and <= 1",
     )
     on_empty: Literal["skip", "stop"] = own(
-        "skip", "what a round does that keeps nothing: skip its training, or stop the run", commands=("filtered",)
+        "skip", "after a round that keeps nothing: skip its training, or stop the run", commands=("filtered",)
     )
     early_stop: int | None = own(
         None,
@@ -349,7 +352,7 @@ class RoundSettings(Settings):
 
 @dataclass(frozen=True)
 class TrainingSettings(Settings):
-    """The Trainer: the fields that bcft reads, and those that it passes through as they are."""
+    """The Trainer: the fields that bcft reads, and those that it passes through unchanged."""
 
     output_dir: str = library("output_dir", default="", note="left out: runs/ and the recipe's name")
     seed: int = library("seed", limits=">= 0")
@@ -386,12 +389,12 @@ class TrainingSettings(Settings):
         limits="> 0",
     )
     passed_through: Mapping[str, Any] = field(default_factory=dict)
-    """Those of `keys.PASSED_THROUGH` that the recipe gives."""
+    """The keys of `keys.PASSED_THROUGH` that the recipe sets, with their values."""
 
 
 @dataclass(frozen=True)
 class EvaluationSettings(Settings):
-    """Held-out evaluation: how many problems, how many samples, against what."""
+    """Held-out evaluation: the numbers of problems and samples, and the run to compare with."""
 
     eval_split: Literal["dev", "test"] = own("test", "which held-out problems are evaluated", commands=("evaluate",))
     eval_dev_problems: int = own(

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from bcft.config.keys import Key
+from bcft.types import show
 
 MAX_BYTES, MAX_VALUES, MAX_ALIASES, MAX_DEPTH = 1_000_000, 1_000, 100, 20
 NULLS = ("", "~", "null", "Null", "NULL")
@@ -47,12 +48,6 @@ class YamlError(ValueError):
     def __init__(self, line: int, message: str) -> None:
         super().__init__(message)
         self.line = line
-
-
-def show(value: object) -> str:
-    """Return a value for a message: one line, quoted, at most 60 characters."""
-    text = repr(str(value) if isinstance(value, str) else value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def nearest(word: str, words: tuple[str, ...]) -> str:
@@ -172,7 +167,7 @@ def _line(event: Any) -> int:
 def convert(raw: Raw, key: Key) -> Any:
     """Return the value of a key.
 
-    Raises ValueError with what is wanted and what was given.
+    Raises ValueError with the wanted and the given value.
     """
     if isinstance(raw, Plain) and raw.startswith(("'", '"')):  # from the command line: in a file it would not be plain
         raw = _flow(raw)

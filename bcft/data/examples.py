@@ -7,7 +7,7 @@ refused.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 from bcft.errors import DataError
 from bcft.policy.chat_template import Renderer
@@ -61,8 +61,8 @@ def make_examples(
     An example of a text has the demonstration's place as its id, and the whole demonstration as prompt and completion.
     max_length: most tokens of an example, prompt and completion together; overlength: `drop` or `raise`; train_on:
     which actions of a conversation carry loss, `all_turns` or `last_turn`.
-    Raises DataError when labels are not as promised, when an example is too long under `raise`, and when nothing is
-    left unless `may_be_empty`.
+    Raises DataError when labels break a promise of the package, when an example is too long under `raise`, and when
+    nothing is left unless `may_be_empty`.
     """
     kept: dict[tuple[int, ...], TrainingExample] = {}
     overlong: list[TrainingExample] = []
@@ -106,7 +106,7 @@ def make_examples(
 def _tokenized(
     demonstrations: Sequence[Demonstration], renderer: Renderer, train_on: str
 ) -> Iterator[list[TrainingExample]]:
-    """Yield the examples of each demonstration; none where only a stop token would carry loss."""
+    """Yield the examples of each demonstration; none if only a stop token would carry loss."""
     # One call of the tokenizer for all demonstrations of one action is much faster than a call for each.
     pairs = [d for d in demonstrations if len(d.completion) == 1 and not _is_usable(d, renderer)]
     prompts = iter(renderer.prompts([d.prompt for d in pairs]))
@@ -206,14 +206,13 @@ def trajectory_examples(
 ) -> list[TrainingExample]:
     """Return the examples of a trajectory, with the ids as sampled: rows of `kept.jsonl`.
 
-    There are several where the chat template rewrites earlier text, and none where no action says anything.
+    There are several if the chat template rewrites earlier text, and none if every action is empty.
     source: the policy that sampled it, `self` or `teacher`; train_on: as in `make_examples`.
     """
-    conversation = list(trajectory.opening) or as_messages(problem.prompt)
-    starts: list[int] = []  # of each action, its index among the messages
-    for turn in trajectory.turns:
-        starts.append(len(conversation))
-        conversation += [{"role": "assistant", "content": turn.action}, *turn.observation]
+    opening = list(trajectory.opening) or as_messages(problem.prompt)
+    conversation = [*opening, *trajectory.conversation]
+    # The index of each action among the messages; the last number is the length of the conversation.
+    starts = list(accumulate((1 + len(turn.observation) for turn in trajectory.turns), initial=len(opening)))
     examples = []
     for segment in _segments(trajectory.turns, train_on):
         first = starts[segment.last if train_on == "last_turn" else segment.first]
@@ -265,8 +264,8 @@ def _segments(turns: Sequence[Turn], train_on: str) -> list[_Segment]:
 
 
 def _trimmed(segment: _Segment) -> _Segment:
-    """Remove the tokens after the last one that carries loss: nothing is learned from them."""
-    end = max(place for place, label in enumerate(segment.labels) if label != IGNORED) + 1
+    """Remove the tokens after the last one that carries loss: they would train nothing."""
+    end = max(position for position, label in enumerate(segment.labels) if label != IGNORED) + 1
     return replace(segment, input_ids=segment.input_ids[:end], labels=segment.labels[:end])
 
 
@@ -274,9 +273,9 @@ def _trimmed(segment: _Segment) -> _Segment:
 def replay_examples(
     demonstrations: Sequence[Demonstration], renderer: Renderer, *, max_length: int, train_on: str
 ) -> list[TrainingExample]:
-    """Return the examples of `replay_dataset`, numbered for `draw_replay`; none of no demonstrations.
+    """Return the examples of `replay_dataset`, numbered for `draw_replay`; an empty list without demonstrations.
 
-    Raises DataError where nothing is left to train on.
+    Raises DataError if no example is left.
     """
     if not demonstrations:
         return []
@@ -288,7 +287,7 @@ def replay_examples(
 
 
 def draw_replay(examples: Sequence[TrainingExample], number: int, *, seed: int, most: int) -> list[TrainingExample]:
-    """Return the examples to replay in round `number`: at most `most`, other ones each round."""
+    """Return the examples to replay in round `number`: at most `most`, drawn anew in every round."""
 
     def key(example: TrainingExample) -> bytes:
         return sha256(f"{seed}-{number}-{example.id}".encode()).digest()

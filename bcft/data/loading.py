@@ -2,7 +2,7 @@
 
 A dataset is a name of this package (`bcft:arithmetic`), a json, jsonl, csv or parquet file, a directory with one such
 file for each split, anything that `datasets.load_dataset` takes, or the kept rows of a run (of `collect`, `refilter` or
-a round): the held-out problems are then those of that run. `readers` says which columns a row has.
+a round): the held-out problems are then those of that run. `readers` documents the columns of a row.
 """
 
 import hashlib
@@ -13,13 +13,11 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from bcft.config.schema import DataSettings, EvaluationSettings
 from bcft.data.readers import READERS, Row, demonstration, read_json_rows
 from bcft.environments.base import SHARES, Split, embedded_datasets
 from bcft.errors import DataError
-from bcft.runs.storage import KEPT, MANIFEST, read_json
+from bcft.runs.storage import KEPT, MANIFEST, read_json, read_yaml
 from bcft.types import Demonstration, Problem, bucket, messages
 
 SUFFIXES = tuple(READERS)
@@ -31,7 +29,7 @@ _SPLIT = re.compile(r"([\w.-]+)(?:\[(\d*):(\d*)\])?")
 
 @dataclass(frozen=True)
 class DataSource:
-    """The keys of a recipe that say where its problems come from, under their names."""
+    """The keys of a recipe that name the source of its problems."""
 
     dataset_name: str
     dataset_config: str | None
@@ -44,7 +42,7 @@ SOURCE = tuple(field.name for field in fields(DataSource))
 
 @dataclass(frozen=True)
 class Splits:
-    """The demonstrations to train on and the problems held out. Only embedded datasets have `harder` ones."""
+    """The demonstrations to train on, and the held-out problems. Only embedded datasets have `harder` ones."""
 
     train: tuple[Demonstration, ...]
     dev: tuple[Demonstration, ...]
@@ -52,8 +50,6 @@ class Splits:
     harder: tuple[Demonstration, ...] = ()
     replay: tuple[Demonstration, ...] = ()
     """Demonstrations of `replay_dataset`, none of a held-out problem."""
-    shared_prompts: int = 0
-    """Training prompts that are also in dev or test: more than 0 only with `allow_overlap`."""
 
     @property
     def held_out(self) -> tuple[Demonstration, ...]:
@@ -101,11 +97,14 @@ def load_splits(data: DataSettings, evaluation: EvaluationSettings) -> Splits:
     )
     if data.replay_dataset is None:
         return splits
-    return replace(splits, replay=_replay(replace(source, dataset_name=data.replay_dataset), splits.held_out))
+    # A configuration belongs to its dataset; the train split, its slice included, is taken from either dataset.
+    config = data.dataset_config if data.replay_dataset == data.dataset_name else None
+    replayed = replace(source, dataset_name=data.replay_dataset, dataset_config=config)
+    return replace(splits, replay=_replay(replayed, splits.held_out))
 
 
 def _replay(source: DataSource, held_out: Sequence[Demonstration]) -> tuple[Demonstration, ...]:
-    """Return the training split of the dataset to replay, without held-out problems."""
+    """Return the training split of the dataset to replay, without held-out problems and empty completions."""
     try:
         train = _load(source, dev=0, test=0, allow_overlap=True, require_test=False).train
     except DataError as error:
@@ -127,38 +126,38 @@ def _load(source: DataSource, *, dev: int, test: int, allow_overlap: bool, requi
     require_test: refuse a dataset without the test split, rather than hold out a share of its problems.
     """
     name = source.dataset_name
-    train_split, train_slice = _parse_split(source.dataset_train_split)
+    train_split, train_slice = _parse_split(source.dataset_train_split, key="dataset_train_split")
     if name.startswith("bcft:"):
         return _embedded(name, train_slice, dev=dev, test=test)
     if (kept := _kept_file(name)) is not None:
         return _kept(source, kept, train_slice, dev=dev, test=test, allow_overlap=allow_overlap)
     demonstrations = [demonstration(row, where) for row, where in _read(source, train_split)[train_slice]]
-    test_split, test_slice = _parse_split(source.dataset_test_split or "test")
+    test_split, test_slice = _parse_split(source.dataset_test_split or "test", key="dataset_test_split")
     has_test = _has_split(source, test_split, required=require_test)
     parts = _by_hash(demonstrations, test=not has_test)
     if has_test:
         rows = _read(source, test_split)[test_slice]
         parts["test"] = [demonstration(row, where, problem_only=True) for row, where in rows]
-    shared = _shared(parts["train"], (*parts["dev"], *parts["test"]), allowed=allow_overlap)
-    return Splits(tuple(parts["train"]), _first(parts["dev"], dev), _first(parts["test"], test), shared_prompts=shared)
+    if not allow_overlap:
+        _refuse_overlap(parts["train"], (*parts["dev"], *parts["test"]))
+    return Splits(tuple(parts["train"]), _first(parts["dev"], dev), _first(parts["test"], test))
 
 
-def _shared(train: Sequence[Demonstration], held_out: Sequence[Demonstration], *, allowed: bool) -> int:
-    """Return how many training prompts are also held-out ones. Raises DataError for any, unless they are allowed."""
+def _refuse_overlap(train: Sequence[Demonstration], held_out: Sequence[Demonstration]) -> None:
+    """Raise DataError if a training prompt is also held out."""
     by_id = {d.problem.id: d for d in held_out}
     shared = [d for d in train if d.problem.id in by_id]
-    if shared and not allowed:
+    if shared:
         first = shared[0].problem
         raise DataError(
             f"{first.where}: {len(shared)} of {len(train)} training prompts are also in dev or test "
             f"(this one is {by_id[first.id].problem.where}): remove them, or set allow_overlap: true"
         )
-    return len(shared)
 
 
 # Kept rows of a run
 def _kept_file(name: str) -> Path | None:
-    """Return the file of kept rows that a name leads to: the file itself, or the directory that has one."""
+    """Return the file of kept rows that a name means: the file itself, or the one in a directory."""
     path = Path(name)
     file = path / KEPT if path.is_dir() else path
     return file if file.name == KEPT and file.is_file() else None
@@ -170,8 +169,8 @@ def _kept(source: DataSource, file: Path, train: slice, *, dev: int, test: int, 
     config = next((path for path in configs if path.is_file()), None)
     if config is None:
         raise DataError(f"{file}: no config.yaml beside it says which problems were held out: give its run directory")
-    recipe = yaml.safe_load(config.read_text(encoding="utf-8"))
-    made_from = replace(source, **{key: recipe[key] for key in SOURCE if key in recipe})
+    recorded = read_yaml(config)
+    made_from = replace(source, **{key: recorded[key] for key in SOURCE if key in recorded})
     if _kept_file(made_from.dataset_name) is not None:
         raise DataError(f"{config}: its dataset, {made_from.dataset_name}, is itself the kept rows of a run")
     required = made_from.dataset_test_split is not None
@@ -182,7 +181,9 @@ def _kept(source: DataSource, file: Path, train: slice, *, dev: int, test: int, 
     kept = tuple(replace(d, tokenizer=tokenizer) for d in rows)
     if not kept:
         raise DataError(f"{file}: no rows: the run kept none")
-    return replace(splits, train=kept, shared_prompts=_shared(kept, splits.held_out, allowed=allow_overlap))
+    if not allow_overlap:
+        _refuse_overlap(kept, splits.held_out)
+    return replace(splits, train=kept)
 
 
 # Embedded datasets
@@ -213,7 +214,7 @@ def _embedded(name: str, train: slice, *, dev: int, test: int) -> Splits:
 def _by_hash(demonstrations: Sequence[Demonstration], *, test: bool) -> dict[Split, list[Demonstration]]:
     """Split by the hash of the prompt, in the shares of `SHARES`; without `test` its share belongs to training.
 
-    All of a share stay out of training, however few are evaluated: a later evaluation may take more.
+    The whole share stays out of training, even if fewer are evaluated: a later evaluation may take more.
     """
     parts: dict[Split, list[Demonstration]] = {"train": [], "dev": [], "test": []}
     for d in demonstrations:
@@ -229,10 +230,10 @@ def _first(demonstrations: Sequence[Demonstration], n: int) -> tuple[Demonstrati
 
 
 # Files and Hub datasets
-def _parse_split(text: str) -> tuple[str, slice]:
+def _parse_split(text: str, *, key: str) -> tuple[str, slice]:
     match = _SPLIT.fullmatch(text)
     if match is None:
-        raise DataError(f"split {text!r} is not understood: give a name, or a name with rows as in train[:2000]")
+        raise DataError(f"{key}: {text!r} is not understood: give a name, or a name with rows as in train[:2000]")
     name, start, stop = match.groups()
     return name, slice(int(start) if start else None, int(stop) if stop else None)
 
@@ -246,7 +247,7 @@ def _file(name: str, split: str) -> Path | None:
 
 
 def _has_split(source: DataSource, split: str, *, required: bool) -> bool:
-    """Return whether a dataset has a split of its own. Raises DataError where it is required and missing."""
+    """Return whether a dataset has a split of this name. Raises DataError if it is required and missing."""
     name, path = source.dataset_name, Path(source.dataset_name)
     if path.suffix in SUFFIXES and not path.is_dir():
         if required:
@@ -256,7 +257,7 @@ def _has_split(source: DataSource, split: str, *, required: bool) -> bool:
         return False
     if _file(name, split):
         return True
-    train_split, _ = _parse_split(source.dataset_train_split)
+    train_split, _ = _parse_split(source.dataset_train_split, key="dataset_train_split")
     present = not (path.is_dir() and _file(name, train_split)) and split in _hub(source)
     if required and not present:
         raise DataError(f"dataset_test_split: {name} has no split {split!r}")
@@ -269,7 +270,7 @@ def _read(source: DataSource, split: str) -> list[Row]:
     if path is None:
         splits, name = _hub(source), source.dataset_name
         if split not in splits:
-            raise DataError(f"{name} has no split {split!r}; it has {', '.join(splits)}")
+            raise DataError(f"dataset_train_split: {name} has no split {split!r}; it has {', '.join(splits)}")
         return [(dict(row), f"{name} {split} row {i}") for i, row in enumerate(splits[split])]
     if not path.is_file():
         raise DataError(f"dataset_name: {path} does not exist")

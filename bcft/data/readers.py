@@ -12,7 +12,7 @@ from typing import Any
 
 from bcft.errors import DataError
 from bcft.rewards.base import REFERENCE_COLUMNS
-from bcft.types import Demonstration, Message, Problem, Prompt, TrainingExample, problem_id
+from bcft.types import Demonstration, Message, Problem, Prompt, TrainingExample, problem_id, show
 
 Row = tuple[dict[str, Any], str]
 """A row's columns and its place, such as `file:line`."""
@@ -126,7 +126,7 @@ def demonstration(row: Mapping[str, Any], where: str, *, problem_only: bool = Fa
 def _conversation(row: Mapping[str, Any], columns: Mapping[str, Any], where: str) -> Demonstration:
     """Return the demonstration of `messages`: the policy's prompt is everything before the first action.
 
-    The row's own `prompt`, where there is one, identifies the problem.
+    The row's own `prompt`, if there is one, identifies the problem.
     """
     conversation = _messages(row["messages"], f"{where}: messages")
     first = next((i for i, message in enumerate(conversation) if message["role"] == "assistant"), len(conversation))
@@ -176,15 +176,15 @@ def _ends_with_assistant(messages: list[Message], where: str) -> None:
 
 def _messages(value: Any, where: str) -> list[Message]:
     if not isinstance(value, list) or not value:
-        raise DataError(f"{where}: expected a string or a list of messages, not {_shown(value)}")
+        raise DataError(f"{where}: expected a string or a list of messages, not {show(value)}")
     messages: list[Message] = []
     for i, message in enumerate(value):
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            raise DataError(f"{where}: message {i}: expected role and content, not {_shown(message)}")
+            raise DataError(f"{where}: message {i}: expected role and content, not {show(message)}")
         if message["role"] not in ("system", "user", "assistant"):
             raise DataError(f"{where}: message {i}: role {message['role']!r} is not system, user or assistant")
         if not isinstance(message["content"], str):
-            raise DataError(f"{where}: message {i}: content must be text, not {_shown(message['content'])}")
+            raise DataError(f"{where}: message {i}: content must be text, not {show(message['content'])}")
         messages.append({"role": message["role"], "content": _text(message["content"], f"{where}: message {i}")})
     return messages
 
@@ -197,9 +197,3 @@ def _text(value: str, where: str, *, empty: bool = True) -> str:
     except UnicodeEncodeError as error:
         raise DataError(f"{where}: half of a surrogate pair at character {error.start}: not valid text") from error
     return value
-
-
-def _shown(value: Any) -> str:
-    """Return a value for a message, shortened where it is long."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,6 +1,6 @@
 """The embedded problems `bcft:arithmetic`: adding and subtracting two-digit numbers, worked out in writing.
 
-A solution does the units, then the tens, then writes the result, one line for each step. It ends as GSM8K's do:
+A solution has a line for each step: the units, then the tens, then the result. It ends as those of GSM8K do:
 
     Work out 47 + 35 - 36 + 21.
 
@@ -22,11 +22,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from hashlib import sha256
 from itertools import count, pairwise
 from typing import Literal, TypedDict
 
-from bcft.environments.base import SHARES, EmbeddedDataset, Split
+from bcft.environments.base import SHARES, EmbeddedDataset, Split, random_bits
 from bcft.types import bucket, problem_id
 
 Level = Literal["standard", "harder"]
@@ -50,7 +49,7 @@ class Item(TypedDict):
 
 @dataclass(frozen=True, slots=True)
 class Sum:
-    """A problem: numbers of two digits to add up, negative where they are subtracted."""
+    """A problem: numbers of two digits to add up, negative if they are subtracted."""
 
     terms: tuple[int, ...]
 
@@ -112,7 +111,7 @@ def problem(index: int, *, split: Split, seed: int = 0, level: Level = "standard
 
 def _candidate(key: str) -> Sum:
     """Draw the results, from 10 to 99; the terms lead from one to the next."""
-    rest, values = _hash(key), []
+    rest, values = random_bits(key), []
     for _ in range(STEPS + 1):
         rest, value = divmod(rest, 90)
         values.append(10 + value)
@@ -141,7 +140,7 @@ def items(
 def _forgets(demonstrator: Demonstrator, key: str) -> list[bool]:
     """Draw for each step whether the demonstrator would forget a carry there."""
     probability = {"expert": 0.0, "apprentice": FORGETS}[demonstrator]
-    return [_hash(f"{key}-{step}-forgets") / 2**256 < probability for step in range(STEPS)]
+    return [random_bits(f"{key}-{step}-forgets") / 2**256 < probability for step in range(STEPS)]
 
 
 def _work_out(value: int, term: int, forget: bool) -> tuple[str, int]:
@@ -169,16 +168,11 @@ def _carries(value: int, term: int) -> bool:
     return value % 10 + term % 10 > 9 if term > 0 else value % 10 < -term % 10
 
 
-def _hash(key: str) -> int:
-    """Return 256 bits that depend on the key alone."""
-    return int.from_bytes(sha256(key.encode()).digest(), "big")
-
-
 # Checks
 def check_steps(prompt: str, completion: str) -> bool:
     """Return whether every step of a worked solution is right.
 
-    Only the expert's solution, to the letter, is. False where the prompt is not one of these problems.
+    Only the expert's solution, to the letter, is. False if the prompt is not one of these problems.
     """
     match = _PROMPT.fullmatch(prompt)
     if match is None:

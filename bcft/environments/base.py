@@ -1,4 +1,4 @@
-"""What the built-in tasks share, and how a recipe names an environment or an embedded dataset.
+"""The parts that the built-in tasks share, and how a recipe names an environment or an embedded dataset.
 
 An environment of your own needs nothing from here: it is any class with the `reset` and `step` of
 `bcft.types.Environment`. A built-in task is one file in this folder. If it has problems of its own, the file ends with
@@ -18,12 +18,12 @@ from bcft import environments
 from bcft.config.schema import EnvironmentSettings, SamplingSettings
 from bcft.environments.single_turn import SingleTurn
 from bcft.errors import UsageError
-from bcft.rewards.base import import_function
+from bcft.rewards.base import import_function, name_of, users_code
 from bcft.types import Environment, RolloutSettings
 
 Split = Literal["train", "dev", "test"]
 SHARES: dict[Split, tuple[float, float]] = {"test": (0.0, 0.05), "dev": (0.05, 0.1), "train": (0.1, 1.0)}
-"""The part of the unit interval that belongs to each split; `bcft.types.bucket` places a problem in the interval."""
+"""The part of the unit interval that belongs to each split; `bcft.types.bucket` maps a problem id to the interval."""
 
 
 @runtime_checkable
@@ -35,11 +35,12 @@ class Closing(Protocol):
         ...
 
 
-@runtime_checkable
-class Instant(Protocol):
-    """A factory of environments that answer at once: they run in the loop's own thread, since a thread costs more."""
+def is_instant(factory: Callable[..., Environment]) -> bool:
+    """Return whether a factory has the attribute `instant`, and it is True: its environments answer at once.
 
-    instant: bool
+    They run in the loop's own thread, because another thread would cost more than their answers.
+    """
+    return getattr(factory, "instant", None) is True
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def embedded_datasets() -> dict[str, EmbeddedDataset]:
 def step_checker(dataset_name: str, environment: str | None) -> Callable[[str, str], bool] | None:
     """Return the check of a dataset's worked solutions.
 
-    None where the dataset has none, and with an environment, whose actions need not be whole solutions.
+    None if the dataset has none, and with an environment: its actions need not be whole solutions.
     """
     dataset = embedded_datasets().get(dataset_name)
     return dataset.check_steps if dataset and environment is None else None
@@ -77,27 +78,39 @@ def uniforms(key: str) -> Iterator[float]:
         yield from (int.from_bytes(digest[i : i + 4], "big") / 2**32 for i in range(0, 32, 4))
 
 
-def environment_factory(path: str | None, arguments: Mapping[str, Any]) -> Callable[[], Environment]:
-    """Return a function that makes an environment for one attempt: it calls what the dotted path names.
+def random_bits(key: str) -> int:
+    """Return an integer in [0, 2**256) that depends on the key alone, the same in every version of Python."""
+    return int.from_bytes(sha256(key.encode()).digest(), "big")
 
-    Without a path it makes `SingleTurn`: one prompt and one completion.
+
+def environment_factory(
+    environment: str | Callable[..., Environment] | None, arguments: Mapping[str, Any]
+) -> Callable[[], Environment]:
+    """Return a function that makes an environment for one attempt.
+
+    environment: a factory or its dotted path; None: `SingleTurn`, one prompt and one completion.
+    arguments: the factory's keyword arguments.
     Raises UsageError when the import or a first call fails, or the result is not an environment.
     """
-    if path is None:
+    if environment is None:
         return SingleTurn
-    factory = import_function(path, key="environment")
+    if isinstance(environment, str):
+        name, factory = environment, import_function(environment, key="environment")
+    else:
+        name, factory = name_of(environment), environment
+    if not callable(factory):
+        raise UsageError(f"environment: {name} is not a factory: give a class or a function that makes environments")
     make = partial(factory, **arguments)
-    if isinstance(factory, Instant):
-        make.instant = factory.instant
-    try:
+    if is_instant(factory):
+        make.instant = True  # type: ignore[attr-defined] # a partial takes attributes
+    with users_code(f"environment_args: {name} cannot be made with {dict(arguments)}:", UsageError):
         first = make()
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"environment_args: {path} cannot be made with {dict(arguments)}: {error}") from error
-    missing = [name for name in ("reset", "step") if not callable(getattr(first, name, None))]
+    missing = [method for method in ("reset", "step") if not callable(getattr(first, method, None))]
     if missing:
-        raise UsageError(f"environment: {path} makes a {type(first).__name__}, which has no {' and no '.join(missing)}")
+        raise UsageError(f"environment: {name} makes a {type(first).__name__}, which has no {' and no '.join(missing)}")
     if isinstance(first, Closing):
-        first.close()
+        with users_code(f"environment: {name}: close raised", UsageError):
+            first.close()
     return make
 
 
@@ -106,19 +119,19 @@ def rollout_settings(
     environment: EnvironmentSettings,
     *,
     seed: int,
-    make: Callable[[], Environment] | None = None,
+    make: Callable[..., Environment] | None = None,
 ) -> RolloutSettings:
     """Return how a recipe's attempts are rolled out; without an environment they have one turn.
 
-    make: the environment's factory, in place of the one that the recipe names.
-    Raises UsageError when the recipe's environment cannot be made.
+    make: a factory in place of the one that the recipe names; it is called with the recipe's `environment_args` too.
+    Raises UsageError when the environment cannot be made.
     """
-    make = make or environment_factory(environment.environment, environment.environment_args)
+    make_environment = environment_factory(make or environment.environment, environment.environment_args)
     return RolloutSettings(
-        make_environment=make,
+        make_environment=make_environment,
         sampling=sampling.parameters,
         max_new_tokens=sampling.max_completion_length,
-        max_turns=1 if make is SingleTurn else environment.max_turns,
+        max_turns=1 if make_environment is SingleTurn else environment.max_turns,
         step_timeout=environment.step_timeout,
         seed=seed,
     )

@@ -1,8 +1,8 @@
 """The embedded problems `bcft:grid-walk`: from a start to a goal on a grid, one step at a time.
 
 The walker reads how far the goal is (`2E 1N`: two steps east, one north) and answers with a direction (`N`). A step off
-the grid leaves it where it is. Nothing is hidden and nothing is random, so a walk is as long as its steps were good:
-its return reflects skill, unlike that of `guess_number`.
+the grid does not move it. Nothing is hidden and nothing is random, so better steps make a shorter walk: the return
+reflects skill, unlike that of `guess_number`.
 
 The demonstrations come from a sloppy walker: at every step it goes in any direction with probability `SLOPPY`, else
 towards the goal.
@@ -54,7 +54,7 @@ def step(at: Cell, direction: str) -> Cell:
     """
     east, north = STEPS.get(direction.strip()[:1].upper(), (0, 0))
     there = at[0] + east, at[1] + north
-    return there if all(0 <= place < SIZE for place in there) else at
+    return there if all(0 <= coordinate < SIZE for coordinate in there) else at
 
 
 def shortest(start: Cell, goal: Cell) -> int:
@@ -140,8 +140,8 @@ class GridWalk:
         return Feedback(observation=offset(self.at, self.goal), reward=-1.0, done=there, success=there)
 
 
-def _cell(place: list[int]) -> Cell:
-    column, row = place
+def _cell(coordinates: list[int]) -> Cell:
+    column, row = coordinates
     return column, row
 
 

@@ -10,19 +10,18 @@ A problem is a secret object and two facts that are given at the start. An attem
     assistant  cat?
 
 The environment answers "correct" to the last. The demonstrations are transcripts of a sloppy player like this one: it
-guesses long before it can know, and it asks what it could have inferred. So there is much to gain over it, which
-cloning alone does not do.
+guesses long before it can know, and it asks questions whose answers it could infer. So there is much to improve, and
+cloning alone does not improve it.
 
 All choices come from sha256, so an item is the same in every version of Python.
 """
 
 import re
 from dataclasses import dataclass
-from hashlib import sha256
 from itertools import combinations, count
 from typing import TypedDict
 
-from bcft.environments.base import SHARES, EmbeddedDataset, Split
+from bcft.environments.base import SHARES, EmbeddedDataset, Split, random_bits
 from bcft.types import Feedback, Message, Problem, Prompt, bucket, problem_id
 
 GUESSES = 0.25
@@ -32,7 +31,7 @@ GUESSES_THE_LAST = 0.8
 MOST_TURNS = 20
 """Turns of the longest demonstration; a longer one is drawn again. The limit of an attempt is `max_turns`."""
 ATTRIBUTES: dict[str, str] = {
-    "alive": "lives and grows; what was picked does not",
+    "alive": "lives and grows; a picked fruit does not",
     "fur": "has fur",
     "wings": "has wings",
     "legs": "stands on legs, those of furniture included",
@@ -106,9 +105,9 @@ class Riddle:
 
     def __post_init__(self) -> None:
         if self.secret not in OBJECTS:
-            raise ValueError(f"the secret {self.secret!r} is none of the objects: {', '.join(OBJECTS)}")
+            raise ValueError(f"the secret {self.secret!r} is not one of the objects: {', '.join(OBJECTS)}")
         if self.told not in PAIRS:
-            raise ValueError(f"told {self.told!r} are not two attributes in the order of {', '.join(ATTRIBUTES)}")
+            raise ValueError(f"told: {self.told!r} is not two attributes in the order of {', '.join(ATTRIBUTES)}")
 
     @property
     def prompt(self) -> str:
@@ -126,7 +125,7 @@ def riddles(split: Split, *, seed: int = 0) -> list[Riddle]:
     low, high = SHARES[split]
     every = (Riddle(secret, told) for secret in OBJECTS for told in PAIRS)
     members = [riddle for riddle in every if low <= bucket(problem_id(riddle.prompt)) < high]
-    return sorted(members, key=lambda riddle: _hash(f"{seed}-{riddle.prompt}"))
+    return sorted(members, key=lambda riddle: random_bits(f"{seed}-{riddle.prompt}"))
 
 
 # Rules
@@ -167,8 +166,8 @@ def items(split: Split, n: int, *, seed: int = 0) -> list[Item]:
     order = riddles(split, seed=seed)
     rows = []
     for index in range(n):
-        again, place = divmod(index, len(order))
-        riddle = order[place]
+        again, position = divmod(index, len(order))
+        riddle = order[position]
         transcript = _transcript(riddle, f"{seed}-{again}-{riddle.prompt}")
         rows.append(Item(prompt=riddle.prompt, messages=transcript, secret=riddle.secret, told=list(riddle.told)))
     return rows
@@ -187,10 +186,10 @@ def _sloppy(riddle: Riddle, key: str) -> list[Message]:
     unasked = [attribute for attribute in ATTRIBUTES if attribute not in riddle.told]
     for turn in range(MOST_TURNS):
         probability = GUESSES if len(possible) > 1 else GUESSES_THE_LAST
-        # When every attribute was asked, one object is left: there is nothing to do but guess it.
-        guesses = not unasked or _hash(f"{key}-{turn}-guesses") / 2**256 < probability
+        # When every attribute was asked, one object is left, and only a guess remains.
+        guesses = not unasked or random_bits(f"{key}-{turn}-guesses") / 2**256 < probability
         choices = possible if guesses else unasked
-        word = choices[_hash(f"{key}-{turn}-word") % len(choices)]
+        word = choices[random_bits(f"{key}-{turn}-word") % len(choices)]
         transcript.append({"role": "assistant", "content": f"{word}?"})
         if word == riddle.secret:
             return transcript
@@ -200,11 +199,6 @@ def _sloppy(riddle: Riddle, key: str) -> list[Message]:
         transcript.append({"role": "user", "content": reply})
         possible = [name for name in possible if _reply(name, word) == reply]
     return []
-
-
-def _hash(key: str) -> int:
-    """Return 256 bits that depend on the key alone."""
-    return int.from_bytes(sha256(key.encode()).digest(), "big")
 
 
 # Environment

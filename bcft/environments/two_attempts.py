@@ -1,7 +1,7 @@
 """Two attempts at the same problem, with a review between them, each graded by itself.
 
 Filtered behavior cloning is not known to teach self-correction: it keeps conversations that end well, and most of these
-were right at the first attempt. Kumar et al. 2024 (SCoRe, https://arxiv.org/abs/2409.12917) measure it.
+are right at the first attempt. Kumar et al. 2024 (SCoRe, https://arxiv.org/abs/2409.12917) measure it.
 """
 
 from bcft.rewards.base import Reward, ask, import_function
@@ -9,7 +9,7 @@ from bcft.types import Feedback, Message, Problem, Prompt
 
 REVIEW = "Check your solution and correct any mistake in it. Then give the whole solution again."
 VERDICTS = {True: "That is right. ", False: "That is not right. ", None: ""}
-"""What the review begins with, by the first attempt's success."""
+"""The beginning of the review, by the first attempt's success."""
 
 
 class TwoAttempts:

@@ -30,6 +30,8 @@ from bcft.types import IGNORED, Demonstration, RolloutSettings, TrainingExample
 
 HARDER_SAMPLES = 4
 """The most sampled attempts at each harder problem."""
+LOSS_TOKENS = 2048
+"""Tokens, with padding, in one forward pass of held-out examples."""
 
 
 def samples_of(evaluation: EvaluationSettings, split: str, *, graded: bool) -> int:
@@ -150,7 +152,7 @@ def held_out_loss(policy: Policy, examples: Sequence[TrainingExample]) -> float:
     """Return the mean negative log-likelihood of the supervised tokens of held-out examples, in nats."""
     total, count = 0.0, 0
     with sampling_mode(policy.model, autocast=policy.precision.autocast):
-        for batch in _batches(sorted(examples, key=lambda example: len(example.input_ids)), most_tokens=2048):
+        for batch in _batches(sorted(examples, key=lambda example: len(example.input_ids))):
             width = len(batch[-1].input_ids)
             device = policy.model.device
             ids = torch.tensor([(*e.input_ids, *[0] * (width - len(e.input_ids))) for e in batch], device=device)
@@ -164,10 +166,11 @@ def held_out_loss(policy: Policy, examples: Sequence[TrainingExample]) -> float:
     return total / max(count, 1)
 
 
-def _batches(examples: Sequence[TrainingExample], *, most_tokens: int) -> Iterable[list[TrainingExample]]:
+def _batches(examples: Sequence[TrainingExample]) -> Iterable[list[TrainingExample]]:
+    """Yield batches of at most `LOSS_TOKENS` tokens, or of one longer example; examples: the shortest first."""
     batch: list[TrainingExample] = []
     for example in examples:
-        if batch and (len(batch) + 1) * len(example.input_ids) > most_tokens:
+        if batch and (len(batch) + 1) * len(example.input_ids) > LOSS_TOKENS:
             yield batch
             batch = []
         batch.append(example)

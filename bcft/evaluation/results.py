@@ -50,8 +50,10 @@ class Evaluation:
 
     @cached_property
     def returns(self) -> dict[str, float]:
-        """The mean return of each problem's sampled attempts, or of its greedy one where there are none; empty without
-        an environment that gives rewards."""
+        """The mean return of each problem's sampled attempts, or of its greedy one where there are none.
+
+        Empty without an environment that gives rewards.
+        """
         returns = {}
         for key, attempts in self.problems.items():
             given = [a["return"] for a in attempts[1:] or attempts if a.get("graded")]
@@ -140,9 +142,10 @@ def stored(directory: Path) -> Measured | None:
 def compare(base: Evaluation, other: Evaluation) -> dict[str, Any]:
     """Return `{delta, ci95, p_value, greedy_p_value, conclusion}` of other against base, problem by problem.
 
-    The verdict is the paired difference of sampled pass@1; without samples, of greedy; of mean returns where an
-    environment gives rewards, which are then `return_delta` and `return_ci95`. With samples of both there are
-    `pass@k_delta` and `pass@k_ci95` too: a policy that narrows loses there first.
+    `delta` is the paired difference of sampled pass@1, or of greedy success without samples. The conclusion follows
+    from it, or from the difference of mean returns where an environment gives rewards; `return_delta` and `return_ci95`
+    hold the latter. With samples of both there are `pass@k_delta` and `pass@k_ci95` too: a policy that narrows loses
+    there first.
     """
     both = [key for key in base.returns if key in other.returns]
     returned = None

@@ -155,7 +155,7 @@ def _quantile(level: float) -> float:
 
 
 def _scaled(values: Sequence[float], scale: tuple[float, float]) -> list[float]:
-    """Return the place of each value between the ends of a scale; 0.0 where the ends are equal."""
+    """Map values to [0, 1], the ends of a scale to 0 and 1; all to 0.0 where the ends are equal."""
     low, high = scale
     return [(value - low) / (high - low) if high > low else 0.0 for value in values]
 

@@ -1,8 +1,7 @@
 """The `hf` engine: a decode loop of our own on transformers' models, caches and warpers.
 
-Unlike `generate` it prefills a prompt once for all its samples, drops finished rows and refills their places, and
-draws every token from the attempt's identity. Beam search, assisted decoding, compilation and stop strings are left
-out.
+Unlike `generate` it prefills a prompt once for all its samples, replaces finished rows by waiting ones, and samples
+every token from the attempt's identity. Beam search, assisted decoding, compilation and stop strings are left out.
 
 Rows are right-aligned: a cache of width W holds a row's n tokens in its last n columns, so rows of any length can join,
 leave and be trimmed together.
@@ -25,8 +24,9 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer
 
-from bcft.generation.kv_cache import Sessions, Slab, stack
+from bcft.generation.kv_cache import GrowingLayer, Sessions, cached_numbers_per_token, stack
 from bcft.generation.noise import gumbel, identity_seed
+from bcft.policy.loading import AUTOCAST_DTYPES
 from bcft.types import Action, Request, Sampling, Stop
 
 _COMPACT_EVERY = 8
@@ -44,7 +44,7 @@ def sampling_mode(model: Any, *, autocast: str = "no") -> Iterator[None]:
     evaluation would compute in another precision than the later ones.
     """
     training, checkpointing = model.training, model.is_activation_checkpointing
-    dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[autocast]
+    mixed = autocast != "no"
     model.eval()
     if checkpointing:
         model.activation_checkpointing_disable()
@@ -55,7 +55,7 @@ def sampling_mode(model: Any, *, autocast: str = "no") -> Iterator[None]:
             if type(module).__name__ == "Linear4bit":
                 module.train()
     try:
-        with torch.autocast(model.device.type, dtype=dtype, enabled=dtype is not None):
+        with torch.autocast(model.device.type, dtype=AUTOCAST_DTYPES[autocast] if mixed else None, enabled=mixed):
             yield
     finally:
         if checkpointing:
@@ -97,7 +97,8 @@ class _Rows:
         """Append other rows, padding the narrower of two fields."""
         self.requests += other.requests
         for mine, theirs in zip(self.cache.layers, other.cache.layers, strict=True):
-            mine.settle(*(stack(getattr(mine, n), getattr(theirs, n), dim=2, left=True) for n in ("keys", "values")))
+            states = (stack(getattr(mine, n), getattr(theirs, n), dim=2, left=True) for n in ("keys", "values"))
+            mine.reallocate(*states)
         self.mask = stack(self.mask, other.mask, dim=1, left=True)
         self.ids = stack(self.ids, other.ids, dim=1, left=False)
         if self.seen.shape[1]:
@@ -162,7 +163,7 @@ class HFEngine:
         waiting, active = requests, None
         while waiting or active:
             free = rows - (len(active.requests) if active else 0)
-            if waiting and (active is None or (free >= max(1, rows // 4) and _plain(active.cache))):
+            if waiting and (active is None or (free >= max(1, rows // 4) and _can_trim(active.cache))):
                 waiting, joined = self._admit(waiting, free, sampling, warpers)
                 if active is None:
                     active = joined
@@ -205,7 +206,7 @@ class HFEngine:
         if not self.keep_sessions:
             return
         ended = [i for i, done in enumerate(rows.done.tolist()) if done and rows.requests[i].session is not None]
-        if not ended or not _plain(rows.cache):
+        if not ended or not _can_trim(rows.cache):
             return
         held = rows.mask.sum(1).tolist()
         for i in ended:
@@ -250,7 +251,7 @@ class HFEngine:
         mask = torch.tensor([[0] * (width - len(c)) + [1] * len(c) for c in contexts], device=device)
         cache = DynamicCache(config=self.model.config)
         if all(type(layer) is DynamicLayer for layer in cache.layers):
-            cache.layers = [Slab() for _ in cache.layers]
+            cache.layers = [GrowingLayer() for _ in cache.layers]
         logits = self.model(
             input_ids=torch.tensor(padded, device=device),
             attention_mask=mask,
@@ -273,7 +274,7 @@ class HFEngine:
         sampling: Sampling,
         warpers: LogitsProcessorList,
     ) -> _Rows:
-        """Return rows for contexts in the cache, mask (B, W), their first token drawn from logits (B, V)."""
+        """Return rows for contexts in the cache, mask (B, W), their first token sampled from logits (B, V)."""
         device, width = self.model.device, mask.shape[1]
         limits = [min(r.max_new_tokens, self.context - len(r.context_ids)) for r in requests]
         most, n = max(limits), len(requests)
@@ -293,7 +294,7 @@ class HFEngine:
             ids=torch.full((n, most), self.pad_id, device=device),
             seen=seen,
         )
-        _draw(rows, logits, sampling, warpers)
+        _sample_tokens(rows, logits, sampling, warpers)
         return rows
 
     @torch.no_grad()
@@ -308,18 +309,16 @@ class HFEngine:
             past_key_values=rows.cache,
             use_cache=True,
         ).logits[:, -1]
-        _draw(rows, logits, sampling, warpers)
+        _sample_tokens(rows, logits, sampling, warpers)
 
     def _rows_that_fit(self, requests: Sequence[Request]) -> int:
         """Estimate how many rows' keys, values and logits half of the free memory holds."""
         if not requests:
             return 1
         config = self.model.config.get_text_config()
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         tokens = max(min(len(r.context_ids) + r.max_new_tokens, self.context) for r in requests)
         free = torch.cuda.mem_get_info()[0] // 2 if self.model.device.type == "cuda" else 2**30
-        cached = 2 * config.num_hidden_layers * heads * size
+        cached = cached_numbers_per_token(config)
         return rows_that_fit(cached=cached, vocabulary=config.vocab_size, tokens=tokens, free=free)
 
 
@@ -349,8 +348,8 @@ def _warpers(sampling: Sampling) -> LogitsProcessorList:
     return warpers
 
 
-def _draw(rows: _Rows, logits: torch.Tensor, sampling: Sampling, warpers: LogitsProcessorList) -> None:
-    """Draw a token from logits (B, V) into each row that is not done."""
+def _sample_tokens(rows: _Rows, logits: torch.Tensor, sampling: Sampling, warpers: LogitsProcessorList) -> None:
+    """Sample a token from logits (B, V) for each row that is not done."""
     scores = warpers(rows.seen, logits.float())
     if sampling.temperature > 0.0:
         scores = scores + gumbel(rows.seeds, rows.made.int(), scores.shape[1])
@@ -360,8 +359,8 @@ def _draw(rows: _Rows, logits: torch.Tensor, sampling: Sampling, warpers: Logits
     column = rows.made.clamp(max=rows.ids.shape[1] - 1)
     rows.ids[index, column] = torch.where(live, token, rows.ids[index, column])
     if rows.seen.shape[1]:
-        place = torch.tensor([len(r.context_ids) for r in rows.requests], device=token.device) + column
-        rows.seen[index, place] = torch.where(live, token, rows.seen[index, place])
+        position = torch.tensor([len(r.context_ids) for r in rows.requests], device=token.device) + column
+        rows.seen[index, position] = torch.where(live, token, rows.seen[index, position])
     rows.last = token
     rows.made = rows.made + live
     stop = torch.tensor(rows.requests[0].stop_ids, device=token.device)
@@ -383,14 +382,14 @@ def _unfinished(rows: _Rows) -> _Rows | None:
         return None
     if len(keep) < len(rows.requests):
         rows.select(keep)
-        if _plain(rows.cache):
+        if _can_trim(rows.cache):
             rows.trim()
     return rows
 
 
-def _plain(cache: DynamicCache) -> bool:
+def _can_trim(cache: DynamicCache) -> bool:
     """Return whether columns of the cache can be dropped and padded: not with sliding windows or recurrent states."""
-    return all(isinstance(layer, Slab) for layer in cache.layers)
+    return all(isinstance(layer, GrowingLayer) for layer in cache.layers)
 
 
 def _widen(seen: torch.Tensor, width: int) -> torch.Tensor:

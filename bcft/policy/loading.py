@@ -8,11 +8,15 @@ than its recipe gives. Weights must be safetensors: loading a pickle runs its co
 import dataclasses
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, is_offline_mode, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 from transformers.utils import logging
@@ -22,9 +26,11 @@ from bcft.errors import DataError, UsageError
 from bcft.policy.chat_template import Renderer
 from bcft.runs.distributed import connect, local_rank
 
-SMALL = 2_000_000
-"""Parameters below which a second CPU thread waits more than it works."""
+ONE_THREAD_BELOW = 2_000_000
+"""Models with fewer parameters run faster on one CPU thread."""
 ASSETS = Path(__file__).parents[1] / "assets"
+AUTOCAST_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""`Precision.autocast` -> the number format that matrices are multiplied in."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,7 @@ class Precision:
     autocast: str
     """`no`, `bf16` or `fp16`: the mixed precision of training and of sampling alike."""
     weights: torch.dtype
-    """Of a full model that trains: fp32, since a bf16 weight loses most small updates; else of the frozen base."""
+    """fp32 for a full model that trains, since a bf16 weight loses most small updates; else the frozen base's."""
     why: str
     """One line for the user."""
 
@@ -63,7 +69,7 @@ def load_policy(name: str, settings: ModelSettings, *, trainable: bool = True) -
     connect(cpu=precision.device == "cpu")
     renderer = load_renderer(name, settings)
     model = load_model(name, settings, precision, trainable=trainable)
-    if precision.device == "cpu" and precision.autocast == "no" and model.num_parameters() < SMALL:
+    if precision.device == "cpu" and precision.autocast == "no" and model.num_parameters() < ONE_THREAD_BELOW:
         torch.set_num_threads(1)
         precision = dataclasses.replace(precision, why="cpu, float32, one thread (more would slow a model this small)")
     model.generation_config.eos_token_id = list(renderer.stop_ids)
@@ -85,14 +91,35 @@ def base_config(name: str, settings: ModelSettings) -> Any:
 
 
 def load_renderer(name: str, settings: ModelSettings) -> Renderer:
-    """Load a model's tokenizer, and the ids at which its generation config stops."""
-    place = locate(name)
+    """Load a model's tokenizer, and the ids at which its generation config stops.
+
+    A model without a generation_config.json stops at its tokenizer's EOS. Raises UsageError when one of the files
+    cannot be loaded: with other stop ids the policy would act otherwise.
+    """
+    tokenizer = load_tokenizer(name, settings)
+    source = locate(name)
+    config = _generation_config(adapter_base(source) or source, settings)
+    eos = config.eos_token_id if config else None
+    return Renderer(tokenizer, [] if eos is None else [eos] if isinstance(eos, int) else eos)
+
+
+def _generation_config(name: str, settings: ModelSettings) -> GenerationConfig | None:
+    """Load the generation config of a directory or a Hub id; None where the model has none."""
+    file, revision, path = "generation_config.json", settings.model_revision, Path(name)
+    if path.is_dir() and not (path / file).is_file():
+        return None
     try:
-        config = GenerationConfig.from_pretrained(adapter_base(place) or place, revision=settings.model_revision)
-        eos = config.eos_token_id
-    except OSError:  # a model without generation_config.json stops at its tokenizer's EOS
-        eos = None
-    return Renderer(load_tokenizer(name, settings), [] if eos is None else [eos] if isinstance(eos, int) else eos)
+        directory = path if path.is_dir() else Path(hf_hub_download(name, file, revision=revision)).parent
+        return GenerationConfig.from_pretrained(directory)
+    except (EntryNotFoundError, OSError, ValueError) as error:
+        if isinstance(error, LocalEntryNotFoundError):  # the Hub was not reached, and the cache has no copy
+            missing = is_offline_mode() or try_to_load_from_cache(name, file, revision=revision) is _CACHED_NO_EXIST
+        else:
+            missing = isinstance(error, EntryNotFoundError)
+        if missing:
+            return None
+        reason = _first_line(error)
+        raise UsageError(f"model_name_or_path: cannot load {file} of {name!r}: {reason}") from error
 
 
 def choose_precision(name: str, settings: ModelSettings) -> Precision:
@@ -112,8 +139,7 @@ def choose_precision(name: str, settings: ModelSettings) -> Precision:
             autocast, reason = mode, f"{mode}: true in the recipe"
         elif wanted is False and autocast == mode:
             autocast, reason = "no", f"{mode}: false in the recipe"
-    low = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[autocast]
-    weights = low if frozen else torch.float32
+    weights = AUTOCAST_DTYPES[autocast] if frozen else torch.float32
     if settings.dtype != "auto":
         weights = getattr(torch, settings.dtype)
     numbers = str(weights).removeprefix("torch.")
@@ -134,9 +160,21 @@ def locate(name: str) -> str:
 
 
 def adapter_base(name: str) -> str:
-    """Return the base model that an adapter directory names; '' when `name` is not an adapter directory."""
+    """Return the base model that an adapter directory names; '' when `name` is not an adapter directory.
+
+    Raises UsageError when its adapter_config.json cannot be read or names no base model.
+    """
     path = Path(name) / "adapter_config.json"
-    return str(json.loads(path.read_text())["base_model_name_or_path"]) if path.is_file() else ""
+    if not path.is_file():
+        return ""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"model_name_or_path: cannot read {str(path)!r}: {_first_line(error)}") from error
+    base = values.get("base_model_name_or_path") if isinstance(values, dict) else None
+    if not isinstance(base, str) or not base:
+        raise UsageError(f"model_name_or_path: {str(path)!r} has no base_model_name_or_path")
+    return base
 
 
 def load_tokenizer(name: str, settings: ModelSettings) -> Any:
@@ -168,15 +206,15 @@ def load_tokenizer(name: str, settings: ModelSettings) -> Any:
 def load_model(name: str, settings: ModelSettings, precision: Precision, *, trainable: bool = True) -> Any:
     """Load the model in fp32 or as a frozen base in low precision, on its device; an adapter directory with its base.
 
-    Raises DataError when the weights are a pickle, UsageError when the name leads nowhere, or for trainable 4-bit
+    Raises DataError when the weights are a pickle, UsageError when they cannot be loaded, or for trainable 4-bit
     weights without an adapter.
     """
-    place = locate(name)
+    source = locate(name)
     if name == "bcft:tiny-init":
         torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(place), dtype=torch.float32)
-    base = adapter_base(place)
-    refuse_pickles(base or place)
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source), dtype=torch.float32)
+    base = adapter_base(source)
+    refuse_pickles(base or source)
     extra: dict[str, Any] = {"dtype": precision.weights, "use_safetensors": True}
     if settings.attn_implementation:
         extra["attn_implementation"] = settings.attn_implementation
@@ -191,12 +229,13 @@ def load_model(name: str, settings: ModelSettings, precision: Precision, *, trai
         )
     if precision.device == "cuda":
         extra["device_map"] = {"": local_rank()}
-    model = _from_pretrained(AutoModelForCausalLM, base or place, settings, **extra)
+    model = _from_pretrained(AutoModelForCausalLM, base or source, settings, **extra)
     if base:
         from peft import PeftModel  # noqa: PLC0415 - peft takes seconds to import, and most runs have no adapter
 
-        refuse_pickles(place, stem="adapter_model")
-        model = PeftModel.from_pretrained(model, place, is_trainable=trainable)
+        refuse_pickles(source, stem="adapter_model")
+        with _adapter_errors(source):
+            model = PeftModel.from_pretrained(model, source, is_trainable=trainable)
     return model if settings.load_in_4bit or precision.device == "cuda" else model.to(precision.device)
 
 
@@ -222,7 +261,8 @@ def restore(policy: Policy, name: str, settings: ModelSettings) -> None:
         from peft import load_peft_weights, set_peft_model_state_dict  # noqa: PLC0415 - as in load_model
 
         refuse_pickles(name, stem="adapter_model")
-        set_peft_model_state_dict(policy.model, load_peft_weights(name, device=str(policy.model.device)))
+        with _adapter_errors(name):
+            set_peft_model_state_dict(policy.model, load_peft_weights(name, device=str(policy.model.device)))
         return
     weights = load_model(name, settings, dataclasses.replace(policy.precision, device="cpu")).state_dict()
     policy.model.load_state_dict(weights)
@@ -291,8 +331,24 @@ def _from_pretrained(auto: Any, name: str, settings: ModelSettings, **extra: Any
     try:
         return auto.from_pretrained(name, revision=settings.model_revision, trust_remote_code=trust, **extra)
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UsageError(f"model_name_or_path: cannot load {name!r}: {reason}") from error
+        raise UsageError(f"model_name_or_path: cannot load {name!r}: {_first_line(error)}") from error
+
+
+@contextmanager
+def _adapter_errors(name: str) -> Iterator[None]:
+    """Raise UsageError of one line for what peft raises when an adapter is damaged or does not fit its base."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = reason if len(reason) <= 300 else f"{reason[:297]}..."  # torch lists every weight that does not fit
+        raise UsageError(f"model_name_or_path: cannot load the adapter {name!r}: {reason}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _show_progress_of_hub_only(name: str) -> None:

@@ -28,7 +28,6 @@ from bcft.config.schema import (
 from bcft.data.examples import make_examples
 from bcft.data.loading import Splits, load_splits
 from bcft.environments.base import rollout_settings
-from bcft.errors import DataError
 from bcft.reporting.hub import Missing, available, work_offline_if_unreachable
 from bcft.reporting.tables import say
 from bcft.runs.directory import quiet_libraries
@@ -45,7 +44,7 @@ LARGE = 100_000_000
 """Parameters above which a model is hardly meant to train on a CPU."""
 
 Line = tuple[str, str]
-"""A name and its value; a line without a name continues the one above."""
+"""A name and its value; a line without a name continues the line above."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +131,7 @@ def dry_run_filtered(
         rollout_settings(sampling, environment, seed=training.seed)  # raises where there is no such environment
         prompts, replay = rounds.prompts_per_round, 0
         if isinstance(parts.splits, Splits):
-            prompts = min(prompts, len({d.problem.id for d in parts.splits.train}))
+            prompts = min(prompts, len(parts.splits.problems_to_attempt()))
             replay = len(parts.splits.replay)
         attempts = prompts * sampling.num_generations
         tokens = attempts * sampling.max_completion_length
@@ -182,9 +181,7 @@ def _problems(parts: _Parts, sampling: SamplingSettings, environment: str | None
     splits, renderer = parts.splits, parts.renderer
     if isinstance(splits, Missing):
         return [("data", splits)], None
-    problems = {d.problem.id: d.problem.prompt for d in splits.train}
-    if not problems:
-        raise DataError("no problems to attempt: the training split is empty once dev and test are taken out")
+    problems = {key: problem.prompt for key, problem in splits.problems_to_attempt().items()}
     held_out = f"{len(splits.dev):,} dev and {len(splits.test):,} test problems held out"
     line = ("data", f"{len(problems):,} problems to attempt, {held_out}")
     if environment:
@@ -351,7 +348,7 @@ def _memory_lines(
     lines = [("memory", f"estimated, not measured; of one process; {rows}")]
     for part, group in items.items():
         for i, item in enumerate(group):
-            lines.append(("", f"{'' if i else part:<10}{_bytes(item.size):>9}  {item.name}: {item.sum}"))
+            lines.append(("", f"{'' if i else part:<10}{_bytes(item.size):>9}  {item.name}: {item.formula}"))
     sums = ", ".join(f"{part} {_bytes(total)}" for part, total in totals.items())
     return [*lines, ("peak", f"about {_bytes(max(totals.values()))} (each with the items of `always`: {sums})")]
 

@@ -12,7 +12,7 @@ from bcft.errors import BcftError
 
 T = TypeVar("T")
 PATIENCE = 3.0
-"""Seconds the Hub may take to answer; the libraries would retry for half a minute, once for each file."""
+"""Seconds the Hub may take to answer. The libraries retry for much longer, and once for each file."""
 
 
 class Missing(str):
@@ -30,8 +30,10 @@ def work_offline_if_unreachable(names: Iterable[str]) -> None:
 
 
 def available(load: Callable[[], T], name: str) -> T | Missing:
-    """Return what `load` returns, or Missing where it would have to come from an unreachable Hub; raise its other
-    errors."""
+    """Return the result of `load`, or Missing where it would have to come from an unreachable Hub.
+
+    Other errors of `load` are raised.
+    """
     try:
         return load()
     except BcftError as error:

@@ -34,8 +34,8 @@ class Item:
     name: str
     size: float
     """In bytes."""
-    sum: str
-    """How the size comes about."""
+    formula: str
+    """How the size is calculated."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def memory(
     trained: int,
     sampled: int,
     held_out_loss: bool,
-    room: int | None = None,
+    room: int | None,
 ) -> dict[str, list[Item]]:
     """Estimate what one process holds: `always`, and in addition `training`, `sampling` and `loss`, one at a time.
 
@@ -131,15 +131,15 @@ def memory(
     fp32 scale, or an 8-bit scale that shares its own fp32 scale with 255 others. Autocast makes 16-bit copies of fp32
     weights. For the backward pass each linear layer saves its input and its output for each token of a micro-batch:
     under autocast it saves the input twice because the input is cast first, and with dropout before an adapter once
-    more, with one byte each for the mask. (An input that several layers share is counted for each of them, which makes
-    up for norms and activation functions: right within a fifth for Llamas.) With gradient checkpointing the saved
-    tensors are those of one block, the inputs of all blocks, and the last block's output and norm. Logits are held in
-    tiles, without autocast with four more tensors of their size. Sampling holds keys and values twice while they grow,
+    more, with one byte each for the mask. (An input that several layers share is counted for each of them. This roughly
+    makes up for norms and activation functions, which are not counted.) With gradient checkpointing the saved tensors
+    are those of one block, the inputs of all blocks, and the last block's output and norm. Logits are held in tiles,
+    without autocast with four more tensors of their size. Sampling holds keys and values twice while they grow,
     and six fp32 rows of the vocabulary for each attempt.
 
     trained, sampled: tokens of the longest example, and of the longest attempt with its prompt; held_out_loss: whether
-    the run measures it (`loss`); room: free bytes of the GPU, of which attempts take half of what `always` leaves;
-    None: 1 GiB is for attempts, as on a CPU.
+    the run measures it (`loss`); room: free bytes of the GPU, where attempts take half of what `always` leaves; None on
+    a CPU, where attempts take 1 GiB.
 
     Not counted: allocator and driver, attention scores (sdpa keeps none), workspaces.
     """
@@ -172,8 +172,8 @@ def memory(
     ]
     if held_out_loss:
         size = compute + 8
-        sum_ = f"2,048 tokens x {wide} of vocabulary x {size} bytes"
-        parts["loss"] = [Item("logits", 2048 * shape.vocabulary * size, sum_)]
+        logits = f"2,048 tokens x {wide} of vocabulary x {size} bytes"
+        parts["loss"] = [Item("logits", 2048 * shape.vocabulary * size, logits)]
     return parts
 
 

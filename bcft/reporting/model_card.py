@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from bcft.reporting.tables import table_rows
+from bcft.reporting.tables import markdown_table, table_rows
 
 METHODS = {"sft": "behavior cloning", "filtered": "filtered behavior cloning"}
 
@@ -29,7 +29,7 @@ def model_card(
     dataset and split: names as in the recipe; data: what the training examples are; recipe: the keys that were given.
     """
     columns = {name: metrics[name] for name in ("base", "final", "best") if metrics.get(name)}
-    table = _table(["", *columns], table_rows(columns)) if columns else ""
+    table = markdown_table(["", *columns], table_rows(columns)) if columns else ""
     loader = "AutoPeftModelForCausalLM" if adapter else "AutoModelForCausalLM"
     library = "peft" if adapter else "transformers"
     return f"""---
@@ -60,7 +60,3 @@ Recipe:
 {yaml.safe_dump(dict(recipe), allow_unicode=True).strip()}
 ```
 """
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))

@@ -8,22 +8,29 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import yaml
-
-from bcft.errors import UsageError
+from bcft.errors import CheckpointError, UsageError
 from bcft.evaluation.results import Measured, stored
-from bcft.reporting.tables import cell, conclusion, percent, returned, table_rows
+from bcft.reporting.tables import (
+    cell,
+    conclusion,
+    markdown_table,
+    percent,
+    returned,
+    success_or_reward,
+    table_rows,
+)
 from bcft.runs.clock import PHASES
 from bcft.runs.directory import MAY_DIFFER
-from bcft.runs.storage import read_json, read_jsonl, write_bytes, write_text
+from bcft.runs.storage import read_json, read_jsonl, read_yaml, write_bytes, write_text
 from bcft.selection.filter import REASONS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+T = TypeVar("T")
 PICTURE = "learning_curve.png"
 FIGURE = {"sampled": "pass@1", "greedy": "success", "return": "mean"}
 """Part of an evaluation's summary -> its main figure: a share of solved attempts, or the mean return."""
@@ -64,19 +71,19 @@ class _Run:
 
     @classmethod
     def read(cls, path: Path) -> "_Run":
-        """Read the files that exist. Raises UsageError when they are not those of a filtered run."""
-        file = path / "config.yaml"
-        config = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        if "num_rounds" not in config:
-            raise UsageError(f"{path} is not a run directory of bcft filtered: give `against` one that is")
-        base, rounds, metrics = path / "round_000/evaluation.json", path / "metrics.jsonl", path / "metrics.json"
-        return cls(
-            path.resolve(),
-            config,
-            read_json(base) if base.is_file() else {},
-            read_jsonl(rounds) if rounds.is_file() else [],
-            read_json(metrics) if metrics.is_file() else {},
-        )
+        """Read the files that exist. Raises UsageError when they are damaged or not those of a filtered run."""
+        nothing: dict[str, Any] = {}
+        config = _read(path / "config.yaml", read_yaml, nothing)
+        if not {"num_rounds", "control"} <= config.keys():
+            raise UsageError(f"against: {path} is not a run of bcft filtered: give the output_dir of one")
+        rounds: list[dict[str, Any]] = _read(path / "metrics.jsonl", read_jsonl, [])
+        for record in rounds:
+            _check_keys(path / "metrics.jsonl", record, "round", "rollout", "diversity", "selection")
+        metrics = _read(path / "metrics.json", read_json, nothing)
+        if metrics:
+            _check_keys(path / "metrics.json", metrics, "conclusion", "base", "best", "best_round")
+        base = _read(path / "round_000/evaluation.json", read_json, nothing)
+        return cls(path.resolve(), config, base, rounds, metrics)
 
     @property
     def records(self) -> list[Mapping[str, Any]]:
@@ -96,14 +103,35 @@ class _Run:
     def tested(self, number: int) -> Measured | None:
         """Return a round's evaluation on test; None if its attempts are missing."""
         directory = self.path / f"round_{number:03d}" / "test"
-        return stored(directory) if (directory / "evaluation.jsonl").is_file() else None
+        return _read(directory / "evaluation.jsonl", lambda _: stored(directory), None)
+
+
+def _read(file: Path, read: Callable[[Path], T], default: T) -> T:
+    """Return the content of a file, or the default where there is none. Raises UsageError for a damaged file."""
+    if not file.is_file():
+        return default
+    try:
+        return read(file)
+    except (ValueError, CheckpointError) as error:
+        raise UsageError(f"{file} is damaged: restore it, or give another run directory") from error
+
+
+def _check_keys(file: Path, value: Any, *keys: str) -> None:
+    if not isinstance(value, Mapping) or not value.keys() >= set(keys):
+        raise UsageError(f"{file} is damaged, it lacks one of {', '.join(keys)}: restore it, or give another run")
+
+
+def check_against(directory: Path) -> None:
+    """Raise UsageError unless `write_report` can draw the run in a directory, which may be unfinished."""
+    _Run.read(directory)
 
 
 def write_report(directory: Path, *, command: str, against: Path | None = None) -> Path:
     """Write `learning_curve.png` and `report.md` into a run's directory; return the path of the latter.
 
     command: the command line that reproduces the run; against: another run to draw and to compare with, typically its
-    random control. Either run may be unfinished. Raises StorageError, and UsageError when either is not a filtered run.
+    random control. Either run may be unfinished. Raises StorageError, and UsageError when either is damaged or not a
+    filtered run.
     """
     run, other = _Run.read(directory), _Run.read(against) if against else None
     write_bytes(directory / PICTURE, _picture(run, other))
@@ -212,8 +240,7 @@ def _line(axes: "Axes", rounds: Sequence[int], values: Sequence[float], color: s
 
 
 def _draw_decisions(axes: "Axes", run: _Run, *, span: int) -> None:
-    """Draw a bar for each round: kept at the bottom, above it the reasons in the order in which the filter applies
-    them."""
+    """Draw a bar for each round: kept at the bottom, the reasons for rejection above it in the filter's order."""
     if not run.rounds:
         axes.set_yticks([])
         _title(axes, "Decisions: no round is finished")
@@ -255,7 +282,7 @@ def _conclusion(run: _Run) -> list[str]:
 
 def _test_figures(columns: Mapping[str, Mapping[str, Any]]) -> list[str]:
     tested = {name: summary for name, summary in columns.items() if summary}
-    return [_table(["test", *tested], table_rows(tested))] if tested else []
+    return [markdown_table(["test", *tested], table_rows(tested))] if tested else []
 
 
 def _caption(run: _Run) -> str:
@@ -280,7 +307,7 @@ def _rounds(run: _Run) -> list[str]:
     columns = {
         "round": [str(record["round"]) for record in run.records],
         "played": column("rollout", "played"),
-        "success": [_success(record.get("rollout", {})) for record in run.records],
+        "success": [success_or_reward(r["rollout"]) if r.get("rollout") else "" for r in run.records],
         "kept": column("selection", "kept"),
         "cutoff": column("selection", "cutoff", "{:.3g}".format),
         "kept of graded": column("selection", "kept_fraction", percent),
@@ -298,15 +325,7 @@ def _rounds(run: _Run) -> list[str]:
     shown = {name: cells for name, cells in columns.items() if any(cells)}
     lines = [list(cells) for cells in zip(*shown.values(), strict=True)]
     notes = [f"- Round {r['round']}: {r['selection']['note']}" for r in run.rounds if r["selection"].get("note")]
-    return ["## Rounds", _table(list(shown), lines), *(["\n".join(notes)] if notes else [])]
-
-
-def _success(rollout: Mapping[str, Any]) -> str:
-    """Return the share of solved attempts; the mean reward where success is unknown for every attempt."""
-    if not rollout:
-        return ""
-    known = rollout.get("unknown", 0) < rollout["played"]
-    return percent(rollout["success"]) if known else f"r {rollout['reward_mean']:.3g}"
+    return ["## Rounds", markdown_table(list(shown), lines), *(["\n".join(notes)] if notes else [])]
 
 
 def _counts(run: _Run) -> dict[str, list[int]]:
@@ -322,7 +341,7 @@ def _decisions(run: _Run) -> list[str]:
     totals = {decision: sum(numbers) for decision, numbers in _counts(run).items()}
     attempts = max(sum(totals.values()), 1)
     rows = [[name.replace("_", " "), str(number), percent(number / attempts)] for name, number in totals.items()]
-    return ["## Decisions", _table(["decision", "attempts", "share"], rows)]
+    return ["## Decisions", markdown_table(["decision", "attempts", "share"], rows)]
 
 
 def _against(run: _Run, other: _Run) -> list[str]:
@@ -354,7 +373,7 @@ def _seconds(run: _Run) -> list[str]:
     spent = {phase: sum(record.get("seconds", {}).get(phase, 0.0) for record in run.rounds) for phase in PHASES}
     total = sum(spent.values())
     rows = [[phase, f"{seconds:.1f}", percent(seconds / total)] for phase, seconds in spent.items() if seconds]
-    table = _table(["phase", "seconds", "share"], [*rows, ["all", f"{total:.1f}", ""]])
+    table = markdown_table(["phase", "seconds", "share"], [*rows, ["all", f"{total:.1f}", ""]])
     return [
         "## Where the time went",
         table,
@@ -363,7 +382,9 @@ def _seconds(run: _Run) -> list[str]:
 
 
 def _reproduce(run: _Run, command: str) -> list[str]:
-    versions = read_json(run.path / "versions.json")
+    file = run.path / "versions.json"
+    versions: dict[str, Any] = _read(file, read_json, {})
+    _check_keys(file, versions, "packages", "python", "platform", "cpu", "cpus", "gpus", "world_size", "data")
     packages = ", ".join(f"{name} {version}" for name, version in versions["packages"].items() if version)
     hardware = f"{versions['cpu']}, {versions['cpus']} CPU cores, {', '.join(versions['gpus']) or 'no GPU'}"
     processes = f"{versions['world_size']} process{'es' * (versions['world_size'] > 1)}"
@@ -378,11 +399,6 @@ def _reproduce(run: _Run, command: str) -> list[str]:
 def _files(run: _Run) -> list[str]:
     existing = [f"- `{name}`: {content}" for name, content in FILES.items() if (run.path / name).exists()]
     return ["## Files", "\n".join([*existing, f"- `{PICTURE}`, `report.md`: made from these"])]
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
 
 
 def _short(name: str) -> str:

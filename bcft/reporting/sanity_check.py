@@ -1,7 +1,4 @@
-"""A look at the first attempts of round 1: can the policy learn anything from attempts like these?
-
-It costs seconds and comes before the hours that a run may take.
-"""
+"""The sanity check before round 1: can the policy learn anything from attempts like its first ones?"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +16,7 @@ _WIDTH = 100
 
 @dataclass(frozen=True)
 class SanityCheck:
-    """What a person should see of the first attempts, and whether the run may go on."""
+    """The first attempts in a few lines for a person, and whether the run may continue."""
 
     lines: tuple[str, ...]
     reason: str
@@ -28,7 +25,7 @@ class SanityCheck:
 
 @dataclass(frozen=True)
 class _Counts:
-    """How many of the attempts have what."""
+    """Counts over the sampled attempts."""
 
     attempts: int
     solved: int

@@ -39,6 +39,12 @@ def print_table(columns: Mapping[str, Mapping[str, Any]], quiet: bool) -> None:
     Console(quiet=quiet or rank() > 0, soft_wrap=True, highlight=False, force_jupyter=False).print(table)
 
 
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table with escaped cells: the first column to the left, figures to the right."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join("| " + " | ".join(text.replace("|", r"\|") for text in line) + " |" for line in lines)
+
+
 def table_rows(columns: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
     """Return the table's rows, each with the figure's name first; figures that no summary has are left out."""
     first = next(iter(columns.values()))
@@ -118,15 +124,12 @@ ROUNDS = f"{'round':>5} {'played':>7} {'success':>8} {'kept':>6} {'cutoff':>7}  
 def round_line(record: Mapping[str, Any]) -> str:
     """Return the line of a round's metrics; what the round does not have stays blank (round 0 plays nothing).
 
-    The mean reward takes the place of success where success is unknown for every attempt; the mean return takes the
-    place of dev success in an environment that gives rewards.
+    The mean return takes the place of dev success in an environment that gives rewards.
     """
     rollout, selection, dev = (record.get(part, {}) for part in ("rollout", "selection", "eval"))
     played = " " * 17
     if rollout:
-        known = rollout["unknown"] < rollout["played"]
-        level = percent(rollout["success"]) if known else f"r {rollout['reward_mean']:.3g}"
-        played = f"{rollout['played']:>7} {level:>8} "
+        played = f"{rollout['played']:>7} {success_or_reward(rollout):>8} "
     kept = f"{selection['kept']:>6} {selection['cutoff']:>7.3g}" if selection else " " * 14
     greedy = percent(dev["greedy"]["success"]) if "greedy" in dev else ""
     seconds = sum(record.get("seconds", {}).values())
@@ -135,6 +138,12 @@ def round_line(record: Mapping[str, Any]) -> str:
     line = f"{line}{seconds:.1f} s" if seconds else line.rstrip()
     note = selection.get("note", "")
     return f"{line}\n      {note}" if note else line
+
+
+def success_or_reward(rollout: Mapping[str, Any]) -> str:
+    """Return the share of a round's attempts that solved; `r` and the mean reward where success is always unknown."""
+    known = rollout["unknown"] < rollout["played"]
+    return percent(rollout["success"]) if known else f"r {rollout['reward_mean']:.3g}"
 
 
 def level(measured: Measured) -> str:
@@ -150,8 +159,10 @@ def level(measured: Measured) -> str:
 
 
 def before_and_after(base: Evaluation, final: Evaluation, demonstrations: Sequence[Demonstration]) -> str:
-    """Return the first problem that greedy decoding solves only afterwards, or with a higher return, both attempts in
-    full; '' if there is none."""
+    """Return the first problem that the policy does better on afterwards, with both greedy attempts; '' if none is.
+
+    Better: solved only afterwards, or with a higher return.
+    """
     for demonstration in demonstrations:
         key, prompt = demonstration.problem.id, demonstration.problem.prompt
         first, last = (evaluation.problems[key][0] for evaluation in (base, final))

@@ -1,4 +1,4 @@
-"""Reward functions: what one is, how it is called, and the one for mathematics."""
+"""Reward functions: the interface, and the one for mathematics."""
 
 from bcft.rewards.base import Reward
 from bcft.rewards.math_answers import extract_answer, math_reward

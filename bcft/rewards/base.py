@@ -1,4 +1,4 @@
-"""What a reward function is: TRL's signature, how a recipe names one, and how it is called."""
+"""Reward functions: their signature, which is TRL's, how a recipe names one, and how one is called."""
 
 import hashlib
 import importlib
@@ -6,7 +6,8 @@ import inspect
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, SupportsFloat
 
@@ -14,7 +15,7 @@ from bcft.errors import BcftError, FaultError, UsageError
 from bcft.types import Message, Problem
 
 Reward = Callable[..., Sequence[float | None]]
-"""A reward function in TRL's signature: one number for each completion, None where it cannot grade."""
+"""A reward function in TRL's signature: one number for each completion, None if it cannot grade."""
 REFERENCE_COLUMNS = ("answer", "solution", "ground_truth")
 """Columns that hold a reference answer, in the order in which a reward looks for them."""
 
@@ -28,15 +29,30 @@ class Answers:
     """
 
     extract: Callable[[str], str]
-    """A completion -> the answer that it states, '' where it states none."""
+    """A completion -> the answer that it states, or '' if it states none."""
     key: Callable[[str], str]
     """An answer -> a text that equal answers share."""
 
 
 def answers_of(function: Reward | None) -> Answers | None:
-    """Return how a reward function reads answers; None where it compares none with references."""
+    """Return how a reward function reads answers; None if it does not compare answers with references."""
     answers = getattr(function, "answers", None)
     return answers if isinstance(answers, Answers) else None
+
+
+@contextmanager
+def users_code(summary: str, kind: type[BcftError]) -> Iterator[None]:
+    """Report any exception of a user's code in the block as an error of `kind`, in one line.
+
+    The line is the summary with the exception's type and message. A BcftError passes through.
+    """
+    try:
+        yield
+    except BcftError:
+        raise
+    except Exception as error:
+        message = " ".join(str(error).split())
+        raise kind(f"{summary} {type(error).__name__}: {message} (--debug shows where)") from error
 
 
 def ask(
@@ -44,20 +60,18 @@ def ask(
 ) -> list[float | None]:
     """Call a user's reward function with TRL's arguments: prompts, completions, and the problems' other columns.
 
+    A column that any problem has is given for all of them, with None for a problem without it.
     Raises FaultError, with the function's name, when it raises, returns another number of values, or returns anything
     but finite numbers and None.
     """
     if not problems:
         return []
     name = name_of(function)
-    columns = {key: [problem.columns.get(key) for problem in problems] for key in problems[0].columns}
+    names = dict.fromkeys(key for problem in problems for key in problem.columns)
+    columns = {key: [problem.columns.get(key) for problem in problems] for key in names}
     prompts = [problem.prompt for problem in problems]
-    try:
+    with users_code(f"{name} raised", FaultError):
         values = list(function(prompts=prompts, completions=completions, **columns))
-    except BcftError:
-        raise
-    except Exception as error:
-        raise FaultError(f"{name} raised {type(error).__name__}: {error} (--debug shows where)") from error
     if len(values) != len(problems):
         raise FaultError(f"{name} returned {len(values)} values for {len(problems)} completions")
     for value, problem in zip(values, problems, strict=True):
@@ -69,12 +83,12 @@ def ask(
 
 
 def name_of(function: Callable[..., Any]) -> str:
-    """Return a reward function's name; for an object that can be called, the name of its class."""
+    """Return a function's name; for another object that can be called, the name of its class."""
     return getattr(function, "__name__", type(function).__name__)
 
 
 def described(function: Callable[..., Any]) -> str:
-    """Return a function's name and a hash of its source where that can be read, so that a changed one differs."""
+    """Return a function's name, and a hash of its source if that can be read: a changed function differs."""
     name = f"{function.__module__}.{name_of(function)}"
     try:
         source = inspect.getsource(function)
@@ -86,17 +100,17 @@ def described(function: Callable[..., Any]) -> str:
 def import_function(path: str, *, key: str) -> Callable[..., Any]:
     """Return the function with a dotted path such as `my_rewards.length`; the working directory is searched too.
 
-    Raises UsageError that names the recipe's key.
+    Raises UsageError that names the recipe's key, also for any exception that the import of the module raises.
     """
     module, _, name = path.rpartition(".")
     if not module:
         raise UsageError(f"{key}: {path!r} is not a dotted path such as my_rewards.length")
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
+    with users_code(f"{key}: cannot import {module!r}:", UsageError):
+        imported = importlib.import_module(module)
     try:
-        function = getattr(importlib.import_module(module), name)
-    except (ImportError, SyntaxError) as error:
-        raise UsageError(f"{key}: cannot import {module!r}: {error}") from error
+        function = getattr(imported, name)
     except AttributeError as error:
         raise UsageError(f"{key}: module {module!r} has no function {name!r}") from error
     if not callable(function):
@@ -105,5 +119,5 @@ def import_function(path: str, *, key: str) -> Callable[..., Any]:
 
 
 def reference(problem: Problem) -> str:
-    """Return a problem's reference answer; '' where it has none."""
+    """Return a problem's reference answer, or '' if it has none."""
     return str(next((problem.columns[name] for name in REFERENCE_COLUMNS if name in problem.columns), ""))

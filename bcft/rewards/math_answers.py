@@ -1,8 +1,8 @@
-"""Grade the last stated answer of a reply: 1.0 right, 0.0 wrong, None where it cannot be graded.
+"""Grade the last stated answer of a reply: 1.0 right, 0.0 wrong, None if it cannot be graded.
 
 Numbers and words are compared here, exactly; everything else goes to `bcft.rewards.sandbox`. Regular expressions see
-only the last `LONGEST` characters of a text. Left out, because each has turned failures into successes somewhere:
-credit for format or for showing work, numbers from the middle of a reply, rounding.
+only the last `MAX_TEXT_CHARS` characters of a text. Left out, because each has turned failures into successes
+elsewhere: credit for format or for showing work, numbers from the middle of a reply, rounding.
 """
 
 import math
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from bcft.errors import DataError
 from bcft.rewards.base import Answers
-from bcft.rewards.sandbox import LONGEST, default_sandbox
+from bcft.rewards.sandbox import MAX_TEXT_CHARS, default_sandbox
 from bcft.types import Message, Prompt
 
 
@@ -28,18 +28,21 @@ def math_reward(
 ) -> list[float | None]:
     r"""Compare each completion's last stated answer with the reference: 1.0 right, 0.0 wrong, None ungraded.
 
-    The signature is that of a reward in TRL; prompts and other columns are ignored. The reference is the first column
-    given of `answer`, `solution` and `ground_truth`: a number, an expression, or a worked solution that ends with
-    `#### N` or `\boxed{}`. Of a completion of messages the last one of the assistant is graded. A completion is
+    The signature is that of a reward in TRL; prompts and other columns are ignored. The reference is the first value
+    given, not None, of `answer`, `solution` and `ground_truth`: a number, an expression, or a worked solution that ends
+    with `#### N` or `\boxed{}`. Of a completion of messages the last one of the assistant is graded. A completion is
     ungraded when its reference is not readable, and when the sandbox had to give up on its answer.
 
     Raises DataError when there is no reference column, or one of another length.
     """
-    references = next((column for column in (answer, solution, ground_truth) if column is not None), None)
-    if references is None:
+    columns_given = [column for column in (answer, solution, ground_truth) if column is not None]
+    if not columns_given:
         raise DataError("math_reward needs the reference answers in a column answer, solution or ground_truth")
-    if len(references) != len(completions):
-        raise DataError(f"math_reward got {len(references)} reference answers for {len(completions)} completions")
+    for column in columns_given:
+        if len(column) != len(completions):
+            raise DataError(f"math_reward got {len(column)} reference answers for {len(completions)} completions")
+    rows = zip(*columns_given, strict=True)
+    references = [next((value for value in row if value is not None), None) for row in rows]
     cases = [_compare(reference, completion) for reference, completion in zip(references, completions, strict=True)]
     pairs = list(dict.fromkeys(case for case in cases if isinstance(case, tuple)))
     verdicts = dict(zip(pairs, default_sandbox().verify(pairs), strict=True)) if pairs else {}
@@ -59,7 +62,7 @@ def extract_answer(text: str) -> str:
     >>> extract_answer("3 + 4 = 7, twice that is 14.")
     '14'
     """
-    text = text[-LONGEST:]
+    text = text[-MAX_TEXT_CHARS:]
     stated = _stated(text, words=False)
     return _last_number(text) if stated is None else stated
 
@@ -75,7 +78,7 @@ math_reward.answers = Answers(extract_answer, answer_key)  # type: ignore[attr-d
 
 def _compare(reference: Any, completion: str | Sequence[Message]) -> float | tuple[str, str] | None:
     """Return the reward, or the (reference, answer) pair of formulas that only the sandbox can compare."""
-    gold, reply = _reference(reference), _reply(completion)[-LONGEST:]
+    gold, reply = _reference(reference), _reply(completion)[-MAX_TEXT_CHARS:]
     if not gold:
         return None
     expected = _plain(gold)
@@ -97,7 +100,7 @@ def _reference(value: Any) -> str:
         return ""
     if not isinstance(value, str | Number):
         raise DataError(f"math_reward reads references that are text or numbers, not {type(value).__name__}")
-    text = str(value)[-LONGEST:]
+    text = str(value)[-MAX_TEXT_CHARS:]
     stated = _stated(text, words=True)
     return _strip(text) if stated is None else stated
 
@@ -139,7 +142,7 @@ _SPELLINGS = (("{,}", ","), (r"\!", ""), (r"\,", ""), (r"\$", "$"), (r"\%", "%")
 class _Quantity(NamedTuple):
     value: Fraction
     unit: str
-    """Its first word in lower case, without the s of a plural; '' where none is stated."""
+    """Its first word in lower case, without the s of a plural; '' if none is stated."""
 
 
 def _plain(text: str) -> _Quantity | str | None:

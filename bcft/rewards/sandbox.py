@@ -34,8 +34,8 @@ from bcft.errors import FaultError
 Verdict = Literal["right", "wrong", "unparsable", "timeout", "memory", "died", "error"]
 """`unparsable`: the reference cannot be read. The last four say why an answer could not be compared."""
 
-LONGEST = 4096
-"""Characters of a text, counted from its end, that are read: a regular expression never sees more."""
+MAX_TEXT_CHARS = 4096
+"""Characters of a text that are read, counted from its end: a regular expression never sees more."""
 
 _BATCH = 64
 _SERVER = "import sys; from bcft.rewards.sandbox import serve; serve(float(sys.argv[1]), *map(int, sys.argv[2:]))"
@@ -98,7 +98,7 @@ class Sandbox:
         self._server = self._socket = None
 
     def _verify_batch(self, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
-        request = json.dumps([(reference[-LONGEST:], answer[-LONGEST:]) for reference, answer in pairs])
+        request = json.dumps([(reference[-MAX_TEXT_CHARS:], answer[-MAX_TEXT_CHARS:]) for reference, answer in pairs])
         for _ in range(2):  # the first server may have been killed from outside, not by these answers
             with contextlib.suppress(OSError):
                 return self._ask(request, self._seconds * len(pairs) + _GRACE_SECONDS)
@@ -181,7 +181,7 @@ _WARM_UP = (
 
 def serve(seconds: float, memory: int, workers: int) -> None:
     """Answer the lines that come through standard input, a socket, until its other end is gone."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # workers are waited for, whatever handler was inherited
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # an inherited handler must not reap the workers
     logging.disable()  # math-verify warns that its own timeouts are off
     for reference, answer in _WARM_UP:
         _compare(reference, answer)

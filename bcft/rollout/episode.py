@@ -5,23 +5,23 @@ on. Environments answer in threads while the engine is still sampling, so neithe
 up the others. Single-turn is this loop with an environment that stops at once.
 
 Left out: reward functions and success of the whole (they read finished trajectories), which problems are attempted,
-and everything about files. A thread that hangs cannot be stopped: it is abandoned, and ends with the process.
+and everything about files. A thread that hangs cannot be stopped: it is given up, and ends when its call returns or
+with the process.
 """
 
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import sha256
 from queue import Empty, SimpleQueue
-from threading import Thread
+from threading import Thread, current_thread, main_thread
 from time import monotonic
 from typing import Any
 
-from bcft.environments.base import Closing, Instant
-from bcft.errors import DataError
+from bcft.environments.base import Closing
+from bcft.errors import DataError, Preempted
 from bcft.policy.chat_template import Renderer
 from bcft.types import (
     Action,
@@ -77,6 +77,7 @@ def play(
 
     An environment that raises, takes longer than `step_timeout` seconds for a call or returns something other than it
     should makes its trajectory an `error`; the others continue. Tokens depend on (seed, phase) and each attempt alone.
+    Every environment that was made is closed once, also when the engine fails or the caller stops reading.
 
     Raises ValueError when two attempts are the same; whatever the engine raises.
     """
@@ -85,22 +86,25 @@ def play(
     rendered: dict[str, tuple[int, ...]] = {}  # a first observation that many attempts share is tokenized once
     episodes = [_Episode(attempt, settings, phase, renderer, rendered) for attempt in attempts]
 
-    threads = not isinstance(settings.make_environment, Instant)
-    with closing(_Calls(settings.step_timeout, threads=threads)) as calls:
+    # An instant environment answers at once and runs in this thread, since another thread costs more than the call.
+    calls = _Calls(settings.step_timeout, threads=not getattr(settings.make_environment, "instant", False))
+    try:
         # 1. Every attempt gets an environment and its first observation.
         for episode in episodes:
             calls.start(episode, episode.open)
-        yield from _finished(calls.answers(), _Episode.opened)
+        yield from _finished(calls, _Episode.on_reset)
 
         # 2. Wave by wave, every episode that goes on takes a turn; environments answer while the engine is sampling.
         while live := {episode.key: episode for episode in episodes if not episode.ended}:
             requests = [episode.request() for episode in live.values()]
             for action in engine.generate(requests):
                 episode = live.pop(action.key)
-                calls.start(episode, episode.act(action))
-                yield from _finished(calls.answers(wait=False), _Episode.stepped)
+                calls.start(episode, episode.step_call(action))
+                yield from _finished(calls, _Episode.on_step, wait=False)
             assert not live, f"the engine left {len(live)} of {len(requests)} requests without an action"
-            yield from _finished(calls.answers(), _Episode.stepped)
+            yield from _finished(calls, _Episode.on_step)
+    finally:
+        calls.close(episodes)
 
 
 @dataclass(frozen=True)
@@ -112,14 +116,15 @@ class _Failure:
 
 @dataclass(eq=False)
 class _Episode:
-    """An attempt being played. Only `open` and `_step` run in a thread, and touch nothing but the environment."""
+    """An attempt being played. Only `open`, `_step` and `close` run in a thread; they touch only the environment."""
 
     attempt: Attempt
     settings: RolloutSettings
     phase: str
     renderer: Renderer
     rendered: dict[str, tuple[int, ...]]
-    environment: Environment | None = None
+    environment: Environment | None = None  # None before it is made and after it is closed
+    given_up: bool = False  # a call hangs; its thread closes the environment when the call returns
     history: list[Message] = field(default_factory=list)
     opening: tuple[Message, ...] = ()
     turns: list[Turn] = field(default_factory=list)
@@ -156,10 +161,28 @@ class _Episode:
     def open(self) -> Prompt:
         """Make the environment and return its first observation."""
         digest = sha256("\x1f".join(str(part) for part in self.key).encode()).digest()
-        self.environment = self.settings.make_environment()
-        return self.environment.reset(self.attempt.problem, seed=int.from_bytes(digest[:4], "big"))
+        self.environment = environment = self.settings.make_environment()
+        failed = True
+        try:
+            first = environment.reset(self.attempt.problem, seed=int.from_bytes(digest[:4], "big"))
+            failed = False
+        finally:
+            if failed:
+                self.close()
+        return first
 
-    def opened(self, answer: Any) -> None:
+    def close(self) -> None:
+        """Close the environment if it is open."""
+        environment, self.environment = self.environment, None
+        if isinstance(environment, Closing):
+            environment.close()
+
+    @property
+    def to_close(self) -> bool:
+        """Whether the environment is open and not in the hands of a thread that was given up."""
+        return self.environment is not None and not self.given_up
+
+    def on_reset(self, answer: Any) -> None:
         """Take the first observation."""
         if isinstance(answer, _Failure):
             return self._fail(f"reset {answer.reason}")
@@ -185,13 +208,13 @@ class _Episode:
             session=self.key[:-1],
         )
 
-    def act(self, action: Action) -> Callable[[], Any]:
+    def step_call(self, action: Action) -> Callable[[], Any]:
         """Take an action; return the call that steps the environment."""
         self.action, self.text = action, self.renderer.decode(action.ids)
         last = len(self.turns) + 1 == self.settings.max_turns or action.stop == "context_full"
         return partial(self._step, self.text, last)
 
-    def stepped(self, answer: Any) -> None:
+    def on_step(self, answer: Any) -> None:
         """Take the environment's answer to the action."""
         if not isinstance(answer, Feedback):
             self._record(Feedback(observation=None, reward=None, done=True))
@@ -215,8 +238,8 @@ class _Episode:
             answer = self.environment.step(text)
             over = last or not isinstance(answer, Feedback) or answer.done
         finally:
-            if over and isinstance(self.environment, Closing):
-                self.environment.close()
+            if over:
+                self.close()
         return answer
 
     def _record(self, feedback: Feedback) -> Action:
@@ -256,23 +279,26 @@ class _Episode:
 class _Calls:
     """Calls of users' code in daemon threads, each with a time limit; calls beyond `MOST_AT_ONCE` wait for room.
 
-    A thread that has answered takes the next call; one that hangs is given up, and another takes its place.
+    A thread that has answered takes the next call; one that hangs is given up, and another takes its place. Without
+    `threads` a call runs at once, in the thread that starts it, and has no limit.
     """
 
-    def __init__(self, limit: float, *, threads: bool = True) -> None:
+    def __init__(self, limit: float, *, threads: bool) -> None:
         self.limit = limit
         self.threads = threads
         self.idle = 0  # threads that wait for work
         self.work: SimpleQueue[tuple[_Episode, Callable[[], Any]] | None] = SimpleQueue()
         self.waiting: deque[tuple[_Episode, Callable[[], Any]]] = deque()
-        self.deadlines: dict[_Episode, float] = {}  # of the running calls, the earliest first
+        self.deadlines: dict[_Episode, float] = {}  # of the calls not answered yet, the earliest first
+        # Calls in threads. Who removes one decides: its thread, and it has answered; or this one, and it is given up.
+        self.running: dict[_Episode, bool] = {}
         self.done: SimpleQueue[tuple[_Episode, float, Any]] = SimpleQueue()
 
     def start(self, episode: _Episode, call: Callable[[], Any]) -> None:
         """Call as soon as there is room."""
         if not self.threads:
-            self.deadlines[episode] = math.inf
             self.done.put((episode, 0.0, _answer(call)))
+            self.deadlines[episode] = math.inf
             return
         self.waiting.append((episode, call))
         self._fill()
@@ -280,7 +306,8 @@ class _Calls:
     def answers(self, *, wait: bool = True) -> Iterator[tuple[_Episode, Any]]:
         """Yield answers, `_Failure` for a failed call: those of all started calls, or only those ready by now."""
         while self.deadlines:
-            left = next(iter(self.deadlines.values())) - monotonic()
+            episode, deadline = next(iter(self.deadlines.items()))
+            left = deadline - monotonic()
             try:
                 episode, finished, answer = self.done.get(wait and left > 0, timeout=min(max(left, 0), _LONGEST_WAIT))
             except Empty:
@@ -288,48 +315,74 @@ class _Calls:
                     if wait:
                         continue
                     return
-                episode, finished, answer = next(iter(self.deadlines)), math.inf, None
-            self.idle += self.threads and finished < math.inf
-            if episode not in self.deadlines:
-                continue  # it was given up before it answered
+                self._give_up(episode)
+                if not episode.given_up:
+                    continue  # it has just answered
+                finished, answer = math.inf, None
+            else:
+                self.idle += self.threads
+                if episode not in self.deadlines:
+                    continue  # an interruption came between the answer and its use
             late = finished > self.deadlines.pop(episode)
             self._fill()
             yield episode, _Failure(f"took longer than step_timeout, {self.limit:g} s") if late else answer
+
+    def close(self, episodes: Sequence[_Episode]) -> None:
+        """Close the environments that are still open, and end all threads, a given-up one after its call."""
+        self.waiting.clear()
+        for episode in self.deadlines:
+            self._give_up(episode)
+        self.deadlines.clear()
+        for episode in episodes:
+            if episode.to_close:
+                self.start(episode, episode.close)
+        for _ in self.answers():
+            pass
+        self.work.put(None)
+
+    def _give_up(self, episode: _Episode) -> None:
+        episode.given_up = self.running.pop(episode, None) is not None
 
     def _fill(self) -> None:
         while self.waiting and len(self.deadlines) < MOST_AT_ONCE:
             episode, call = self.waiting.popleft()
             self.deadlines[episode] = monotonic() + self.limit
+            self.running[episode] = True
             self.work.put((episode, call))
             if self.idle:
                 self.idle -= 1
             else:
                 Thread(target=self._run, name="environments", daemon=True).start()
 
-    def close(self) -> None:
-        """End every thread that is not in a call; the others end after it."""
-        for _ in range(self.idle + len(self.deadlines)):
-            self.work.put(None)
-
     def _run(self) -> None:
         while (work := self.work.get()) is not None:
             episode, call = work
-            answer = _answer(call)
-            self.done.put((episode, monotonic(), answer))
+            answer, finished = _answer(call), monotonic()
+            if self.running.pop(episode, None) is None:
+                _answer(episode.close)
+                return
+            self.done.put((episode, finished, answer))
+        self.work.put(None)  # for the next thread
 
 
 def _answer(call: Callable[[], Any]) -> Any:
     try:
         return call()
     except BaseException as error:  # users' code: whatever it does, `sys.exit` included, fails one attempt
+        # A signal arrives in the main thread, so also in an instant environment: it is meant for the run.
+        if isinstance(error, KeyboardInterrupt | Preempted) and current_thread() is main_thread():
+            raise
         return _Failure(f"raised {_one_line(error)}")
 
 
-def _finished(answers: Iterator[tuple[_Episode, Any]], take: Callable[[_Episode, Any], None]) -> Iterator[Trajectory]:
-    """Hand each episode its answer; yield the trajectories of those that end with it."""
-    for episode, answer in answers:
-        take(episode, answer)
-        if episode.ended:
+def _finished(calls: _Calls, take: Callable[[_Episode, Any], None], *, wait: bool = True) -> Iterator[Trajectory]:
+    """Hand each episode its answer; yield the trajectories of those that have ended and are closed."""
+    for episode, answer in calls.answers(wait=wait):
+        if not episode.ended:
+            take(episode, answer)
+        if episode.ended and episode.to_close:
+            calls.start(episode, episode.close)
+        elif episode.ended:
             yield episode.trajectory()
 
 

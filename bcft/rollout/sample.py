@@ -21,7 +21,8 @@ from bcft.runs.storage import ROLLOUTS, Journal, read_journal, read_jsonl, seal,
 from bcft.types import Problem, RolloutSettings, Trajectory
 
 CHUNK = 128
-"""Trajectories written to the journal at once: the most that a kill can cost."""
+"""Trajectories written to the journal at once. A kill costs those not written yet: fewer than these have ended, and all
+others are still being played."""
 
 
 def draw(problems: Collection[Problem], number: int, *, seed: int, prompts: int, samples: int) -> list[Attempt]:
@@ -30,10 +31,10 @@ def draw(problems: Collection[Problem], number: int, *, seed: int, prompts: int,
     number: of the round. All attempts at a problem are adjacent.
     """
 
-    def place(problem: Problem) -> bytes:
+    def rank_of(problem: Problem) -> bytes:
         return sha256(f"{seed}-{number}-{problem.id}".encode()).digest()
 
-    drawn = sorted(problems, key=place)[:prompts]
+    drawn = sorted(problems, key=rank_of)[:prompts]
     return [Attempt(problem, number, sample) for problem in drawn for sample in range(samples)]
 
 

@@ -17,7 +17,7 @@ import yaml
 
 from bcft.errors import BcftError, LockedError, Preempted, UsageError
 from bcft.runs.distributed import world_size
-from bcft.runs.storage import plain, read_json, storage, write_json, write_jsonl, write_text
+from bcft.runs.storage import plain, read_json, read_yaml, storage, write_json, write_jsonl, write_text
 from bcft.types import Problem
 
 PACKAGES = ("bcft", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "math-verify")
@@ -55,16 +55,18 @@ class RunDirectory:
         file = self.path / "config.yaml"
         if not file.is_file():
             return
-        before = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+        before = read_yaml(file)
         keys = sorted((before.keys() | self.recipe.keys()) - MAY_DIFFER)
         pairs = [(key, before.get(key), self.recipe.get(key)) for key in keys]
-        self._refuse([f"{key} was {old!r}, now {new!r}" for key, old, new in pairs if old != new], "another recipe")
+        self._check_drift(
+            [f"{key} was {old!r}, now {new!r}" for key, old, new in pairs if old != new], "another recipe"
+        )
 
     def check_data(self, digest: str) -> None:
         """Raise UsageError if a run was started here with data of another hash."""
         file = self.path / "versions.json"
         if file.is_file() and read_json(file)["data"] != digest:
-            self._refuse(["the dataset's rows have changed"], "other data")
+            self._check_drift(["the dataset's rows have changed"], "other data")
 
     def check_versions(self) -> None:
         """Raise UsageError if a run was started here with other packages or another number of processes."""
@@ -73,9 +75,9 @@ class RunDirectory:
             return
         old, new = ({**seen["packages"], "processes": seen["world_size"]} for seen in (read_json(file), versions()))
         drift = [f"{name} was {old.get(name, '')}, now {new[name]}" for name in new if old.get(name, "") != new[name]]
-        self._refuse(drift, "other versions or processes")
+        self._check_drift(drift, "other versions or processes")
 
-    def _refuse(self, drift: Sequence[str], what: str) -> None:
+    def _check_drift(self, drift: Sequence[str], what: str) -> None:
         if drift and not self.allow_drift:
             raise UsageError(
                 f"{self.path} was started with {what} ({'; '.join(drift)}): "
@@ -151,7 +153,7 @@ def open_run(
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()}")
         lock.flush()
-        state, code, message = "failed", BcftError.exit_code, "an unforeseen error: see the traceback"
+        state, code, message = "failed", BcftError.exit_code, "unexpected error; see the traceback"
         try:
             with quiet_libraries(debug=debug):
                 yield run

@@ -4,6 +4,7 @@ Every decision is read off the rounds' metrics, so a resumed run takes the same 
 """
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from bcft.runs.storage import committed, read_json
 
 
 class History:
-    """The records of the rounds so far; round 0 is before any training and has `eval` alone.
+    """The records of the committed rounds; round 0 is before any training and has `eval` alone.
 
     base_model: the model that the run starts from, as a name or a directory.
     """
@@ -24,7 +25,7 @@ class History:
         self.records: list[dict[str, Any]] = [{"round": 0}]
         evaluated = self.path(0) / "evaluation.json"
         if evaluated.is_file():
-            self.records[0]["eval"] = read_json(evaluated)
+            self.start(read_json(evaluated))
         while committed(self.path(len(self.records))):
             self.records.append(read_json(self.path(len(self.records)) / "metrics.json"))
 
@@ -33,17 +34,29 @@ class History:
         """The last committed round."""
         return len(self.records) - 1
 
+    def next_round(self) -> int:
+        """Return the number of the next round; 0 when all are played or there is a reason to stop."""
+        return 0 if self.last == self.rounds.num_rounds or self.stop_reason() else self.last + 1
+
     @property
     def success_known(self) -> bool:
         """Whether evaluations measure success or a return."""
         return bool({"greedy", "return"} & self.records[0]["eval"].keys())
 
+    def start(self, base_dev: Mapping[str, Any]) -> None:
+        """Set the evaluation of the base on dev, to which later rounds are compared."""
+        self.records[0] = {"round": 0, "eval": dict(base_dev)}
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Add the record of a round that is being committed."""
+        self.records.append(dict(record))
+
     def path(self, number: int) -> Path:
         """Return the directory of a round."""
         return self.directory / f"round_{number:03d}"
 
-    def weights(self, number: int) -> str:
-        """Return where the weights are that round `number` trained; 0: those before any training."""
+    def weights_path(self, number: int) -> str:
+        """Return the directory or model name of the weights that round `number` trained; 0: those before training."""
         saved = self.path(number) / "model"
         return str(saved) if number or committed(saved) else self.base_model
 
@@ -51,14 +64,14 @@ class History:
         """Return the last round up to `last` that trained, 0 if none did."""
         return next((n for n in range(last, 0, -1) if self.records[n]["train"]["steps"]), 0)
 
-    def weights_before(self, number: int) -> int:
-        """Return the round that trained the weights which round `number` rolls out."""
-        return self.weights_after(self.best(number - 1) if self.rounds.init_from == "best" else number - 1)
+    def weights_round_before(self, number: int) -> int:
+        """Return the round whose weights round `number` starts from and rolls out."""
+        return self.weights_round_after(self.best(number - 1) if self.rounds.init_from == "best" else number - 1)
 
-    def weights_after(self, number: int) -> int:
-        """Return the round that trained the weights there are after round `number`: itself, unless it was skipped."""
+    def weights_round_after(self, number: int) -> int:
+        """Return the round whose weights are in use after a committed round: itself, unless it trained nothing."""
         while number and not self.records[number]["train"]["steps"]:
-            number = self.weights_before(number)
+            number = self.weights_round_before(number)
         return number
 
     def best(self, last: int) -> int:
@@ -97,7 +110,7 @@ class History:
     def rounds_to_keep(self) -> set[int]:
         """Return the rounds whose weights a resumed run, or the end of this one, may still read."""
         carried = set() if self.rounds.reset_optimizer else {self.last_trained(self.last)}
-        return {0, self.weights_after(self.last), self.weights_after(self.best(self.last))} | carried
+        return {0, self.weights_round_after(self.last), self.weights_round_after(self.best(self.last))} | carried
 
 
 def is_due(rounds: RoundSettings, number: int, *, evaluated: int, played: int) -> bool:

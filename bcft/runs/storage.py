@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import yaml
 from safetensors import SafetensorError
 
 from bcft.errors import CheckpointError, StorageError
@@ -62,12 +63,12 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 class Journal:
     """Rows that are durable chunk by chunk: a chunk is one line with the hash of its rows, and counts when complete.
 
-    Opening a journal removes a chunk that a kill left incomplete. `rows` are those of all chunks.
+    Opening a journal removes a chunk that a kill left incomplete; `read_journal` returns its rows.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.rows, whole = _chunks(path)
+        whole = _chunks(path)[1]
         if path.is_file() and whole < path.stat().st_size:
             with storage(path):
                 os.truncate(path, whole)
@@ -85,7 +86,6 @@ class Journal:
                 os.fsync(file.fileno())
             if new:
                 _sync_directory(self.path.parent)
-        self.rows += [dict(row) for row in rows]
 
 
 def read_journal(path: Path) -> list[dict[str, Any]]:
@@ -137,6 +137,17 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Return the mapping in a YAML file this package wrote. Raises CheckpointError for a damaged file."""
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: not readable as YAML: restore it, or give another directory") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: not a mapping: restore it, or give another directory")
+    return value
+
+
 def write_manifest(
     directory: Path, files: Iterable[Path], *, name: str = MANIFEST, about: Mapping[str, Any] | None = None
 ) -> None:
@@ -163,7 +174,7 @@ def committed(directory: Path) -> bool:
 def seal(directory: Path, *names: str) -> None:
     """Record that these files of an uncommitted round are complete; the list replaces the one sealed before.
 
-    A file that was renamed into place is complete, but only a hash shows whether it is still what was written.
+    A file that was renamed into place is complete; its hash shows whether it has changed since.
     """
     write_manifest(directory, [directory / name for name in names], name=SEAL)
 

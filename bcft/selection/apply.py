@@ -1,4 +1,4 @@
-"""From scores to training examples by a rule: what a round, `collect` and `refilter` have in common."""
+"""From scores to training examples by a rule: the step that a round, `collect` and `refilter` share."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -21,9 +21,9 @@ class Filtered:
     selection: Selection
     examples: tuple[TrainingExample, ...]
     silent: int
-    """Kept trajectories that say nothing and make no example."""
+    """Kept trajectories that are empty and make no example."""
     wrong_steps: int | None
-    """Kept solutions with a wrong step; None where steps cannot be checked."""
+    """Kept solutions with a wrong step; None if steps cannot be checked."""
 
     @property
     def metrics(self) -> dict[str, Any]:
@@ -31,7 +31,8 @@ class Filtered:
         selection = self.selection
         note = selection.note
         if self.silent:  # labels of a stop token alone would teach the policy to say nothing
-            note = f"{note} {self.silent} kept attempts say nothing and are not trained on.".strip()
+            empty = "trajectory is empty and is" if self.silent == 1 else "trajectories are empty and are"
+            note = f"{note} {self.silent} kept {empty} not used for training.".strip()
         metrics = {
             "requested_fraction": selection.requested_fraction,
             "cutoff": selection.cutoff,
@@ -55,7 +56,7 @@ class Filtered:
         return " ".join(part for part in (f"{kept}.", metrics["note"], following if self.examples else "") if part)
 
     def write(self, directory: Path, examples: Sequence[TrainingExample] | None = None) -> None:
-        """Write `scores.jsonl` and `kept.jsonl`; examples: for the latter, where there are more than the kept ones."""
+        """Write `scores.jsonl` and `kept.jsonl`; examples: the rows of the latter, if not only the kept ones."""
         decisions, cutoff = self.selection.decisions, self.selection.cutoff
         scores = (score.to_json(decisions[score.trajectory.id], cutoff) for score in self.scope)
         write_jsonl(directory / SCORES, scores)

@@ -1,15 +1,16 @@
 """The filter of filtered behavior cloning, as one pure function: which trajectories to train on, and why not the rest.
 
 `select` gives every trajectory a decision: the first of `REASONS` that applies, or `kept`. It reads no file, clock or
-global generator, and the order of its input does not matter. Left out: which rounds are in scope (the caller passes
-them), what an empty round leads to (the caller reads `kept` and `note`), and NaN rewards (`Candidate` refuses them).
+global generator, and the order of its input does not matter. Left out: the choice of the rounds in scope (the caller
+passes them), the consequence of an empty round (the caller reads `kept` and `note`), and NaN rewards (`Candidate`
+refuses them).
 
-With 0/1 rewards and few successes the cutoff is 0 and rejects nothing. Where success is known this does no harm,
-because only successes are kept (`require_success: auto`). *Where it is unknown* means: for at least one graded
-trajectory that is done, because an environment that reports only its wins leaves every loss unknown. There the cutoff
-is raised above the lowest reward. If all rewards are equal there, they carry no information: only known successes pass,
-and without any the round keeps nothing. `keep_quantile: 0` asks for no cutoff, and `require_success: false` for the
-rule of ArCHer's code: neither is corrected, and with the second a note says when the cutoff rejects nothing.
+With 0/1 rewards and few successes the cutoff is 0 and rejects nothing. If success is known this does no harm, because
+only successes are kept (`require_success: auto`). Success counts as unknown if any graded, finished trajectory has
+unknown success: an environment that reports only its wins leaves every loss unknown. The filter then raises the cutoff
+above the lowest reward. If all rewards are equal, they carry no information: only known successes pass, and without any
+the round keeps nothing. `keep_quantile: 0` asks for no cutoff, and `require_success: false` for the rule of ArCHer's
+code: the filter corrects neither, and with the second a note says when the cutoff rejects nothing.
 """
 
 from collections import Counter
@@ -22,8 +23,8 @@ import numpy as np
 
 from bcft.config.keys import KEYS
 from bcft.config.schema import RuleSettings
-from bcft.config.values import convert, show, wanted
-from bcft.types import Success
+from bcft.config.values import convert, wanted
+from bcft.types import Success, show
 
 Status: TypeAlias = Literal["done", "truncated", "errored"]
 Reason: TypeAlias = Literal[
@@ -41,12 +42,14 @@ Reason: TypeAlias = Literal[
 Decision: TypeAlias = Reason | Literal["kept"]
 REASONS: tuple[Reason, ...] = get_args(Reason)
 """In the order in which they are tried. `failed`: success is required, and the trajectory is not known to have it."""
-LARGEST = 1e100  # the difference of two rewards must not overflow, or a cutoff between them would not be a number
+MAX_ABS_REWARD = (
+    1e100  # the difference of two rewards must not overflow, or a cutoff between them would not be a number
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One trajectory, reduced to what decides about it. Raises ValueError for a value that cannot be ranked."""
+    """The facts of one trajectory that the filter reads. Raises ValueError for a value that cannot be ranked."""
 
     id: str
     problem_id: str
@@ -85,8 +88,9 @@ class Rule(RuleSettings):
     """The filter's settings: the keys of a recipe, and the seed and round of its draws.
 
     `pass_rate` is the share of known successes among a problem's attempts in scope whose success is known; a problem
-    without any is inside. The random `control` keeps as many of each problem as the filter does, and that number leaks
-    the outcome: a random draw is right more often where the filter keeps something.
+    without any is inside. The random `control` keeps as many trajectories of each problem as the filter does. That
+    number depends on the outcomes: the draws are right more often than average, because a problem without a success
+    has none.
 
     Raises ValueError for a value that the recipe's key does not take, and for values that contradict each other.
     """
@@ -104,7 +108,7 @@ class Rule(RuleSettings):
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """The decision about every candidate, and what follows from it."""
+    """The decision about every candidate, and figures derived from it."""
 
     decisions: Mapping[str, Decision]
     """Trajectory id -> decision, by round and id."""
@@ -115,7 +119,7 @@ class Selection:
     problems_covered: int
     """How many problems have a kept trajectory."""
     note: str
-    """What a reader must know: the cutoff was raised or rejects nothing, or why nothing is kept. Mostly empty."""
+    """A remark for the report: the cutoff was raised or rejects nothing, or why nothing is kept. Mostly empty."""
 
     @property
     def kept(self) -> tuple[str, ...]:
@@ -174,7 +178,7 @@ class _Requirement:
 
 
 def _requirement(scope: list[Candidate], rule: Rule) -> _Requirement:
-    """Return the quantile of the graded rewards, corrected where it would reject nothing and success is unknown."""
+    """Return the quantile of the graded rewards, raised if it would reject nothing and success is unknown."""
     rewards = [candidate.rounded for candidate in scope if candidate.graded]
     failed: dict[str, tuple[Success, ...]] = {"auto": ("no",), "true": ("no", "unknown"), "false": ()}
     cutoff = float(np.quantile(rewards, rule.keep_quantile, method="linear")) if rewards else 0.0
@@ -202,7 +206,7 @@ def _filter(scope: list[Candidate], rule: Rule, requirement: _Requirement) -> di
     decisions |= _duplicates(_kept(scope, decisions))
     decisions |= _over_max_per_problem(_kept(scope, decisions), rule)
     if rule.ties == "sample":
-        ranked = sorted(_kept(scope, decisions), key=lambda c: (-c.rounded, _draw(rule, "ties", c)))
+        ranked = sorted(_kept(scope, decisions), key=lambda c: (-c.rounded, _random_rank(rule, "ties", c)))
         quota = round((1 - rule.keep_quantile) * sum(candidate.graded for candidate in scope))
         decisions |= {candidate.id: "tie_break" for candidate in ranked[quota:]}
     return decisions
@@ -245,7 +249,7 @@ def _duplicates(left: list[Candidate]) -> dict[str, Decision]:
 def _over_max_per_problem(left: list[Candidate], rule: Rule) -> dict[str, Decision]:
     decisions: dict[str, Decision] = {}
     taken: Counter[str] = Counter()
-    for candidate in sorted(left, key=lambda c: (-c.rounded, _draw(rule, "cap", c))):
+    for candidate in sorted(left, key=lambda c: (-c.rounded, _random_rank(rule, "cap", c))):
         if taken[candidate.problem_id] == rule.max_per_problem:
             decisions[candidate.id] = "max_per_problem"
         else:
@@ -254,25 +258,26 @@ def _over_max_per_problem(left: list[Candidate], rule: Rule) -> dict[str, Decisi
 
 
 def _control(scope: list[Candidate], rule: Rule, filtered: Mapping[str, Decision]) -> dict[str, Decision]:
-    """Return random decisions instead: of each problem as many are kept as the filter keeps.
+    """Return random decisions instead: they keep as many trajectories of each problem as the filter does.
 
-    The draws see neither reward nor success. There are always enough candidates, because what the filter keeps passes
-    the other rules too. One that passes them and is not drawn is a `tie_break`: without an outcome all are tied.
+    The draws depend on neither reward nor success; only their number does. There are always enough candidates, because
+    every trajectory that the filter keeps passes the other rules too. One that passes them and is not drawn is a
+    `tie_break`: without an outcome all are tied.
     """
     quota = Counter(candidate.problem_id for candidate in _kept(scope, filtered))
     blind = [replace(candidate, reward=0.0, success="unknown") for candidate in scope]
     decisions = _filter(blind, replace(rule, min_reward=None, ties="include"), _Requirement(0.0, ()))
-    for candidate in sorted(_kept(blind, decisions), key=lambda c: _draw(rule, "control", c)):
+    for candidate in sorted(_kept(blind, decisions), key=lambda c: _random_rank(rule, "control", c)):
         quota[candidate.problem_id] -= 1
         if quota[candidate.problem_id] < 0:
             decisions[candidate.id] = "tie_break"
     return decisions
 
 
-def _draw(rule: Rule, purpose: Literal["ties", "cap", "control"], candidate: Candidate) -> str:
-    """Return a trajectory's random draw; the smallest wins. Each purpose has draws of its own.
+def _random_rank(rule: Rule, purpose: Literal["ties", "cap", "control"], candidate: Candidate) -> str:
+    """Return a trajectory's random rank; the smallest wins. Each purpose has ranks of its own.
 
-    With one draw for all, problems with many successes would be favored, and the control would repeat the filter's
+    With one rank for all, problems with many successes would be favored, and the control would repeat the filter's
     choice. The format never changes, or an old run could not be repeated.
     """
     return sha256(f"{rule.seed}\x1f{rule.round}\x1f{purpose}\x1f{candidate.id}".encode()).hexdigest()
@@ -297,15 +302,16 @@ _CAUSES: Mapping[Reason, str] = {
 def _diagnosis(decisions: Mapping[str, Decision]) -> str:
     """Say why nothing is kept, with the most common reason in words."""
     if not decisions:
-        return "Nothing was kept: there was no trajectory to select from."
+        return "The filter kept nothing: there is no trajectory to select from."
     counts = Counter(decisions.values())
     listed = ", ".join(f"{counts[reason]} {reason}" for reason in REASONS if counts[reason])
     main = "tie_break" if counts["tie_break"] else max(REASONS, key=counts.__getitem__)
-    return f"Nothing was kept of {len(decisions)} trajectories ({listed}): {_CAUSES[main]}."
+    total = f"{len(decisions)} {'trajectory' if len(decisions) == 1 else 'trajectories'}"
+    return f"The filter kept none of {total} ({listed}): {_CAUSES[main]}."
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST  # NaN is not
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= MAX_ABS_REWARD  # NaN is not
 
 
 def _is_whole(value: Any) -> bool:

@@ -14,16 +14,16 @@ from bcft.selection.filter import Candidate
 from bcft.types import Message, Problem, Success, Trajectory
 
 DEFAULT_REWARD = "bcft.rewards.math_reward"
-"""The dotted path of the reward function where neither the recipe nor an environment says anything."""
+"""The dotted path of the reward function, unless the recipe names others or has an environment."""
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """What one trajectory is worth."""
+    """The rewards of one trajectory, and their sum."""
 
     trajectory: Trajectory
     rewards: tuple[tuple[str, float | None], ...]
-    """Each reward function's name and what it returned, None where it could not grade."""
+    """Each reward function's name and its value, None if it could not grade."""
     graded: bool
     reward: float
     """The weighted sum of the graded rewards and of the environment's; 0.0 when there are none."""
@@ -62,7 +62,7 @@ class Score:
 
     @classmethod
     def from_json(cls, line: Mapping[str, Any], trajectory: Trajectory) -> "Score":
-        """Return the score of a trajectory from its line, because reward functions are called only once."""
+        """Return the score of a trajectory from its line: the reward functions are not called again."""
         rewards = tuple((r["name"], r["value"] if r["graded"] else None) for r in line["rewards"])
         return cls(trajectory, rewards, line["graded"], line["reward"], line["success"])
 
@@ -84,8 +84,8 @@ def score(
 ) -> list[Score]:
     """Score trajectories with reward functions in TRL's signature, in the form of each problem's prompt.
 
-    weights: one for each function, as in TRL: summed over the functions that did not return None. Success is what the
-    environment knew last, else what the success function returns: solved at 1.0 or more, unknown at None.
+    weights: one for each function, as in TRL: summed over the functions that did not return None. Success is the last
+    known one of the environment, else it follows from the success function: solved at 1.0 or more, unknown at None.
 
     Raises FaultError when a function raises or returns another number of values than it was given completions.
     """
@@ -121,22 +121,19 @@ def _score(
 
 
 def _completion(trajectory: Trajectory, problem: Problem) -> str | list[Message]:
-    """Return everything after the prompt: a string where the prompt is one and there is one turn, else messages."""
+    """Return everything after the prompt: a string if the prompt is one and there is one turn, else messages."""
     if isinstance(problem.prompt, str) and len(trajectory.turns) <= 1:
         return trajectory.turns[0].action if trajectory.turns else ""
-    conversation: list[Message] = []
-    for turn in trajectory.turns:
-        conversation += [{"role": "assistant", "content": turn.action}, *turn.observation]
-    return conversation
+    return list(trajectory.conversation)
 
 
-MOST_ERRORS = 0.05
-"""The share of trajectories whose environment may fail before a command ends."""
+MAX_ERROR_SHARE = 0.05
+"""A command stops when more than this share of environments fails."""
 
 
 @dataclass(frozen=True)
 class Scorer:
-    """Reward functions with their weights, and the function that decides about success; None where there is none."""
+    """Reward functions with their weights, and the function that decides about success, if there is one."""
 
     functions: tuple[Reward, ...]
     weights: tuple[float, ...]
@@ -166,11 +163,11 @@ class Scorer:
 
     @property
     def answers(self) -> Answers | None:
-        """How the success function reads answers; None where it does not compare answers with references."""
+        """How the success function reads answers; None if it does not compare answers with references."""
         return answers_of(self.success)
 
     def check(self, problems: Sequence[Problem]) -> str:
-        """Grade the references of problems against themselves; return a note where that is not possible, or ''.
+        """Grade the references of problems against themselves; return a note if that is not possible, or ''.
 
         Raises DataError with the first reference that a function does not accept.
         """
@@ -188,9 +185,9 @@ class Scorer:
 
 
 def refuse_failures(trajectories: Sequence[Trajectory]) -> None:
-    """Raise FaultError when more than `MOST_ERRORS` of the trajectories ended in an error of their environment."""
+    """Raise FaultError when more than `MAX_ERROR_SHARE` of the trajectories ended in an error of their environment."""
     errors = [trajectory for trajectory in trajectories if trajectory.ended == "error"]
-    if len(errors) > MOST_ERRORS * len(trajectories):
+    if len(errors) > MAX_ERROR_SHARE * len(trajectories):
         first = f"{errors[0].id}: {errors[0].error}"
         raise FaultError(f"{len(errors)} of {len(trajectories)} trajectories failed; {first}")
 
@@ -211,8 +208,8 @@ def success_function(
 ) -> Reward | None:
     """Return the function that decides about success: `success_func`, else the first reward function.
 
-    rewards: functions that replace the recipe's `reward_funcs`. None where `success_func` is '', where the environment
-    decides instead, and where nobody asked for the default reward and it would not find reference answers.
+    rewards: functions that replace the recipe's `reward_funcs`. Returns None if `success_func` is '', if the
+    environment decides instead, and if the default reward would decide but a held-out problem has no reference answer.
 
     Raises UsageError when the function does not exist, and DataError when it reads answers and does not accept a
     held-out reference as its own solution.
@@ -234,9 +231,9 @@ def success_function(
 
 
 def check_references(function: Reward, problems: Sequence[Problem]) -> None:
-    """Grade each reference against itself: one that is not its own solution would make every attempt wrong.
+    """Grade each reference against itself: a refused one would make every attempt at its problem wrong.
 
-    Raises DataError with the first that the function does not accept.
+    Raises DataError with the first reference that the function does not accept.
     """
     texts = [reference(problem) for problem in problems]
     names = [name for name in REFERENCE_COLUMNS if any(name in problem.columns for problem in problems)]
@@ -256,5 +253,5 @@ def check_references(function: Reward, problems: Sequence[Problem]) -> None:
 
 
 def _have_references(problems: Sequence[Problem]) -> bool:
-    """Whether there are problems, and every one has a reference answer."""
+    """Return whether there are problems, and every one has a reference answer."""
     return bool(problems) and all(any(name in problem.columns for name in REFERENCE_COLUMNS) for problem in problems)

@@ -1,4 +1,4 @@
-"""What the trainer does besides training: one progress bar, and a stop on request that loses nothing."""
+"""Callbacks of the trainer: one progress bar, and a stop on request that loses no finished step."""
 
 import signal
 import sys
@@ -51,7 +51,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
 class StopGently(TrainerCallback):  # type: ignore[misc]
     """On SIGTERM or Ctrl-C finish the step, save a checkpoint and stop; a second signal stops at once.
 
-    Rounds save no checkpoint (`checkpoints` false): they resume from their sealed examples.
+    Rounds save no checkpoint (`checkpoints` false): the training of an interrupted round starts again.
     """
 
     def __init__(self, accelerator: Any, *, checkpoints: bool) -> None:

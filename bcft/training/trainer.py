@@ -108,7 +108,7 @@ class BCTrainer(SFTTrainer):  # type: ignore[misc]
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """What a training run did; goes into `metrics.json` as `train`."""
+    """The figures of a training run; `train` of `metrics.json`."""
 
     rows: int
     tokens_supervised: int
@@ -237,7 +237,7 @@ def optimizer_state(trainer: BCTrainer) -> dict[str, torch.Tensor]:
 
 
 def release(trainer: BCTrainer) -> None:
-    """Free optimizer and gradients, so that sampling has their memory."""
+    """Free the optimizer and the gradients, so that sampling can use their memory."""
     trainer.optimizer = trainer.lr_scheduler = None
     trainer.model.zero_grad(set_to_none=True)
     trainer.accelerator.free_memory()

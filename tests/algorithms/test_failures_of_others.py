@@ -255,22 +255,6 @@ def test_an_action_is_what_was_sampled_whatever_of_the_prompt_it_repeats(rendere
     assert trajectory.turns[0].action_ids == ids
 
 
-def test_a_round_draws_problems_without_replacement_and_by_its_seed_and_number_alone():
-    """Problems came with replacement and without a seed, one attempt each."""
-    problems = [Problem(f"{n:03}", "?") for n in range(50)]
-
-    def drawn(number, seed=0, given=problems):
-        drawn = sample.draw(given, number, seed=seed, prompts=KEYS["prompts_per_round"], samples=3)
-        return [(attempt.problem.id, attempt.sample) for attempt in drawn]
-
-    chosen = {identity for identity, _ in drawn(1)}
-    assert len(chosen) == 18
-    assert sorted(drawn(1)) == [(identity, sample) for identity in sorted(chosen) for sample in range(3)]
-    assert drawn(1) == drawn(1, given=problems[::-1])
-    assert len({tuple(drawn(number, seed)) for number in (1, 2) for seed in (0, 1)}) == 4
-    assert len({identity for number in range(20) for identity, _ in drawn(number)}) == 50
-
-
 def test_a_prompt_that_is_too_long_moves_nobody_elses_completion(renderer, tmp_path):
     """One dropped long prompts and then zipped, so that every later completion had another's prompt."""
     network = tiny(tmp_path, renderer.tokenizer)
@@ -324,7 +308,7 @@ def test_an_empty_action_is_never_trained_on(tmp_path):
     assert {row["id"] for row in kept} == {one for one in liked if said[one]}
     metrics = read_json(place / "metrics.json")
     assert metrics["train"]["rows"] == len(kept)
-    assert "kept attempts say nothing and are not trained on" in metrics["selection"]["note"]
+    assert "not used for training" in metrics["selection"]["note"]
 
 
 def test_the_time_limit_of_processes_reaches_them(tmp_path):

@@ -139,7 +139,7 @@ def test_four_bits_without_an_adapter_are_refused_by_every_command_that_trains(t
 def test_with_bf16_every_phase_of_every_round_computes_in_bf16(tmp_path, small, monkeypatch, adapter):
     """A trainer's model is under autocast from its first `train()` on only; rounds before and after must not differ."""
     seen, number = set(), [0]
-    start, begin = filtered_bc.start, filtered_bc.next_number
+    start, load_weights = filtered_bc.start, filtered_bc.load_weights
 
     def watching(run, history):
         learner, replay = start(run, history)
@@ -151,12 +151,12 @@ def test_with_bf16_every_phase_of_every_round_computes_in_bf16(tmp_path, small, 
         layers[0].register_forward_hook(note)
         return learner, replay
 
-    def numbering(*args):
-        number[0] = begin(*args)
-        return number[0]
+    def numbering(learner, history, next_number):
+        number[0] = next_number
+        load_weights(learner, history, next_number)
 
     monkeypatch.setattr(filtered_bc, "start", watching)
-    monkeypatch.setattr(filtered_bc, "next_number", numbering)
+    monkeypatch.setattr(filtered_bc, "load_weights", numbering)
     keys = full(small) | LOOP | {
         "num_rounds": 3, "eval_every": 1, "bf16": True, "prompts_per_round": 18,  # more than the sanity check plays
     }  # fmt: skip

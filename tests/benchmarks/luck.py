@@ -1,4 +1,4 @@
-"""Does a filter by return select skill or luck? The guessing game at two quantiles, from one cloned policy.
+"""Does a filter by return select skill or luck? `guess_number` at two quantiles, from one cloned policy.
 
     python tests/benchmarks/luck.py [--seeds 0 1 2] [--quantiles 0.9 0.5] [--jobs 2] [--output runs/luck]
 
@@ -16,17 +16,17 @@ from seeds import ROOT, Metrics, run
 
 
 def lengths(output: Path) -> dict[str, float]:
-    """Return how long games of a run were, in turns: those played in all rounds, and those kept of them."""
-    found: dict[str, list[int]] = {"played": [], "kept": []}
+    """Return the mean turns of a run's trajectories: of all, and of the kept ones."""
+    turns_of: dict[str, list[int]] = {"played": [], "kept": []}
     for place in sorted(output.glob("round_*")):
         if not (place / "rollouts.jsonl").is_file():
             continue
         lines = (place / "rollouts.jsonl").read_text(encoding="utf-8").splitlines()
         turns = {line["id"]: len(line["turns"]) for line in map(json.loads, lines)}
         scores = map(json.loads, (place / "scores.jsonl").read_text(encoding="utf-8").splitlines())
-        found["kept"] += [turns[score["id"]] for score in scores if score["decision"] == "kept"]
-        found["played"] += turns.values()
-    return {name: sum(values) / max(len(values), 1) for name, values in found.items()}
+        turns_of["kept"] += [turns[score["id"]] for score in scores if score["decision"] == "kept"]
+        turns_of["played"] += turns.values()
+    return {name: sum(values) / max(len(values), 1) for name, values in turns_of.items()}
 
 
 def last_dev(output: Path) -> float:
@@ -37,7 +37,7 @@ def last_dev(output: Path) -> float:
 
 
 def main() -> int:
-    """Run all and print what they show."""
+    """Run all and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--quantiles", type=float, nargs="+", default=[0.9, 0.5])
@@ -55,12 +55,10 @@ def main() -> int:
         return run("filtered", "guess_number/filtered_bc.yaml", output / f"q{job[0]}-{job[1]}", *keys)
 
     with ThreadPoolExecutor(options.jobs) as pool:
-        found = dict(zip(jobs, pool.map(one, jobs), strict=True))
-    print(
-        "\n| quantile, seed | guesses, played | guesses, kept | dev return, last round | test return: base, shipped |"
-    )
+        results = dict(zip(jobs, pool.map(one, jobs), strict=True))
+    print("\n| quantile, seed | guesses, played | guesses, kept | dev return, last round | test return: base, chosen |")
     print("|---|---:|---:|---:|---:|")
-    for (quantile, seed), metrics in sorted(found.items(), reverse=True):
+    for (quantile, seed), metrics in sorted(results.items(), reverse=True):
         place = output / f"q{quantile}-{seed}"
         length = lengths(place)
         base, best = (metrics[name]["return"]["mean"] for name in ("base", "best"))

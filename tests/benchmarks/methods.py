@@ -3,7 +3,7 @@
     python tests/benchmarks/methods.py [--seeds 0 1 2 3 4] [--jobs 2] [--output runs/methods]
 
 Whole runs of the recipes as a user starts them, each with 12,288 attempts at training problems; a finished run is not
-run again. The policies that come of it attempt the same 500 test problems, all at temperature 1, whatever their recipes
+run again. The resulting policies attempt the same 500 test problems, all at temperature 1, whatever their recipes
 sample with. Prints the README's table.
 """
 
@@ -20,7 +20,7 @@ BASE = "bcft:tiny-math"
 
 
 def one(name: str, seed: int, output: Path) -> Metrics:
-    """Run a method with one seed, unless it is the base; return what its policy comes to."""
+    """Run a method with one seed, unless it is the base; return its policy's evaluation."""
     place, policy = output / f"{name}-{seed}", BASE
     if name != "base":
         run("filtered", f"methods/{name}.yaml", place, f"seed={seed}")
@@ -29,14 +29,14 @@ def one(name: str, seed: int, output: Path) -> Metrics:
 
 
 def cells(summaries: Sequence[Metrics]) -> str:
-    """Return the figures of one policy a seed."""
+    """Return the figures of a method, one policy for each seed."""
     figures = [("greedy", "success"), ("sampled", "pass@1"), ("sampled", "pass@k")]
-    told = [spread([summary[kind][figure] for summary in summaries]) for kind, figure in figures]
-    return " | ".join([*told, spread([summary["harder"]["sampled"]["pass@1"] for summary in summaries])])
+    shown = [spread([summary[kind][figure] for summary in summaries]) for kind, figure in figures]
+    return " | ".join([*shown, spread([summary["harder"]["sampled"]["pass@1"] for summary in summaries])])
 
 
 def trained(name: str, seeds: Sequence[int], output: Path) -> str:
-    """Return how many rows a method trained on, up to the round it ships, and which part of what it kept was luck."""
+    """Return how many rows a method trained on up to its chosen round, and the share kept with a wrong step."""
     lines = [line for seed in seeds for line in rounds(output / f"{name}-{seed}")]
     kept, wrong = (sum(line["selection"][key] for line in lines) for key in ("kept", "kept_with_wrong_step"))
     rows = sum(line["train"]["rows"] for line in lines) / len(seeds)
@@ -44,7 +44,7 @@ def trained(name: str, seeds: Sequence[int], output: Path) -> str:
 
 
 def main() -> int:
-    """Run all methods with all seeds and print what they show."""
+    """Run all methods with all seeds and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--jobs", type=int, default=2)
@@ -53,8 +53,8 @@ def main() -> int:
     output = options.output.absolute()
     jobs = [(name, seed) for seed in options.seeds for name in ("base", *METHODS)]
     with ThreadPoolExecutor(options.jobs) as pool:
-        found = dict(zip(jobs, pool.map(lambda job: one(job[0], job[1], output), jobs), strict=True))
-    policies = {name: cells([found[name, s]["model"] for s in options.seeds]) for name in ("base", *METHODS)}
+        results = dict(zip(jobs, pool.map(lambda job: one(job[0], job[1], output), jobs), strict=True))
+    policies = {name: cells([results[name, s]["model"] for s in options.seeds]) for name in ("base", *METHODS)}
     head = "greedy | sampled x 16 | pass@8 | harder, sampled | rows trained | kept with a wrong step"
     print(f"\n| {len(options.seeds)} seeds, % of 500 test problems | {head} |\n|---|" + "---:|" * 6)
     print(f"| base | {policies['base']} | | |")

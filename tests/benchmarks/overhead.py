@@ -1,4 +1,4 @@
-"""What a round of `bcft.filtered` costs beside its phases: journal, fsync, manifests, report, waiting.
+"""The cost of a round of `bcft.filtered` beside its phases: journal, fsync, manifests, report, waiting.
 
     python tests/benchmarks/overhead.py [--prompts 1400] [--rounds 4]
 
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def main() -> int:
-    """Run, print a line a round, and judge."""
+    """Run, print one line for each round; exit 1 if one is out of bounds."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--prompts", type=int, default=1400)
     parser.add_argument("--rounds", type=int, default=4)

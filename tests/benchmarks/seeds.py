@@ -3,8 +3,8 @@
     python tests/benchmarks/seeds.py [--seeds 0 1 2 3 4] [--jobs 2] [--output runs/seeds]
 
 Whole runs of the recipes as a user starts them, all scored on the same 500 test problems; a finished run is not run
-again. Plain BC clones with its own recipe's settings as many demonstrations as the filter trained on rows, up to the
-round it ships. Prints the README's table; exits 1 unless the control stays below the filter in every seed.
+again. Plain BC has its own recipe's settings, and as many demonstrations as the filter had rows up to its chosen
+round. Prints the README's table; exits 1 unless the control stays below the filter in every seed.
 """
 
 import argparse
@@ -23,11 +23,11 @@ Metrics = Mapping[str, Any]
 
 def run(command: str, recipe: str, output: Path, *keys: str) -> Metrics:
     """Run one recipe to its end; return its `metrics.json`."""
-    found = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-m", f"bcft.{command}", f"recipes/{recipe}", f"output_dir={output}", "--quiet", *keys],
         cwd=ROOT, capture_output=True, text=True, check=False, env=os.environ | {"HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
-    assert found.returncode == 0, found.stderr[-2000:]
+    assert process.returncode == 0, process.stderr[-2000:]
     place = output / "evaluate" if command == "evaluate" else output
     metrics: Metrics = json.loads((place / "metrics.json").read_text(encoding="utf-8"))
     print(f"{output.name}: {metrics['conclusion']}", flush=True)
@@ -35,7 +35,7 @@ def run(command: str, recipe: str, output: Path, *keys: str) -> Metrics:
 
 
 def rounds(output: Path) -> list[Metrics]:
-    """Return the metrics of a run's rounds up to the one it ships."""
+    """Return the metrics of a run's rounds up to the chosen one."""
     best = json.loads((output / "metrics.json").read_text(encoding="utf-8"))["best_round"]
     lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines[:best]]
@@ -44,12 +44,12 @@ def rounds(output: Path) -> list[Metrics]:
 def one_seed(seed: int, output: Path) -> dict[str, Metrics]:
     """Run filter, control and plain BC with one seed; return their metrics."""
     places = {name: output / f"{name}-{seed}" for name in ("filter", "control", "plain")}
-    found = {
+    results = {
         "filter": run("filtered", "filtered_bc.yaml", places["filter"], f"seed={seed}"),
         "control": run("filtered", "filtered_bc.yaml", places["control"], f"seed={seed}", "control=random"),
     }
     rows = sum(line["train"]["rows"] for line in rounds(places["filter"]))
-    found["plain"] = run(
+    results["plain"] = run(
         "sft",
         "bc_math.yaml",
         places["plain"],
@@ -57,7 +57,7 @@ def one_seed(seed: int, output: Path) -> dict[str, Metrics]:
         f"dataset_train_split=train[:{rows}]",
         "save_strategy=no",
     )
-    return found
+    return results
 
 
 def spread(values: Sequence[float]) -> str:
@@ -66,13 +66,13 @@ def spread(values: Sequence[float]) -> str:
     return f"{100 * sum(values) / len(values):.1f} ({100 * low:.1f} to {100 * high:.1f})"
 
 
-def table(found: Mapping[int, Mapping[str, Metrics]]) -> list[str]:
-    """Return the README's table, a column a policy."""
+def table(results: Mapping[int, Mapping[str, Metrics]]) -> list[str]:
+    """Return the README's table, one column for each policy."""
     columns = {
-        "base": [runs["filter"]["base"] for runs in found.values()],
-        "random control": [runs["control"]["best"] for runs in found.values()],
-        "filter": [runs["filter"]["best"] for runs in found.values()],
-        "plain BC": [runs["plain"]["final"] for runs in found.values()],
+        "base": [runs["filter"]["base"] for runs in results.values()],
+        "random control": [runs["control"]["best"] for runs in results.values()],
+        "filter": [runs["filter"]["best"] for runs in results.values()],
+        "plain BC": [runs["plain"]["final"] for runs in results.values()],
     }
     figures = {
         "solved, greedy": ("greedy", "success"),
@@ -80,18 +80,18 @@ def table(found: Mapping[int, Mapping[str, Metrics]]) -> list[str]:
         "pass@8": ("sampled", "pass@k"),
     }
     lines = [
-        f"| {len(found)} seeds, % of 500 test problems | {' | '.join(columns)} |",
+        f"| {len(results)} seeds, % of 500 test problems | {' | '.join(columns)} |",
         "|---|" + "---:|" * len(columns),
     ]
     for name, (kind, figure) in figures.items():
         cells = [spread([summary[kind][figure] for summary in column]) for column in columns.values()]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     cells = [spread([summary["harder"]["sampled"]["pass@1"] for summary in column]) for column in columns.values()]
-    return [*lines, f"| one carry more than ever shown, sampled | {' | '.join(cells)} |"]
+    return [*lines, f"| one carry more than in training, sampled | {' | '.join(cells)} |"]
 
 
 def main() -> int:
-    """Run all seeds and print what they show."""
+    """Run all seeds and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--jobs", type=int, default=2)
@@ -99,10 +99,10 @@ def main() -> int:
     options = parser.parse_args()
     output = options.output.absolute()
     with ThreadPoolExecutor(options.jobs) as pool:
-        found = dict(zip(options.seeds, pool.map(lambda seed: one_seed(seed, output), options.seeds), strict=True))
-    print("\n".join(["", *table(found), ""]))
+        results = dict(zip(options.seeds, pool.map(lambda seed: one_seed(seed, output), options.seeds), strict=True))
+    print("\n".join(["", *table(results), ""]))
     below = 0
-    for seed, runs in found.items():
+    for seed, runs in results.items():
         levels = {name: runs[name]["best"]["sampled"]["pass@1"] for name in ("control", "filter")}
         below += levels["control"] < levels["filter"]
         past = {name: rounds(output / f"{name}-{seed}") for name in levels}
@@ -115,8 +115,8 @@ def main() -> int:
             f"{wrong['control']} of {kept['control']}); plain BC on {runs['plain']['train']['rows']} demonstrations; "
             f"pass@8 against base {100 * low:+.1f} to {100 * high:+.1f} points"
         )
-    print(f"control below the filter in {below} of {len(found)} seeds")
-    return 0 if below == len(found) else 1
+    print(f"control below the filter in {below} of {len(results)} seeds")
+    return 0 if below == len(results) else 1
 
 
 if __name__ == "__main__":

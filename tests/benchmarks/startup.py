@@ -1,4 +1,4 @@
-"""How long a command takes to answer, and to reach its first forward pass.
+"""The time that a command takes to answer, and to reach its first forward pass.
 
     python tests/benchmarks/startup.py [--pairs 5] [--before CHECKOUT]
 
@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 COMMANDS = ("sft", "filtered", "evaluate", "collect", "refilter", "preview")
 ANSWER, HOSTILE, FORWARD, LATER = 0.5, 2.0, 3.0, 0.3
 """Seconds: the bounds of an answer, of a hostile file, of the first forward pass over trl's import, and of how much
-later than before it may be without being more than noise."""
+later than before it may be, which is noise."""
 # The process ends at its first forward pass.
 FIRST_FORWARD = """
 import os, sys, torch
@@ -47,15 +47,15 @@ NOT_RECIPES = {
 }
 
 
-class Taken(NamedTuple):
-    """What one process took."""
+class Times(NamedTuple):
+    """The time of one process."""
 
     wall: float
     cpu: float
 
 
-def taken(arguments: Sequence[str], code: int, *, root: Path = ROOT) -> Taken:
-    """Run a fresh interpreter with the arguments; return what it took."""
+def times(arguments: Sequence[str], code: int, *, root: Path = ROOT) -> Times:
+    """Run a fresh interpreter with the arguments; return its time."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     start = time.perf_counter()
     process = subprocess.run(
@@ -68,28 +68,28 @@ def taken(arguments: Sequence[str], code: int, *, root: Path = ROOT) -> Taken:
     wall = time.perf_counter() - start
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert process.returncode == code, process.stderr.decode()
-    return Taken(wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    return Times(wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
 
 
-def empty() -> Taken:
-    """Return what an empty Python takes."""
-    return taken(["-c", "pass"], 0)
+def empty() -> Times:
+    """Return the time of an empty Python."""
+    return times(["-c", "pass"], 0)
 
 
-def first_forward(root: Path = ROOT) -> Taken:
-    """Return what a run of `sft` takes until its first forward pass."""
+def first_forward(root: Path = ROOT) -> Times:
+    """Return the time of a run of `sft` until its first forward pass."""
     with tempfile.TemporaryDirectory() as directory:
-        return taken(["-c", FIRST_FORWARD, directory], 7, root=root)
+        return times(["-c", FIRST_FORWARD, directory], 7, root=root)
 
 
-def median_difference(ours: Callable[[], Taken], theirs: Callable[[], Taken], pairs: int) -> Taken:
+def median_difference(ours: Callable[[], Times], theirs: Callable[[], Times], pairs: int) -> Times:
     """Return the median of ours less theirs, of so many pairs after one that warms the file cache."""
     ours(), theirs()
     differences = []
     for _ in range(pairs):
         our, their = ours(), theirs()
-        differences.append(Taken(our.wall - their.wall, our.cpu - their.cpu))
-    return Taken(statistics.median(d.wall for d in differences), statistics.median(d.cpu for d in differences))
+        differences.append(Times(our.wall - their.wall, our.cpu - their.cpu))
+    return Times(statistics.median(d.wall for d in differences), statistics.median(d.cpu for d in differences))
 
 
 def main() -> int:
@@ -113,7 +113,7 @@ def main() -> int:
         for command in COMMANDS:
             for arguments, code in (["--help"], 0), ([str(recipe)], 2):
                 difference = median_difference(
-                    lambda command=command, arguments=arguments, code=code: taken(
+                    lambda command=command, arguments=arguments, code=code: times(
                         ["-m", "bcft.cli", command, *arguments], code
                     ),
                     empty,
@@ -123,9 +123,9 @@ def main() -> int:
                 report(shown, difference.cpu, ANSWER, "of CPU over an empty Python")
         for what, text in NOT_RECIPES.items():
             recipe.write_text(text)
-            difference = median_difference(lambda: taken(["-m", "bcft.cli", "sft", str(recipe)], 2), empty, 1)
+            difference = median_difference(lambda: times(["-m", "bcft.cli", "sft", str(recipe)], 2), empty, 1)
             report(what, difference.cpu, HOSTILE, "of CPU over an empty Python")
-    difference = median_difference(first_forward, lambda: taken(["-c", TRL], 0), options.pairs)
+    difference = median_difference(first_forward, lambda: times(["-c", TRL], 0), options.pairs)
     report("first forward pass", difference.wall, FORWARD, "over the import of trl")
     if options.before:
         difference = median_difference(first_forward, lambda: first_forward(options.before.resolve()), options.pairs)

@@ -2,8 +2,10 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
+from helpers.runs import interrupted
 
 from bcft import collect, filtered, refilter, sft
 from bcft.config.loader import load
@@ -11,7 +13,8 @@ from bcft.data.loading import load_splits
 from bcft.errors import DataError, UsageError
 from bcft.policy.loading import load_renderer
 from bcft.rewards.math_answers import math_reward
-from bcft.runs.storage import committed, read_json, read_jsonl
+from bcft.rollout import sample
+from bcft.runs.storage import Journal, committed, read_json, read_jsonl
 
 KEYS = {
     "model_name_or_path": "bcft:tiny-math", "dataset_name": "bcft:arithmetic", "dataset_train_split": "train[:400]",
@@ -119,6 +122,26 @@ def test_with_another_tokenizer_the_text_is_tokenized_and_the_run_says_so(collec
         manifest.write_text(whole)
     rows = len(kept(collected))
     assert f"{rows:,} were sampled with another tokenizer, and are tokenized from their text" in capsys.readouterr().out
+
+
+def test_with_allow_drift_nothing_of_another_recipe_is_kept(tmp_path, monkeypatch):
+    keys = {**KEYS, "prompts_per_round": 6, "num_generations": 2, "keep_quantile": 0.0}
+    collect.run(None, output_dir=str(tmp_path / "hotter"), temperature=1.5, **keys)
+    monkeypatch.setattr(sample, "CHUNK", 4)
+    interrupted(monkeypatch, tmp_path / "drifted", Journal, "append", run=collect.run, **keys)
+    monkeypatch.undo()
+    config = load("collect", None, keys | {"output_dir": str(tmp_path / "drifted"), "temperature": 1.5})
+    with pytest.raises(UsageError, match=r"temperature was 1\.0, now 1\.5"):
+        collect.run_config(config)
+    collect.run_config(replace(config, flags=frozenset({"allow-drift"})))
+    one, two = ((tmp_path / name / "rollouts.jsonl").read_bytes() for name in ("hotter", "drifted"))
+    assert one == two
+
+
+def test_a_second_refilter_into_a_directory_replaces_its_status(collected, tmp_path):
+    (tmp_path / "status.json").write_text('{"state": "failed"}')
+    refilter.run(None, rollouts=collected, output_dir=str(tmp_path), **SAVED)
+    assert read_json(tmp_path / "status.json")["state"] == "done"
 
 
 def test_every_file_loads_with_datasets(collected):

@@ -7,7 +7,7 @@ import signal
 
 import pytest
 import torch
-from helpers.runs import TINY, equal, interrupted, text, weights
+from helpers.runs import TINY, PowerCut, equal, interrupted, text, weights
 from safetensors.torch import load_file
 
 from bcft import filtered
@@ -166,7 +166,7 @@ def test_rollouts_of_another_recipe_are_not_mixed_in(tmp_path, monkeypatch):
     interrupted(monkeypatch, tmp_path / "cut", Journal, "append", **TINY | {"num_rounds": 1})
     monkeypatch.undo()
     config = load("filtered", None, hotter | {"output_dir": str(tmp_path / "cut")}, flags={"allow-drift"})
-    filtered.improve(config)
+    filtered.run_config(config)
     assert text(tmp_path / "hotter", 1, "rollouts.jsonl") == text(tmp_path / "cut", 1, "rollouts.jsonl")
 
 
@@ -198,7 +198,36 @@ def test_another_function_from_python_is_another_recipe(tmp_path):
         filtered.run(None, reward_funcs=[right], **keys)
 
 
-def test_the_first_reward_function_says_what_is_solved_unless_told(tmp_path):
+def test_reward_functions_may_be_given_as_names_and_as_objects_at_once(tmp_path):
+    def short(completions, **_):
+        return [-float(len(text)) for text in completions]
+
+    keys = TINY | {"num_rounds": 1, "success_func": "bcft.rewards.math_reward"}
+    filtered.run(None, output_dir=str(tmp_path), reward_funcs=["bcft.rewards.math_reward", short], **keys)
+    scores = read_jsonl(tmp_path / "round_001" / "scores.jsonl")
+    assert {tuple(reward["name"] for reward in row["rewards"]) for row in scores} == {("math_reward", "short")}
+
+
+def test_with_allow_drift_every_evaluation_to_compare_with_is_made_anew(tmp_path, monkeypatch):
+    """Also when the drifted run is killed before it evaluates the base, and then resumed without the flag."""
+    path, fewer = tmp_path / "run", TINY | {"num_rounds": 1, "eval_test_samples": 1, "eval_dev_samples": 1}
+    interrupted(monkeypatch, path, filtered_bc, "conclude", when="before", **TINY | {"num_rounds": 1})
+    config = load("filtered", None, fewer | {"output_dir": str(path)}, flags={"allow-drift"})
+    with monkeypatch.context() as patch:
+        patch.setattr(filtered_bc, "evaluate_base", raising)
+        with pytest.raises(PowerCut):
+            filtered.run_config(config)
+    filtered.run(None, output_dir=str(path), **fewer)
+    for name in ("round_000/evaluation.json", "round_000/test/evaluation.json"):
+        assert read_json(path / name)["sampled"]["n"] == 1, name
+    assert read_json(path / "metrics.json")["base"]["sampled"]["n"] == 1
+
+
+def raising(*_, **__):
+    raise PowerCut
+
+
+def test_the_first_reward_function_says_what_is_solved_by_default(tmp_path):
     def tens(completions, **_):
         return [float(text.strip().endswith("0")) for text in completions]
 

@@ -193,6 +193,14 @@ def test_evaluate_of_a_finished_run_repeats_its_figures_and_compares(finished, t
     assert (tmp_path / "evaluate" / "model" / "evaluation.jsonl").is_file()
 
 
+def test_a_second_evaluation_into_a_directory_replaces_its_status(tmp_path):
+    keys = {k: v for k, v in TINY.items() if k.startswith(("model", "dataset", "eval", "max_comp"))}
+    (tmp_path / "evaluate").mkdir()
+    (tmp_path / "evaluate" / "status.json").write_text('{"state": "failed"}')
+    evaluate.run(None, output_dir=str(tmp_path), **keys)
+    assert read_json(tmp_path / "evaluate" / "status.json")["state"] == "done"
+
+
 def test_preview_shows_the_very_labels_that_are_trained(llama):
     model, data = llama
     rows = preview.run(None, model_name_or_path=model, dataset_name=data, preview_rows=2)
@@ -236,7 +244,7 @@ def test_a_changed_dataset_is_refused_and_with_allow_drift_measured_anew(tmp_pat
     with pytest.raises(UsageError, match="the dataset's rows have changed"):
         sft.run(None, **keys)
     (tmp_path / "r" / "manifest.json").unlink()
-    again = sft.clone(load("sft", None, keys, flags={"allow-drift"}))
+    again = sft.run_config(load("sft", None, keys, flags={"allow-drift"}))
     assert again["base"]["n"] <= first["base"]["n"]
 
 
@@ -256,7 +264,7 @@ def test_a_run_resumes_with_the_versions_it_was_started_with_and_a_finished_one_
     (tmp_path / "manifest.json").unlink()
     with pytest.raises(UsageError, match=rf"was started with other versions or processes \({told}\): .*--allow-drift"):
         sft.run(None, output_dir=str(tmp_path), **TINY)
-    sft.clone(load("sft", None, TINY | {"output_dir": str(tmp_path)}, flags={"allow-drift"}))
+    sft.run_config(load("sft", None, TINY | {"output_dir": str(tmp_path)}, flags={"allow-drift"}))
 
 
 def test_a_committed_file_that_changed_is_an_error_and_nothing_is_trained_over_it(tmp_path):
@@ -321,7 +329,9 @@ def test_columns_that_json_has_no_form_for_are_written_as_text(tmp_path, llama):
     assert "2026-01-01" in (tmp_path / "r" / "problems.jsonl").read_text()
 
 
-@pytest.mark.parametrize("path", ["nowhere.f", "bcft.rewards.nothing", "bcft.rewards.sandbox.LONGEST", "math.pi"])
+@pytest.mark.parametrize(
+    "path", ["nowhere.f", "bcft.rewards.nothing", "bcft.rewards.sandbox.MAX_TEXT_CHARS", "math.pi"]
+)
 def test_a_success_function_that_does_not_exist_is_refused_with_its_key(tmp_path, path):
     with pytest.raises(UsageError, match="success_func"):
         sft.run(None, output_dir=str(tmp_path), success_func=path, **TINY)

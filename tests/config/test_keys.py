@@ -1,6 +1,8 @@
 """Keys, refused names and foreign names agree with the libraries' fields and with each other."""
 
+import re
 from dataclasses import fields
+from functools import partial
 
 import pytest
 from helpers.recipes import BASE_KEYS, findings
@@ -41,10 +43,13 @@ def test_defaults_of_library_fields_are_those_of_the_library_or_documented() -> 
     assert differing == OTHER_DEFAULTS | {*REQUIRED, "output_dir"}
 
 
-def test_choices_of_library_fields_are_those_of_the_library() -> None:
-    for key in KEYS.values():
-        if key.group != "bcft" and "choices" in LIBRARY_FIELDS[key.name][1]:
-            assert list(key.choices) == LIBRARY_FIELDS[key.name][1]["choices"]
+def test_a_library_field_with_choices_takes_no_other_word() -> None:
+    names = [name for name, (_, row) in LIBRARY_FIELDS.items() if name in KEYS and "choices" in row]
+    assert {"eval_strategy", "lr_scheduler_type", "optim", "bnb_4bit_quant_type", "save_strategy"} <= {*names}
+    for name in names:
+        (line,) = findings(partial(load, "sft", None, BASE_KEYS | {name: "no_such_word"}))
+        first = LIBRARY_FIELDS[name][1]["choices"][0]
+        assert re.match(rf"override: {name}: wants .*\bone of {first}, .*, not 'no_such_word'", line)
 
 
 def test_a_key_is_declared_once() -> None:

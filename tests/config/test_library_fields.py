@@ -98,7 +98,6 @@ def render(table: dict[str, dict[str, Any]]) -> str:
 
 @pytest.mark.slow
 def test_the_committed_table_is_what_the_installed_trl_has() -> None:
-    pytest.importorskip("trl")
     assert TABLE.read_text() == render(installed()), (
         "run `python tests/config/test_library_fields.py` and read the difference"
     )

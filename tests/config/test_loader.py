@@ -102,6 +102,17 @@ def test_names_of_python_objects_are_recorded() -> None:
     assert recipe.resolved["reward_funcs"] is None
 
 
+def test_the_command_line_leaves_out_python_objects_and_parses(write: Write) -> None:
+    path = write(BASE + "reward_funcs: [m.f]\n")
+    recipe = load("filtered", path, {"environment": "m.C", "seed": 7})
+    named = recipe.naming(reward_funcs=["m.f@0a1b2c3d"], environment="m.<lambda>")
+    assert named.python_objects == {"reward_funcs", "environment"}
+    _, command, *tokens = shlex.split(named.command_line)
+    assert tokens == [path, "seed=7"]
+    assert parse(command, tokens).selection.reward_funcs == ("m.f",)
+    assert recipe.naming(reward_funcs=["m.f@0a1b2c3d"]).command_line == f"bcft filtered {path} environment=m.C seed=7"
+
+
 def test_importing_the_configuration_imports_no_framework() -> None:
     code = (
         "import sys, bcft.config.loader, bcft.config.reference\n"
@@ -133,7 +144,7 @@ BAD_LINES = [
     ("policy_lm: gpt2", "use model_name_or_path"),
     ("env: {HF_TOKEN: x}", "env: refused: a recipe sets no environment variables"),
     ("datasets: [{path: x}]", "datasets: refused: mixtures"),
-    ("completion_only_loss: true", "the labels are made and proved here"),
+    ("completion_only_loss: true", "bcft makes and checks the labels"),
     ("packing: true", "packing: refused: this version does not pack"),
     ("hub_token: hf_abc", "set HF_TOKEN in the environment"),
     ("deepspeed: x.json", "accelerate launch --config_file"),

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
-from helpers.episodes import FORGETFUL, Counting, Scripted, attempts, played, retold
+from helpers.episodes import FORGETFUL, Counting, Scripted, attempts, contexts, played, retold
 from helpers.tiny import gsm8k, llama_tokenizer
 
 from bcft.data.examples import (
@@ -225,7 +225,7 @@ def test_every_example_is_a_context_the_policy_read_and_the_action_it_sampled(ep
     for trajectory in trajectories:
         for example in examples_of(trajectory):
             last = last_turn(example)
-            assert example.input_ids == trajectory.contexts[last] + trajectory.turns[last].action_ids
+            assert example.input_ids == contexts(trajectory)[last] + trajectory.turns[last].action_ids
             pairs = zip(example.input_ids, example.labels, strict=True)
             assert all(label in (IGNORED, token) for token, label in pairs)
 
@@ -250,7 +250,7 @@ def test_on_the_last_turn_alone_the_example_ends_with_it_and_trains_it_only(epis
     for trajectory in trajectories:
         (example,) = examples_of(trajectory, "last_turn")
         assert supervised(example) == trajectory.turns[-1].action_ids
-        assert example.input_ids == trajectory.contexts[-1] + trajectory.turns[-1].action_ids
+        assert example.input_ids == contexts(trajectory)[-1] + trajectory.turns[-1].action_ids
         assert example.completion == ({"role": "assistant", "content": trajectory.turns[-1].action},)
         assert len(example.prompt) == 5
 

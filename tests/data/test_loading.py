@@ -9,8 +9,9 @@ import yaml
 from helpers.tiny import write_jsonl
 
 from bcft.config.schema import DataSettings, EvaluationSettings
+from bcft.data import loading
 from bcft.data.loading import SOURCE, load_splits
-from bcft.errors import DataError
+from bcft.errors import BcftError, DataError
 from bcft.types import TrainingExample, bucket, problem_id
 
 DIGESTS = {
@@ -27,6 +28,11 @@ def splits(dataset, *, dev=0, test=0, **keys):
 def everything(parts):
     """Return all demonstrations of a dataset, sorted by their prompts."""
     return sorted((*parts.train, *parts.dev, *parts.test), key=lambda d: str(d.problem.prompt))
+
+
+def shared_prompts(parts):
+    """Return the ids of training problems that are also held out."""
+    return {d.problem.id for d in parts.train} & {d.problem.id for d in parts.held_out}
 
 
 def many(n=400):
@@ -99,8 +105,10 @@ def test_a_test_split_of_its_own_is_used_and_slices_are_understood(tmp_path):
     assert named == parts
     with pytest.raises(DataError, match="no split 'exam'"):
         splits(tmp_path, test=20, dataset_test_split="exam")
-    with pytest.raises(DataError, match="is not understood"):
+    with pytest.raises(DataError, match=r"^dataset_train_split: 'train\[:10%\]' is not understood"):
         splits(tmp_path, dataset_train_split="train[:10%]")
+    with pytest.raises(DataError, match=r"^dataset_test_split: 'test\[1\]' is not understood"):
+        splits(tmp_path, dataset_test_split="test[1]")
 
 
 def test_a_test_split_that_is_given_must_exist_and_the_default_one_need_not(tmp_path):
@@ -117,7 +125,7 @@ def test_training_prompts_that_are_also_held_out_are_refused_unless_allowed(tmp_
     write_jsonl(tmp_path / "test.jsonl", many(50)[7:9])
     with pytest.raises(DataError, match=r"train\.jsonl:8: 2 of \d+ training prompts are also in dev or test"):
         splits(tmp_path, test=5)
-    assert splits(tmp_path, test=5, allow_overlap=True).shared_prompts == 2
+    assert len(shared_prompts(splits(tmp_path, test=5, allow_overlap=True))) == 2
 
 
 def test_the_held_out_problems_do_not_depend_on_how_many_are_evaluated(tmp_path):
@@ -165,8 +173,17 @@ def test_kept_rows_are_trained_and_the_problems_of_their_run_held_out(run, tmp_p
         assert (parts.dev, parts.test) == (source.dev, source.test)
         assert [d.sampled.input_ids for d in parts.train] == [(1, n + 2, 3) for n in range(2, 8)]
         assert {d.tokenizer for d in parts.train} == {"abc"}
-        held_out = {d.problem.id for d in parts.held_out}
-        assert parts.shared_prompts == sum(d.problem.id in held_out for d in parts.train)
+        assert shared_prompts(parts) == set()
+
+
+def test_a_kept_row_of_a_held_out_problem_is_refused_unless_allowed(run, tmp_path):
+    held_out = splits(tmp_path, test=99).test[0].problem.id
+    first, *others = (run / "kept.jsonl").read_text().splitlines()
+    first = json.dumps(json.loads(first) | {"problem_id": held_out})
+    (run / "kept.jsonl").write_text("\n".join([first, *others]))
+    with pytest.raises(DataError, match=r"kept\.jsonl:1: 1 of 10 training prompts are also in dev or test"):
+        splits(run, test=99)
+    assert shared_prompts(splits(run, test=99, allow_overlap=True)) == {held_out}
 
 
 def test_kept_rows_without_their_run_and_malformed_ones_are_refused(run):
@@ -180,6 +197,11 @@ def test_kept_rows_without_their_run_and_malformed_ones_are_refused(run):
     (run / "config.yaml").write_text(yaml.safe_dump({"dataset_name": str(run)}))
     with pytest.raises(DataError, match=r"config\.yaml: its dataset, .* is itself the kept rows of a run"):
         splits(run)
+    for damaged in (b"dataset_name: [", b"\xff", b"just words"):
+        (run / "config.yaml").write_bytes(damaged)
+        with pytest.raises(BcftError, match=r"config\.yaml: not ") as caught:
+            splits(run)
+        assert "\n" not in str(caught.value)
     (run / "config.yaml").unlink()
     with pytest.raises(DataError, match=r"kept\.jsonl: no config\.yaml"):
         splits(run)
@@ -198,6 +220,22 @@ def test_replay_takes_the_training_split_without_held_out_problems(tmp_path):
     assert splits("bcft:arithmetic", replay_dataset="bcft:arithmetic-apprentice").replay[0].problem.where == (
         "bcft:arithmetic-apprentice train row 0"
     )
+
+
+def test_the_configuration_of_a_dataset_is_not_that_of_another_one_to_replay(monkeypatch):
+    asked = []
+
+    def hub(source):
+        asked.append((source.dataset_name, source.dataset_config, source.dataset_train_split))
+        return {"train": many(60)}
+
+    monkeypatch.setattr(loading, "_hub", hub)
+    keys = {"dataset_config": "main", "dataset_train_split": "train[:40]"}
+    other = splits("owner/main", replay_dataset="owner/other", **keys)
+    assert {*asked} == {("owner/main", "main", "train[:40]"), ("owner/other", None, "train[:40]")}
+    asked.clear()
+    assert splits("owner/main", replay_dataset="owner/main", **keys).replay == other.train
+    assert {*asked} == {("owner/main", "main", "train[:40]")}
 
 
 def test_an_error_of_the_replayed_dataset_names_its_key(tmp_path):

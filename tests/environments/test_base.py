@@ -1,9 +1,10 @@
 """What holds of every built-in environment, and how a recipe names one."""
 
 import sys
+from collections import OrderedDict
 
 import pytest
-from helpers.environments import ALL, problem_of
+from helpers.environments import ALL, Sized, problem_of
 
 from bcft.config.schema import DataSettings, EnvironmentSettings, EvaluationSettings, SamplingSettings
 from bcft.data.loading import load_splits
@@ -12,6 +13,7 @@ from bcft.environments.base import (
     EmbeddedDataset,
     embedded_datasets,
     environment_factory,
+    is_instant,
     rollout_settings,
     step_checker,
     uniforms,
@@ -97,11 +99,49 @@ def test_without_a_name_it_is_one_prompt_and_one_completion():
         ("bcft.environments.grid_walk.Walk", {}, "environment: module .* has no function 'Walk'"),
         ("bcft.environments.grid_walk.GridWalk", {"size": 9}, "environment_args: .* cannot be made with {'size': 9}"),
         ("collections.OrderedDict", {}, "environment: .* makes a OrderedDict, which has no reset and no step"),
+        (GridWalk, {"size": 9}, "environment_args: GridWalk cannot be made with {'size': 9}: TypeError"),
+        (OrderedDict, {}, "environment: .* makes a OrderedDict, which has no reset and no step"),
+        (7, {}, "environment: int is not a factory"),
     ],
 )
-def test_a_path_that_names_no_environment_is_refused_with_its_key(path, arguments, expected):
+def test_a_factory_that_makes_no_environment_is_refused_with_its_key(path, arguments, expected):
     with pytest.raises(UsageError, match=expected):
         environment_factory(path, arguments)
+
+
+@pytest.mark.parametrize("error", [KeyError("size"), RuntimeError("one\ntwo"), OSError("no such file")])
+def test_whatever_a_constructor_raises_is_one_line_with_its_type(error):
+    def make(**_):
+        raise error
+
+    with pytest.raises(UsageError) as caught:
+        environment_factory(make, {"size": 9})
+    message = str(caught.value)
+    assert message.startswith(f"environment_args: make cannot be made with {{'size': 9}}: {type(error).__name__}: ")
+    assert "\n" not in message
+
+
+def test_a_path_and_the_class_it_names_give_the_same_factory():
+    for environment in ("helpers.environments.Sized", Sized):
+        make = environment_factory(environment, {"size": 3})
+        assert is_instant(make)
+        first, second = make(), make()
+        assert first is not second
+        assert (first.size, second.size) == (3, 3)
+
+
+@pytest.mark.parametrize(("instant", "expected"), [(True, True), (False, False), (1, False), (None, False)])
+def test_an_environment_answers_at_once_only_if_instant_is_true(instant, expected):
+    slow = type("Slow", (GridWalk,), {"instant": instant})
+    assert is_instant(slow) is is_instant(environment_factory(slow, {})) is expected
+    assert not is_instant(lambda: GridWalk())
+
+
+def test_the_trial_environment_is_closed():
+    closed = []
+    closing = type("Closing", (GridWalk,), {"close": lambda self: closed.append(self)})
+    environment_factory(closing, {})
+    assert len(closed) == 1
 
 
 def test_a_split_with_fewer_problems_than_requested_holds_out_those_it_has():
@@ -119,8 +159,11 @@ def test_rollouts_have_the_settings_of_the_recipe_and_one_turn_without_an_enviro
     assert limits == (7, 4, 2.5, 9)
     single = rollout_settings(sampling, EnvironmentSettings(max_turns=4), seed=9)
     assert (single.make_environment, single.max_turns) == (SingleTurn, 1)
-    given = rollout_settings(sampling, EnvironmentSettings(max_turns=4), seed=9, make=GridWalk)
-    assert (given.make_environment, given.max_turns) == (GridWalk, 4)
+    arguments = EnvironmentSettings(environment=GRID_WALK, environment_args={"size": 5}, max_turns=4)
+    given = rollout_settings(sampling, arguments, seed=9, make=Sized)
+    made = given.make_environment()
+    assert isinstance(made, Sized)
+    assert (made.size, is_instant(given.make_environment), given.max_turns) == (5, True, 4)
 
 
 def test_every_embedded_dataset_has_items_and_only_arithmetic_has_harder_ones_and_steps():

@@ -233,7 +233,7 @@ def test_nothing_is_drawn_from_the_seed() -> None:
         ({"told": ["fur", "metal"]}, "no secret$"),
         ({"secret": "cat"}, "no told$"),
         ({}, "no secret and no told$"),
-        ({"secret": "dog", "told": ["fur", "metal"]}, "'dog' is none of the objects"),
+        ({"secret": "dog", "told": ["fur", "metal"]}, "'dog' is not one of the objects"),
         ({"secret": "cat", "told": ["metal", "fur"]}, "order"),
         ({"secret": "cat", "told": ["fur", "fur"]}, "two attributes"),
         ({"secret": "cat", "told": ["fur"]}, "two attributes"),

@@ -1,6 +1,7 @@
 """Two attempts are on one problem and graded apart; changes from the first to the second are counted."""
 
 import pytest
+from helpers.episodes import contexts
 from helpers.tiny import llama_tokenizer
 
 from bcft.environments.two_attempts import REVIEW, TwoAttempts
@@ -26,7 +27,9 @@ def played(renderer, say, make=TwoAttempts):
     engine = ScriptedPolicy(renderer, lambda key, _: say(answers[key[3]], key[5]))
     settings = RolloutSettings(make, Sampling(), max_new_tokens=20, max_turns=5, step_timeout=60.0, seed=0)
     trajectories = play([Attempt(problem, 1, 0) for problem in PROBLEMS], settings, renderer, engine, phase="test")
-    return sorted(trajectories, key=lambda t: t.problem_id)
+    trajectories = sorted(trajectories, key=lambda t: t.problem_id)
+    assert [t.problem_id for t in trajectories] == [problem.id for problem in PROBLEMS]
+    return trajectories
 
 
 def wrong_then_right(answer, turn):
@@ -45,7 +48,7 @@ def outcomes(trajectories):
 def test_both_attempts_are_on_the_same_problem(renderer, verdict):
     for trajectory in played(renderer, wrong_then_right, lambda: TwoAttempts(verdict=verdict)):
         problem = PROBLEMS[int(trajectory.problem_id)]
-        first, second = (renderer.tokenizer.decode(list(ids)) for ids in trajectory.contexts)
+        first, second = (renderer.tokenizer.decode(list(ids)) for ids in contexts(trajectory))
         assert second.startswith(first)
         assert first.count(problem.prompt) == second.count(problem.prompt) == 1
         (review,) = trajectory.turns[0].observation

@@ -3,8 +3,10 @@
 import pytest
 import torch
 from helpers.sampling import random_llama, requests, tokens
+from transformers import DynamicCache, LlamaConfig
 
 from bcft.generation.hf import HFEngine, sampling_mode
+from bcft.generation.kv_cache import cached_numbers_per_token
 from bcft.types import Request, Sampling
 
 
@@ -105,3 +107,13 @@ def test_when_memory_runs_out_caches_are_dropped_first_and_no_token_changes(mode
         hook.remove()
     assert not failing[0]
     assert actions == conversation(model, sessions=False)
+
+
+def test_the_numbers_that_a_token_takes_are_those_of_a_cache_that_holds_it(model):
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(input_ids=torch.tensor([[2, 3, 4]]), past_key_values=cache, use_cache=True)
+    held = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
+    assert cached_numbers_per_token(model.config) == held // 3
+    wide = LlamaConfig(num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=6, hidden_size=32)
+    assert cached_numbers_per_token(wide) == 2 * 3 * 2 * 6

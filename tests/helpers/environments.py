@@ -9,6 +9,13 @@ from bcft.types import Problem, problem_id
 ALL = [(grid_walk, GridWalk), (guess_number, GuessNumber), (twenty_questions, TwentyQuestions)]
 
 
+class Sized(GridWalk):
+    """A grid walk with an argument."""
+
+    def __init__(self, size=1):
+        self.size = size
+
+
 def problem_of(item):
     """Return the problem of an embedded dataset's item."""
     columns = {key: value for key, value in item.items() if key not in ("prompt", "messages")}

@@ -69,3 +69,12 @@ def played(requested, make, renderer, engine=None, *, phase="train", **changes):
 def by_id(trajectories):
     """Return trajectories by their ids."""
     return {t.id: t for t in trajectories}
+
+
+def contexts(trajectory):
+    """Return the ids that the policy read before each action."""
+    whole = []
+    for turn in trajectory.turns:
+        before = whole[-1] + trajectory.turns[len(whole) - 1].action_ids if whole and not turn.rewritten else ()
+        whole.append(before + turn.ids)
+    return tuple(whole)

@@ -1,18 +1,26 @@
 """Precision follows the hardware and is stated in one line; adapters and pads never resize a model."""
 
 import dataclasses
+import json
+from pathlib import Path
 
 import pytest
 import torch
 from helpers.tiny import llama_tokenizer, save_llama
+from huggingface_hub import _CACHED_NO_EXIST
+from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
+from transformers import AutoTokenizer
 
 from bcft.config.schema import ModelSettings
 from bcft.errors import UsageError
+from bcft.policy import loading
 from bcft.policy.loading import (
+    adapter_base,
     check_four_bits,
     choose_precision,
     load_model,
     load_policy,
+    load_renderer,
     load_tokenizer,
     longest_row,
     lora_config,
@@ -135,3 +143,121 @@ def test_saved_weights_are_restored_in_place(llama, tmp_path, settings):
     restore(policy, str(tmp_path / "saved"), settings)
     assert saved.keys() == weights.keys() != set()
     assert all(torch.equal(weights[name], saved[name]) for name in saved)
+
+
+# Stop ids
+
+
+@pytest.mark.parametrize(("eos", "more"), [(7, {7}), ([7, 9], {7, 9}), (None, set()), ("no file", set())])
+def test_the_policy_stops_at_the_ids_of_its_generation_config_if_it_has_one(llama, eos, more):
+    file = Path(llama, "generation_config.json")
+    file.unlink()
+    expected = set(load_renderer(llama, ModelSettings()).stop_ids)
+    if eos != "no file":
+        file.write_text(json.dumps({"eos_token_id": eos}))
+    assert set(load_renderer(llama, ModelSettings()).stop_ids) == expected | more
+
+
+def test_a_generation_config_that_cannot_be_read_is_an_error_of_one_line(llama):
+    Path(llama, "generation_config.json").write_text("{")
+    with pytest.raises(UsageError, match=r"model_name_or_path: cannot load generation_config\.json of") as caught:
+        load_renderer(llama, ModelSettings())
+    assert "\n" not in str(caught.value)
+
+
+def not_found(kind):
+    """Return an error of the Hub without a response."""
+    return kind.__new__(kind, "no such file")
+
+
+@pytest.mark.parametrize(
+    ("error", "cached", "offline", "refused"),
+    [
+        (RemoteEntryNotFoundError, None, False, False),
+        (LocalEntryNotFoundError, None, False, True),
+        (LocalEntryNotFoundError, _CACHED_NO_EXIST, False, False),
+        (LocalEntryNotFoundError, None, True, False),
+        (ConnectionError, None, False, True),
+    ],
+    ids=["the Hub has none", "no network", "no network, but known to be missing", "offline on purpose", "broken line"],
+)
+def test_only_a_missing_generation_config_is_the_default_and_a_network_error_is_reported(
+    llama, monkeypatch, error, cached, offline, refused
+):
+    def download(*_, **__):
+        raise not_found(error)
+
+    monkeypatch.setattr(loading, "load_tokenizer", lambda *_: AutoTokenizer.from_pretrained(llama))
+    monkeypatch.setattr(loading, "hf_hub_download", download)
+    monkeypatch.setattr(loading, "try_to_load_from_cache", lambda *_, **__: cached)
+    monkeypatch.setattr(loading, "is_offline_mode", lambda: offline)
+    if refused:
+        with pytest.raises(UsageError, match=r"cannot load generation_config\.json of 'someone/model'"):
+            load_renderer("someone/model", ModelSettings())
+    else:
+        assert load_renderer("someone/model", ModelSettings()).stop_ids
+
+
+def test_the_generation_config_of_a_model_on_the_hub_is_read_from_its_download(llama, monkeypatch):
+    Path(llama, "generation_config.json").write_text(json.dumps({"eos_token_id": 7}))
+    asked = []
+
+    def download(*arguments, revision):
+        asked.append((*arguments, revision))
+        return str(Path(llama, "generation_config.json"))
+
+    monkeypatch.setattr(loading, "load_tokenizer", lambda *_: AutoTokenizer.from_pretrained(llama))
+    monkeypatch.setattr(loading, "hf_hub_download", download)
+    assert 7 in load_renderer("someone/model", ModelSettings(model_revision="v1")).stop_ids
+    assert asked == [("someone/model", "generation_config.json", "v1")]
+
+
+# Damaged adapters
+
+
+@pytest.fixture
+def adapter(llama, tmp_path):
+    """A saved adapter's directory."""
+    save_policy(with_adapter(load_policy(llama, ADAPTER), ADAPTER, seed=0), tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("{", "cannot read"),
+        ("[]", "has no base_model_name_or_path"),
+        ('{"base_model_name_or_path": null}', "has no base_model_name_or_path"),
+        (b"\xff", "cannot read"),
+    ],
+)
+def test_an_adapters_configuration_that_names_no_base_is_an_error_of_one_line(tmp_path, text, reason):
+    file = tmp_path / "adapter_config.json"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(
+        UsageError, match=f"model_name_or_path: .*adapter_config.json.*{reason}|{reason} .*json"
+    ) as caught:
+        adapter_base(str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("damage", ["missing", "torn", "of another rank", "unknown type"])
+def test_a_damaged_adapter_is_an_error_of_one_line(adapter, damage):
+    weights, settings = adapter / "adapter_model.safetensors", adapter / "adapter_config.json"
+    if damage == "missing":
+        weights.unlink()
+    elif damage == "torn":
+        weights.write_bytes(weights.read_bytes()[:-8])
+    else:
+        change = {"r": 8} if damage == "of another rank" else {"peft_type": "SOMETHING"}
+        settings.write_text(json.dumps(json.loads(settings.read_text()) | change))
+    with pytest.raises(UsageError, match="model_name_or_path: cannot load the adapter") as caught:
+        load_policy(str(adapter), ModelSettings())
+    assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_adapter_is_not_restored(adapter):
+    policy = load_policy(str(adapter), ADAPTER)
+    (adapter / "adapter_model.safetensors").write_bytes(b"")
+    with pytest.raises(UsageError, match="model_name_or_path: cannot load the adapter"):
+        restore(policy, str(adapter), ADAPTER)

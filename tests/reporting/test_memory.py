@@ -43,7 +43,7 @@ def estimate(config, precision=GPU, *, trained=1024, sampled=1024):
     """Return the items of a run by part."""
     return memory(
         outline(config.model), precision, model=config.model, training=config.training, trained=trained,
-        sampled=sampled, held_out_loss=config.command == "sft",
+        sampled=sampled, held_out_loss=config.command == "sft", room=None,
     )  # fmt: skip
 
 
@@ -141,7 +141,7 @@ def test_as_many_rows_are_sampled_together_as_the_engine_takes(llama, tokens):
     rows = rows_that_fit(cached=shape.cached, vocabulary=shape.vocabulary, tokens=tokens, free=2**30)
     assert rows == engine._rows_that_fit([request])
     cache = next(item for item in estimate(config, sampled=tokens)["sampling"] if item.name == "cache")
-    assert cache.sum.startswith(f"{rows} rows x {tokens:,} tokens")
+    assert cache.formula.startswith(f"{rows} rows x {tokens:,} tokens")
 
 
 # Worked examples

@@ -32,7 +32,7 @@ def test_the_card_names_model_method_data_and_conclusion(command, method):
 
 def test_the_figures_before_and_after_stand_in_a_table():
     text = card({"base": FIGURES, "final": FIGURES, "conclusion": ""})
-    assert "|  | base | final |\n| --- | --- | --- |\n| problems | 8 | 8 |\n" in text
+    assert "|  | base | final |\n| --- | ---: | ---: |\n| problems | 8 | 8 |\n" in text
     assert "| solved, greedy | 25.0 % [10.0, 50.0] | 25.0 % [10.0, 50.0] |" in text
 
 

@@ -11,7 +11,7 @@ import yaml
 import bcft.reporting.report
 from bcft.errors import StorageError, UsageError
 from bcft.evaluation.results import Evaluation, Measured
-from bcft.reporting.report import COLORS, PICTURE, _figure, _Run, write_report
+from bcft.reporting.report import COLORS, PICTURE, _figure, _Run, check_against, write_report
 from bcft.reporting.tables import conclusion, percent
 from bcft.runs.clock import PHASES
 from bcft.runs.storage import write_json, write_jsonl, write_text
@@ -221,8 +221,49 @@ def test_other_test_problems_are_not_paired(run, tmp_path):
 def test_against_a_directory_that_is_not_a_filtered_run_is_refused(run, tmp_path, config):
     if config:
         write_text(tmp_path / "x" / "config.yaml", config)
-    with pytest.raises(UsageError, match="not a run directory of bcft filtered: give `against` one that is"):
-        report(run, against=tmp_path / "x")
+    for refused in (lambda: report(run, against=tmp_path / "x"), lambda: check_against(tmp_path / "x")):
+        with pytest.raises(UsageError, match=r"^against: \S+/x is not a run of bcft filtered: give"):
+            refused()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.yaml", "a: [1,"),
+        ("config.yaml", "- a list"),
+        ("metrics.jsonl", '{"round": 1, "roll'),
+        ("metrics.jsonl", '{"round": 1}'),
+        ("metrics.jsonl", "[1]"),
+        ("metrics.json", "{"),
+        ("metrics.json", '{"best_round": 3}'),
+        ("round_000/evaluation.json", "\ufffe"),
+    ],
+)
+def test_a_damaged_file_is_one_line_with_its_name_before_anything_is_written(run, tmp_path, name, content):
+    other = make(tmp_path / "other", rounds=[line(1, dev=measured(2))], best=1)
+    check_against(other)
+    (other / name).write_bytes(content.encode("utf-16" if "evaluation" in name else "utf-8"))
+    for refused in (
+        lambda: check_against(other),
+        lambda: report(run, against=other),
+        lambda: report(other),
+    ):
+        with pytest.raises(UsageError, match=re.escape(str(other / name))) as caught:
+            refused()
+        assert "\n" not in str(caught.value)
+    assert not (run / "report.md").exists()
+
+
+def test_damaged_attempts_on_test_or_versions_are_one_line_with_the_file(run, tmp_path):
+    other = make(tmp_path / "other", rounds=[line(1, dev=measured(2))], best=1)
+    attempts = other / "round_001" / "test" / "evaluation.jsonl"
+    attempts.write_text("{")
+    with pytest.raises(UsageError, match=re.escape(f"{attempts} is damaged")):
+        report(run, against=other)
+    for content in ("{", "{}"):
+        (run / "versions.json").write_text(content)
+        with pytest.raises(UsageError, match=re.escape(f"{run / 'versions.json'} is damaged")):
+            report(run)
 
 
 def test_where_success_is_unknown_rewards_take_its_place(tmp_path):

@@ -12,9 +12,11 @@ from bcft.reporting.tables import (
     before_and_after,
     conclusion,
     level,
+    markdown_table,
     print_table,
     round_line,
     say,
+    success_or_reward,
     table_rows,
 )
 from bcft.types import Demonstration, Problem
@@ -140,6 +142,8 @@ def test_rewards_and_returns_take_the_place_of_an_unknown_success():
     rollout = {"played": 4, "success": 0.0, "unknown": 4, "reward_mean": 0.125}
     line = round_line({"round": 1, "rollout": rollout, "eval": RETURNED})
     assert "r 0.125" in line
+    assert success_or_reward(rollout) == "r 0.125"
+    assert success_or_reward(rollout | {"unknown": 3, "success": 0.25}) == "25.0 %"
     assert line.endswith("-4.00 [-5.00, -3.00]")
 
 
@@ -156,6 +160,11 @@ def test_rewards_and_returns_take_the_place_of_an_unknown_success():
 )
 def test_how_well_one_policy_does_is_one_line(summary, expected):
     assert level(Measured(Evaluation(()), summary)) == expected
+
+
+def test_a_bar_in_a_cell_does_not_add_a_column():
+    table = markdown_table(["", "a|b"], [["c|d", "1"], ["e", "2"]])
+    assert table == "|  | a\\|b |\n| --- | ---: |\n| c\\|d | 1 |\n| e | 2 |"
 
 
 def test_one_problem_that_only_the_later_policy_solves_is_shown_in_full():

@@ -36,6 +36,27 @@ def test_a_function_gets_the_columns_of_the_problems_under_their_names():
     assert ask(checking, problems, ["2", "2"]) == [1.0, 0.0]
 
 
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
+def test_a_column_that_some_problems_lack_is_none_for_them_in_any_order(order):
+    rows = [{"answer": "2"}, {}, {"level": "hard"}]
+    problems = [Problem(str(n), "?", rows[n]) for n in order]
+    columns = {}
+
+    def reward(prompts, completions, **others):  # noqa: ARG001
+        columns.update(others)
+        return [0.0] * len(completions)
+
+    ask(reward, problems, [""] * 3)
+    assert columns == {name: [rows[n].get(name) for n in order] for name in ("answer", "level")}
+
+
+def test_a_grade_does_not_depend_on_the_columns_of_other_problems():
+    problems = [Problem("a", "?", {"solution": "so #### 2"}), Problem("b", "?", {"answer": "3"}), Problem("c", "?")]
+    together = ask(math_reward, problems, ["2", "3", "4"])
+    assert together == [1.0, 1.0, None]
+    assert ask(math_reward, problems[::-1], ["4", "3", "2"]) == together[::-1]
+
+
 def test_a_function_that_raises_or_returns_too_few_values_is_reported_with_its_name():
     def failing(**_):
         raise KeyError("answer")
@@ -81,6 +102,25 @@ def test_a_dotted_path_without_a_function_is_refused_with_its_key(path, message)
     with pytest.raises(UsageError) as caught:
         import_function(path, key="reward_funcs")
     assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("import math\nmath.nothing", "AttributeError: module 'math' has no attribute 'nothing'"),
+        ("missing", "NameError: name 'missing' is not defined"),
+        ("raise ValueError('one\\ntwo')", "ValueError: one two"),
+        ("def", "SyntaxError: "),
+        ("import no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"),
+    ],
+)
+def test_a_module_that_fails_when_it_is_imported_is_one_line_with_the_reason(tmp_path, monkeypatch, source, reason):
+    (tmp_path / "broken_rewards.py").write_text(source + "\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UsageError) as caught:
+        import_function("broken_rewards.length", key="reward_funcs")
+    assert str(caught.value).startswith(f"reward_funcs: cannot import 'broken_rewards': {reason}")
+    assert "\n" not in str(caught.value)
 
 
 def test_a_module_of_the_working_directory_can_be_imported(tmp_path, monkeypatch):

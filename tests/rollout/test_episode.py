@@ -1,17 +1,20 @@
 """The loop: exactly the requested trajectories come back, as they were sampled, whatever the environments do."""
 
 import json
+import signal
+import time
 from dataclasses import replace
 from hashlib import sha256
 from queue import SimpleQueue
-from threading import Barrier, Event, Semaphore
+from threading import Barrier, Event, Semaphore, current_thread, main_thread
 
 import pytest
-from helpers.episodes import FORGETFUL, Counting, Scripted, attempts, by_id, played, retold, rollout_settings
+from helpers.episodes import FORGETFUL, Counting, Scripted, attempts, by_id, contexts, played, retold, rollout_settings
 from helpers.tiny import llama_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bcft.environments.single_turn import SingleTurn
+from bcft.errors import Preempted
 from bcft.generation.hf import HFEngine, sampling_mode
 from bcft.policy.chat_template import Renderer
 from bcft.policy.loading import ASSETS
@@ -54,10 +57,10 @@ def test_the_contexts_of_a_trajectory_are_those_the_engine_got_and_its_actions_t
         renderer = Renderer(retold(other[template]) if template in other else tokenizer)
     engine = Scripted(renderer, say=lambda key: f"thinking of {key[5]}> {key[4]}")
     trajectories = played(attempts(), Counting, renderer, engine)
-    contexts = {r.key: r.context_ids for wave in engine.waves for r in wave}
+    requested = {r.key: r.context_ids for wave in engine.waves for r in wave}
     for t in trajectories:
         keys = [(0, "train", t.round, t.problem_id, t.sample, turn) for turn in range(len(t.turns))]
-        assert list(t.contexts) == [contexts[key] for key in keys]
+        assert list(contexts(t)) == [requested[key] for key in keys]
         assert [turn.action_ids for turn in t.turns] == [
             tuple(renderer.completions([engine.say(key)])[0]) for key in keys
         ]
@@ -68,7 +71,7 @@ def test_a_conversation_reads_as_the_template_renders_it(renderer):
     engine = Scripted(renderer)
     (t,) = played(attempts(1, 1), Counting, renderer, engine)
     history = messages("say 0")
-    for turn, context in zip(t.turns, t.contexts, strict=True):
+    for turn, context in zip(t.turns, contexts(t), strict=True):
         assert list(context) == renderer.prompts([history])[0]
         history += [{"role": "assistant", "content": turn.action}, *turn.observation]
 
@@ -80,7 +83,7 @@ def test_sampled_tokens_stay_where_their_text_would_be_tokenized_differently(ren
     assert renderer.decode(apart) == "say"
     (t,) = played(attempts(1, 1), Counting, renderer, Scripted(renderer, say=lambda _: (apart, "stop_token")))
     assert not any(turn.rewritten for turn in t.turns)
-    assert t.contexts[2][len(t.contexts[1]) :][: len(apart)] == tuple(apart)
+    assert contexts(t)[2][len(contexts(t)[1]) :][: len(apart)] == tuple(apart)
 
 
 def test_whitespace_that_the_template_strips_from_an_action_rewrites_nothing(renderer):
@@ -93,7 +96,7 @@ def test_a_truncated_action_gets_the_end_it_lacks(renderer):
     (t,) = played(attempts(1, 1), Counting, renderer, Scripted(renderer, say=lambda _: (ids, "max_tokens")))
     assert t.truncated
     conversation = [*messages("say 0"), {"role": "assistant", "content": "ab"}, *messages("ab?")]
-    assert list(t.contexts[1]) == renderer.prompts([conversation])[0]
+    assert list(contexts(t)[1]) == renderer.prompts([conversation])[0]
 
 
 def test_an_action_that_does_not_stop_as_the_template_ends_a_message_is_rendered_again(tokenizer):
@@ -102,7 +105,7 @@ def test_an_action_that_does_not_stop_as_the_template_ends_a_message_is_rendered
     ids = (*renderer.completions(["ab"])[0][:-1], end)
     (t,) = played(attempts(1, 1), Counting, renderer, Scripted(renderer, say=lambda _: (ids, "stop_token")))
     assert [turn.rewritten for turn in t.turns] == [False, True, True]
-    assert end not in t.contexts[2]
+    assert end not in contexts(t)[2]
 
 
 def test_control_tokens_in_an_observation_are_only_text(renderer, tokenizer):
@@ -303,6 +306,210 @@ def test_an_environment_is_closed_once_after_its_last_step(renderer):
     assert sorted(closed) == [("say 0", 3)] * 2 + [("say 1", 0), ("say 1", 2), ("say 2", 0), ("say 2", 2)]
 
 
+@pytest.fixture
+def held():
+    """A class of environments that count how often each one is closed, and its instances."""
+
+    class Held(Counting):
+        made = []  # noqa: RUF012
+
+        def __init__(self):
+            self.closed = 0
+            self.made.append(self)
+
+        def close(self):
+            self.closed += 1
+
+    return Held
+
+
+def closed(held):
+    """Return how often each environment was closed."""
+    return [environment.closed for environment in held.made]
+
+
+@pytest.mark.parametrize("instant", [False, True])
+@pytest.mark.parametrize("fault", ["reset raises", "reset cannot be shown", "step raises", "step cannot be shown"])
+def test_an_environment_that_fails_is_closed_once(held, instant, fault):
+    class Failing(held):
+        def reset(self, problem, *, seed):
+            first = super().reset(problem, seed=seed)
+            if fault == "reset raises":
+                raise ValueError
+            return 7 if fault == "reset cannot be shown" else first
+
+        def step(self, action):
+            if fault == "step raises":
+                raise ValueError
+            feedback = super().step(action)
+            return Feedback([{"role": "tool", "content": "x"}], None, feedback.done)
+
+    Failing.instant = instant
+    refusing = "{% for m in messages if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endfor %}"
+    trajectories = played(attempts(3, 2), Failing, Renderer(retold(refusing + FORGETFUL)))
+    assert [t.ended for t in trajectories] == ["error"] * 6
+    assert all(t.error.startswith(fault.split()[0]) for t in trajectories)
+    assert closed(held) == [1] * 6
+
+
+@pytest.mark.parametrize("instant", [False, True])
+@pytest.mark.parametrize("reason", ["the engine fails", "the engine leaves requests", "the caller stops reading"])
+def test_when_the_loop_ends_early_every_open_environment_is_closed_once(renderer, held, instant, reason):
+    held.instant = instant
+
+    class Failing(Scripted):
+        def generate(self, requests):
+            actions = list(super().generate(requests))
+            if len(self.waves) == 2:
+                yield actions[0]
+                if reason == "the engine fails":
+                    raise MemoryError
+                if reason == "the engine leaves requests":
+                    return
+            yield from actions
+
+    class Uneven(held):
+        def step(self, action):
+            feedback = super().step(action)
+            return Feedback(None, None, done=True) if "0" in self.problem.prompt else feedback
+
+    trajectories = play(attempts(4, 2), rollout_settings(Uneven), renderer, Failing(renderer), phase="train")
+    if reason == "the caller stops reading":
+        assert next(trajectories).ended == "done"
+        trajectories.close()
+    else:
+        with pytest.raises(MemoryError if reason == "the engine fails" else AssertionError):
+            list(trajectories)
+    assert closed(held) == [1] * 8
+
+
+@pytest.mark.parametrize("call", ["reset", "step"])
+def test_an_environment_that_hangs_is_closed_once_when_its_call_returns(renderer, held, call):
+    hanging, left = Event(), Semaphore(0)
+
+    class Hanging(held):
+        def reset(self, problem, *, seed):
+            if call == "reset":
+                hanging.wait()
+            return super().reset(problem, seed=seed)
+
+        def step(self, action):
+            hanging.wait()
+            return super().step(action)
+
+        def close(self):
+            super().close()
+            left.release()
+
+    try:
+        trajectories = played(attempts(3, 1), Hanging, renderer, step_timeout=0.1)
+        assert {t.error for t in trajectories} == {f"{call} took longer than step_timeout, 0.1 s"}
+        assert closed(held) == [0] * 3
+    finally:
+        hanging.set()
+    assert all(left.acquire(timeout=60) for _ in range(3))
+    assert closed(held) == [1] * 3
+
+
+def test_a_close_that_raises_after_the_last_step_is_an_error_of_its_attempt_and_is_not_repeated(renderer, held):
+    class Stuck(held):
+        def close(self):
+            super().close()
+            raise RuntimeError("cannot close")
+
+    trajectories = played(attempts(2, 1), Stuck, renderer)
+    assert {(t.ended, t.error) for t in trajectories} == {("error", "step raised RuntimeError: cannot close")}
+    assert closed(held) == [1] * 2
+
+
+@pytest.mark.parametrize("instant", [False, True])
+def test_environments_run_in_the_loops_own_thread_only_where_instant_is_true(renderer, instant):
+    threads = set()
+
+    class Noting(Counting):
+        def step(self, action):
+            threads.add(current_thread() is main_thread())
+            return super().step(action)
+
+    Noting.instant = instant
+    assert {t.ended for t in played(attempts(), Noting, renderer)} == {"done"}
+    assert threads == {instant}
+
+
+@pytest.fixture
+def preempted():
+    """SIGTERM raises Preempted, as it does in every command."""
+
+    def preempt(*_):
+        raise Preempted("asked to stop")
+
+    before = signal.signal(signal.SIGTERM, preempt)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.usefixtures("preempted")
+@pytest.mark.parametrize("call", ["reset", "step"])
+@pytest.mark.parametrize(("number", "error"), [(signal.SIGTERM, Preempted), (signal.SIGINT, KeyboardInterrupt)])
+def test_a_signal_during_a_call_of_an_instant_environment_stops_the_loop(renderer, held, call, number, error):
+    class Struck(held):
+        instant = True
+
+        def strike(self, when):
+            if when == call and self.problem.prompt == "say 1":
+                signal.raise_signal(number)
+
+        def reset(self, problem, *, seed):
+            first = super().reset(problem, seed=seed)
+            self.strike("reset")
+            return first
+
+        def step(self, action):
+            self.strike("step")
+            return super().step(action)
+
+    with pytest.raises(error):
+        played(attempts(3, 1), Struck, renderer)
+    assert closed(held) == [1] * (2 if call == "reset" else 3)
+
+
+@pytest.mark.usefixtures("preempted")
+def test_a_signal_while_environments_run_in_threads_stops_the_loop_and_closes_them(renderer, held):
+    started = Semaphore(0)
+
+    class Working(held):
+        def step(self, action):
+            started.release()
+            time.sleep(0.2)
+            return super().step(action)
+
+    class Struck(Scripted):
+        def generate(self, requests):
+            for action in super().generate(requests):
+                yield action
+                started.acquire()
+                if action.key[3] == requests[0].key[3]:
+                    signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(Preempted):
+        played(attempts(3, 1), Working, renderer, Struck(renderer))
+    deadline = time.monotonic() + 60
+    while closed(held) != [1] * 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.3)  # a second close would come by now
+    assert closed(held) == [1] * 3
+
+
+@pytest.mark.parametrize("instant", [False, True])
+def test_an_environment_that_exits_is_an_error_of_its_attempt(renderer, instant):
+    class Exiting(Counting):
+        def step(self, action):  # noqa: ARG002
+            raise SystemExit(3)
+
+    Exiting.instant = instant
+    assert {t.error for t in played(attempts(2, 1), Exiting, renderer)} == {"step raised SystemExit: 3"}
+
+
 def test_equal_attempts_are_refused(renderer):
     with pytest.raises(ValueError, match="same problem, round and sample"):
         played(attempts(1, 1) * 2, SingleTurn, renderer)
@@ -370,4 +577,4 @@ def test_two_turns_by_hand(renderer, tokenizer):
             opening=({"role": "system", "content": "terse"}, {"role": "user", "content": "guess"}),
     )  # fmt: skip
     assert (t.environment_reward, t.success, t.truncated) == (-2.0, "yes", False)
-    assert t.contexts == (tuple(head), (*head, *five, *between))
+    assert contexts(t) == (tuple(head), (*head, *five, *between))

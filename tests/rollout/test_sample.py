@@ -1,5 +1,6 @@
 """A round's attempts: drawn by seed and number alone, played once each, and whole again after an interruption."""
 
+import signal
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -7,6 +8,7 @@ import pytest
 from helpers.episodes import Counting, Scripted, attempts, rollout_settings
 from helpers.tiny import llama_tokenizer
 
+from bcft.errors import Preempted
 from bcft.policy.chat_template import Renderer
 from bcft.rollout import sample
 from bcft.rollout.sample import ROLLOUTS, draw, play_journaled, roll_out, share
@@ -48,8 +50,8 @@ def requested(engines):
     return sum(len(engine.waves[0]) for engine in engines if engine.waves)
 
 
-def played(function, policy, directory, given):
-    return function(policy, given, rollout_settings(Counting), directory=directory, clock=Clock(), label="")
+def played(function, policy, directory, given, make=Counting):
+    return function(policy, given, rollout_settings(make), directory=directory, clock=Clock(), label="")
 
 
 def test_a_round_draws_problems_without_replacement_and_by_its_seed_and_number_alone():
@@ -98,11 +100,12 @@ def test_a_round_that_was_interrupted_plays_only_the_missing_attempts_and_ends_i
     given = attempts(5, 3)
     monkeypatch.setattr(sample, "CHUNK", 4)
     whole = played(roll_out, policy, tmp_path / "whole", given)
-    append = Journal.append
+    append, written = Journal.append, []
 
     def interrupted(self, rows):
         append(self, rows)
-        if len(self.rows) == 8:
+        written.extend(rows)
+        if len(written) == 8:
             raise Interrupted
 
     with monkeypatch.context() as patch:
@@ -114,6 +117,39 @@ def test_a_round_that_was_interrupted_plays_only_the_missing_attempts_and_ends_i
     assert played(roll_out, policy, tmp_path / "resumed", given) == whole
     assert requested(engines) == 15 - 8
     assert (tmp_path / "resumed" / ROLLOUTS).read_bytes() == (tmp_path / "whole" / ROLLOUTS).read_bytes()
+
+
+def test_a_signal_in_an_instant_environment_is_not_journaled_as_its_error(policy, engines, tmp_path, monkeypatch):
+    """Journaled, it would stay in the result of the resumed run."""
+    monkeypatch.setattr(sample, "CHUNK", 1)
+    strikes = [True]
+
+    class Struck(Counting):
+        instant = True
+
+        def step(self, action):
+            if self.problem.prompt == "say 2" and self.left == 1 and strikes:
+                strikes.clear()
+                signal.raise_signal(signal.SIGTERM)
+            return super().step(action)
+
+    def preempt(*_):
+        raise Preempted("asked to stop")
+
+    given = attempts(5, 1)
+    before = signal.signal(signal.SIGTERM, preempt)
+    try:
+        with pytest.raises(Preempted):
+            played(roll_out, policy, tmp_path, given, Struck)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    lines = list(read_journal(tmp_path / "journal" / "000.jsonl"))
+    assert 0 < len(lines) < 5
+    assert {line["ended"] for line in lines} == {"done"}
+    engines.clear()
+    resumed = played(roll_out, policy, tmp_path, given, Struck)
+    assert requested(engines) == 5 - len(lines)
+    assert resumed == played(roll_out, policy, tmp_path / "whole", given)
 
 
 def test_attempts_in_the_journal_of_another_process_are_not_played_again(policy, engines, tmp_path):

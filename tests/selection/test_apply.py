@@ -52,14 +52,19 @@ def test_the_kept_trajectories_that_say_something_become_examples():
     assert filtered.scope == SCORES
 
 
-def test_metrics_add_up_and_mention_kept_attempts_that_say_nothing():
+def test_metrics_add_up_and_mention_empty_kept_trajectories():
     metrics = applied().metrics
     assert metrics["kept"] == 3
     assert metrics["kept_fraction"] == 3 / 5
     assert metrics["problems_covered"] == 2
     assert metrics["rejected"] == dict.fromkeys(REASONS, 0) | {"failed": 1, "truncated": 1}
-    assert metrics["note"] == "1 kept attempts say nothing and are not trained on."
+    assert metrics["note"] == "1 kept trajectory is empty and is not used for training."
     assert "kept_with_wrong_step" not in metrics
+
+
+def test_several_empty_trajectories_are_counted_in_the_plural():
+    empty = [scored(sample, 1.0, action=" " * sample) for sample in (4, 5)]
+    assert applied(empty).metrics["note"] == "2 kept trajectories are empty and are not used for training."
 
 
 def test_wrong_steps_are_counted_where_they_can_be_checked():
@@ -78,7 +83,7 @@ def test_the_conclusion_says_how_many_were_kept_why_the_rest_was_not_and_the_nex
     conclusion = applied().conclusion("recipes/a.yaml", Path("runs/a"))
     assert conclusion == (
         "kept 3 of 5 attempts at 2 problems, cutoff 0 (rejected: 1 truncated, 1 failed). "
-        "1 kept attempts say nothing and are not trained on. "
+        "1 kept trajectory is empty and is not used for training. "
         "next: bcft sft recipes/a.yaml --dataset_name runs/a --output_dir DIR"
     )
     assert "bcft sft RECIPE --dataset_name" in applied().conclusion("", Path("runs/a"))
@@ -88,7 +93,7 @@ def test_without_a_kept_example_no_command_comes_next():
     conclusion = applied(SCORES[1:2]).conclusion("", Path("runs/a"))
     assert conclusion == (
         "kept 0 of 1 attempts at 0 problems, cutoff 0 (rejected: 1 failed). "
-        "Nothing was kept of 1 trajectories (1 failed): they are not known to have succeeded."
+        "The filter kept none of 1 trajectory (1 failed): they are not known to have succeeded."
     )
 
 

@@ -167,18 +167,6 @@ def test_rewards_of_any_size_have_a_cutoff_among_them(rewards: list[float], rule
 
 
 @LAW
-@given(candidates(), rules(require_success="auto"))
-def test_no_known_failure_is_ever_kept(scope: list[Candidate], rule: Rule) -> None:
-    assert all(c.success != "no" for c in kept_of(scope, select(scope, rule)))
-
-
-@LAW
-@given(candidates(), rules(require_success="true"))
-def test_required_success_must_be_known(scope: list[Candidate], rule: Rule) -> None:
-    assert all(c.success == "yes" for c in kept_of(scope, select(scope, rule)))
-
-
-@LAW
 @given(candidates(), rules() | rules(control="random"))
 def test_errored_ungraded_truncated_and_duplicate_trajectories_are_never_kept(
     scope: list[Candidate], rule: Rule
@@ -186,13 +174,6 @@ def test_errored_ungraded_truncated_and_duplicate_trajectories_are_never_kept(
     kept = kept_of(scope, select(scope, rule))
     assert all(c.graded and c.status == "done" for c in kept)
     assert len({(c.problem_id, c.digest) for c in kept}) == len(kept)
-
-
-@LAW
-@given(candidates(), rules(max_per_problem=1) | rules(max_per_problem=2, control="random"))
-def test_no_problem_keeps_more_than_max_per_problem(scope: list[Candidate], rule: Rule) -> None:
-    per_problem = Counter(c.problem_id for c in kept_of(scope, select(scope, rule)))
-    assert all(n <= (rule.max_per_problem or 0) for n in per_problem.values())
 
 
 @LAW

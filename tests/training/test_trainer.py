@@ -214,11 +214,15 @@ EVERY_RECIPE = [
     for command in ("sft", "filtered")
     for path in sorted(RECIPES.rglob("*.yaml"))
 ]
-OURS = {
-    "output_dir": "out", "bf16": False, "fp16": False, "use_cpu": True, "logging_nan_inf_filter": False,
-    "logging_first_step": True, "max_length": None, "chat_template_path": None, "eos_token": None,
-    "dataset_kwargs": {"skip_prepare_dataset": True},
+DECIDED = {
+    "output_dir", "bf16", "fp16", "use_cpu", "logging_nan_inf_filter", "logging_first_step", "max_length",
+    "chat_template_path", "eos_token", "dataset_kwargs",
 }  # fmt: skip
+"""The fields that the package decides itself; tests below say what for."""
+
+
+def arguments_of(settings, **overrides):
+    return training_arguments(settings, output_dir=Path("out"), autocast="no", use_cpu=True, **overrides)
 
 
 def from_every_value(values, **overrides):
@@ -227,7 +231,9 @@ def from_every_value(values, **overrides):
     every |= {name: value for name, value in values.items() if name in every}
     if values["logging_steps"] is None:
         every["logging_steps"] = 10
-    return SFTConfig(**every | overrides | OURS)
+    return SFTConfig(
+        **{name: value for name, value in (every | overrides).items() if name not in DECIDED}, use_cpu=True
+    )
 
 
 @pytest.mark.parametrize(("command", "path"), EVERY_RECIPE)
@@ -239,12 +245,45 @@ def from_every_value(values, **overrides):
 def test_every_recipe_gives_the_configuration_of_all_its_values(command, path, overrides):
     """What the sections leave out is what TRL's defaults say: nothing of a recipe is lost on its way."""
     config = load(command, path, {})
-    arguments = training_arguments(
-        config.training, output_dir=Path("out"), autocast="no", use_cpu=True, **overrides
-    ).to_dict()
-    assert arguments == from_every_value(config.values, **overrides).to_dict()
+    arguments = arguments_of(config.training, **overrides).to_dict()
+    expected = from_every_value(config.values, **overrides).to_dict()
+    assert arguments.keys() == expected.keys()
+    assert {name for name in arguments if arguments[name] != expected[name]} <= DECIDED
     assert arguments["learning_rate"] == config.values["learning_rate"]
     assert overrides or arguments["logging_steps"] == (config.training.logging_steps or 10)
+
+
+def test_the_run_decides_where_and_on_what_hardware_it_trains(tmp_path):
+    for use_cpu in (True, False):
+        made = training_arguments(
+            TrainingSettings(), output_dir=tmp_path, autocast="no", use_cpu=use_cpu, bf16=True, fp16=True
+        )
+        assert (made.output_dir, made.bf16, made.fp16, made.use_cpu) == (str(tmp_path), False, False, use_cpu)
+
+
+def test_trl_trains_on_the_ids_as_they_are(tmp_path, tokenizer):
+    """It would cut rows at 1,024 tokens, set another EOS token and tokenize text again."""
+    ids = tuple(range(6, VOCABULARY)) * 40
+    long = TrainingExample("demonstration-0", "p", ids, (IGNORED, *ids[1:]))
+    assert len(ids) > 1024
+    template, eos = tokenizer.chat_template, tokenizer.eos_token
+    made = trainer(model(), tmp_path, tokenizer, given=[long])
+    assert [list(row.items()) for row in made.train_dataset] == [
+        [("input_ids", list(ids)), ("labels", [IGNORED, *ids[1:]])]
+    ]
+    batch = made.data_collator([dict(row) for row in made.train_dataset])
+    assert (batch["input_ids"].tolist(), batch["labels"].tolist()) == ([list(ids)], [[IGNORED, *ids[1:]]])
+    assert (made.processing_class.chat_template, made.processing_class.eos_token) == (template, eos)
+
+
+def test_the_first_step_is_logged_whatever_logging_steps_is(tmp_path, tokenizer):
+    fitted = fit(trainer(model(), tmp_path / "rare", tokenizer, max_steps=3, logging_steps=3), examples())
+    every = fit(trainer(model(), tmp_path / "all", tokenizer, max_steps=3), examples())
+    assert fitted.loss_first == every.loss_first != 0.0
+
+
+def test_a_logged_loss_that_is_not_finite_is_not_replaced_by_the_one_before():
+    assert arguments_of(TrainingSettings()).logging_nan_inf_filter is False
 
 
 def test_keys_that_are_passed_through_reach_the_trainer():
