@@ -51,7 +51,7 @@ class Learner:
                 tokenizer=self.policy.renderer.tokenizer,
                 checkpoints=False,
             )
-        self.trainer.carried = load_file(carry_from / OPTIMIZER) if carry_from else None
+        self.trainer.initial_optimizer_state = load_file(carry_from / OPTIMIZER) if carry_from else None
         rate = training.learning_rate * rounds.learning_rate_decay ** (number - 1)
         trainer.next_round(self.trainer, examples, seed=training_seed(training.seed, number), learning_rate=rate)
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)

@@ -12,7 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from bcft.config.schema import ModelSettings, TrainingSettings
 from bcft.errors import UsageError
+from bcft.evaluation.held_out import LOSS_TOKENS
 from bcft.generation.hf import rows_that_fit
+from bcft.generation.kv_cache import cached_numbers_per_token
 from bcft.policy.loading import (
     Precision,
     adapter_base,
@@ -84,8 +86,6 @@ def outline(settings: ModelSettings) -> Outline:
         raise UsageError(f"model_name_or_path: {name!r} does not define a model: {reason}") from error
     text, head, adapter = config.get_text_config(), model.get_output_embeddings(), bool(base or settings.use_peft)
     linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return Outline(
         linear=sum(m.weight.numel() for m in linear),
         reads=sum(m.in_features for m in linear),
@@ -97,7 +97,7 @@ def outline(settings: ModelSettings) -> Outline:
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
         vocabulary=text.vocab_size,
-        cached=2 * text.num_hidden_layers * heads * size,
+        cached=cached_numbers_per_token(config),
         context=text.max_position_embeddings,
     )
 
@@ -172,8 +172,8 @@ def memory(
     ]
     if held_out_loss:
         size = compute + 8
-        logits = f"2,048 tokens x {wide} of vocabulary x {size} bytes"
-        parts["loss"] = [Item("logits", 2048 * shape.vocabulary * size, logits)]
+        logits = f"{LOSS_TOKENS:,} tokens x {wide} of vocabulary x {size} bytes"
+        parts["loss"] = [Item("logits", LOSS_TOKENS * shape.vocabulary * size, logits)]
     return parts
 
 

@@ -20,7 +20,7 @@ from threading import Thread, current_thread, main_thread
 from time import monotonic
 from typing import Any
 
-from bcft.environments.base import Closing
+from bcft.environments.base import Closing, is_instant
 from bcft.errors import DataError, Preempted
 from bcft.policy.chat_template import Renderer
 from bcft.types import (
@@ -86,8 +86,7 @@ def play(
     rendered: dict[str, tuple[int, ...]] = {}  # a first observation that many attempts share is tokenized once
     episodes = [_Episode(attempt, settings, phase, renderer, rendered) for attempt in attempts]
 
-    # An instant environment answers at once and runs in this thread, since another thread costs more than the call.
-    calls = _Calls(settings.step_timeout, threads=not getattr(settings.make_environment, "instant", False))
+    calls = _Calls(settings.step_timeout, threads=not is_instant(settings.make_environment))
     try:
         # 1. Every attempt gets an environment and its first observation.
         for episode in episodes:
@@ -290,7 +289,7 @@ class _Calls:
         self.work: SimpleQueue[tuple[_Episode, Callable[[], Any]] | None] = SimpleQueue()
         self.waiting: deque[tuple[_Episode, Callable[[], Any]]] = deque()
         self.deadlines: dict[_Episode, float] = {}  # of the calls not answered yet, the earliest first
-        # Calls in threads. Who removes one decides: its thread, and it has answered; or this one, and it is given up.
+        # Calls in threads. Removing one settles its end: the thread removes it to answer, the loop to give it up.
         self.running: dict[_Episode, bool] = {}
         self.done: SimpleQueue[tuple[_Episode, float, Any]] = SimpleQueue()
 

@@ -31,10 +31,10 @@ def draw(problems: Collection[Problem], number: int, *, seed: int, prompts: int,
     number: of the round. All attempts at a problem are adjacent.
     """
 
-    def rank_of(problem: Problem) -> bytes:
+    def draw_key(problem: Problem) -> bytes:
         return sha256(f"{seed}-{number}-{problem.id}".encode()).digest()
 
-    drawn = sorted(problems, key=rank_of)[:prompts]
+    drawn = sorted(problems, key=draw_key)[:prompts]
     return [Attempt(problem, number, sample) for problem in drawn for sample in range(samples)]
 
 

@@ -30,10 +30,10 @@ class BCTrainer(SFTTrainer):  # type: ignore[misc]
     """SFTTrainer on training examples; stops at the first loss that is not finite, commits its checkpoints.
 
     LoRA adapters are kept in fp32: TRL casts them to bf16 on a quantized base, where most small updates vanish.
-    `carried` is an optimizer state, as `optimizer_state` returns it, from which the next optimizer starts.
+    `initial_optimizer_state` is an optimizer state, as `optimizer_state` returns it, from which the next optimizer starts.
     """
 
-    carried: Mapping[str, torch.Tensor] | None = None
+    initial_optimizer_state: Mapping[str, torch.Tensor] | None = None
 
     def __init__(
         self,
@@ -77,11 +77,11 @@ class BCTrainer(SFTTrainer):  # type: ignore[misc]
         return loss
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """Create the optimizer, with the moments in `carried` where there are any."""
+        """Create the optimizer, with the moments of `initial_optimizer_state` if there is one."""
         optimizer = super().create_optimizer(*args, **kwargs)
-        if self.carried:
+        if self.initial_optimizer_state:
             state: dict[int, dict[str, torch.Tensor]] = {}
-            for key, tensor in self.carried.items():
+            for key, tensor in self.initial_optimizer_state.items():
                 index, _, name = key.partition(".")
                 state.setdefault(int(index), {})[name] = tensor
             optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

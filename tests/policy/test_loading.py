@@ -234,10 +234,9 @@ def adapter(llama, tmp_path):
 def test_an_adapters_configuration_that_names_no_base_is_an_error_of_one_line(tmp_path, text, reason):
     file = tmp_path / "adapter_config.json"
     file.write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(
-        UsageError, match=f"model_name_or_path: .*adapter_config.json.*{reason}|{reason} .*json"
-    ) as caught:
+    with pytest.raises(UsageError, match=f"model_name_or_path: .*{reason}") as caught:
         adapter_base(str(tmp_path))
+    assert str(file) in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
