@@ -2,7 +2,7 @@
 
 Rounds of roll out, score, select and train, on the policy's own trajectories. Dev problems choose the best round; test
 problems are attempted twice, by the base and by that round. Every round is committed: re-running the same command
-resumes an interrupted run with bit-identical rows and weights.
+resumes an interrupted run with bit-identical rows and weights (on a CPU).
 """
 
 import sys
@@ -18,7 +18,7 @@ from bcft.config.loader import Config, load
 from bcft.data.loading import load_splits
 from bcft.environments.base import rollout_settings
 from bcft.errors import UsageError
-from bcft.reporting.report import write_report
+from bcft.reporting.report import check_against, write_report
 from bcft.rewards.base import described, import_function
 from bcft.selection.scoring import Scorer
 from bcft.types import Environment
@@ -64,8 +64,8 @@ def run_config(
         environment=described(environment) if environment else "",
     )
     against = Path(config.evaluation.against) if config.evaluation.against else None
-    if against and not (against / "metrics.jsonl").is_file():
-        raise UsageError(f"against: {against} is not a run of bcft filtered, whose rounds are in DIR/metrics.jsonl")
+    if against:
+        check_against(against)
     # Dotted paths and data are checked before torch is loaded and before a directory is made.
     rollouts = rollout_settings(config.sampling, config.environment, seed=config.training.seed, make=environment)
     splits = load_splits(config.data, config.evaluation)

@@ -79,8 +79,7 @@ def start(run: Run, history: History) -> tuple[Learner, list[TrainingExample]]:
     limit = longest_row(history.base_model, config.model, config.data.max_length)
     replay = replay_examples(splits.replay, policy.renderer, max_length=limit, train_on=config.data.train_on)
     session.say(f"model: {history.base_model} on {policy.precision.why}")
-    held_out = f"{len(splits.dev):,} dev and {len(splits.test):,} test problems held out"
-    session.say(f"data: {len(run.problems):,} problems to attempt, {held_out}")
+    session.say(f"data: {len(run.problems):,} problems to attempt, {splits.held_out_words}")
     if config.environment.environment:
         session.say(f"environment: {config.environment.environment}, at most {config.environment.max_turns} turns")
     if note:

@@ -77,9 +77,13 @@ class Splits:
             raise DataError("no problems to attempt: the training split is empty once dev and test are taken out")
         return problems
 
+    @property
+    def held_out_words(self) -> str:
+        """How many problems are held out, in words."""
+        return f"{len(self.dev):,} dev and {len(self.test):,} test problems held out"
+
     def __str__(self) -> str:
-        held = f"{len(self.dev):,} dev and {len(self.test):,} test problems held out"
-        return f"{len(self.train):,} demonstrations to train on, {held}"
+        return f"{len(self.train):,} demonstrations to train on, {self.held_out_words}"
 
 
 def load_splits(data: DataSettings, evaluation: EvaluationSettings) -> Splits:

@@ -182,8 +182,7 @@ def _problems(parts: _Parts, sampling: SamplingSettings, environment: str | None
     if isinstance(splits, Missing):
         return [("data", splits)], None
     problems = {key: problem.prompt for key, problem in splits.problems_to_attempt().items()}
-    held_out = f"{len(splits.dev):,} dev and {len(splits.test):,} test problems held out"
-    line = ("data", f"{len(problems):,} problems to attempt, {held_out}")
+    line = ("data", f"{len(problems):,} problems to attempt, {splits.held_out_words}")
     if environment:
         return [line, ("prompts", f"unknown: {environment} makes them during the rollout")], None
     if isinstance(renderer, Missing):

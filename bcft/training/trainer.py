@@ -30,7 +30,7 @@ class BCTrainer(SFTTrainer):  # type: ignore[misc]
     """SFTTrainer on training examples; stops at the first loss that is not finite, commits its checkpoints.
 
     LoRA adapters are kept in fp32: TRL casts them to bf16 on a quantized base, where most small updates vanish.
-    `initial_optimizer_state` is an optimizer state, as `optimizer_state` returns it, from which the next optimizer starts.
+    `initial_optimizer_state`, as `optimizer_state` returns one, is what the next optimizer starts from.
     """
 
     initial_optimizer_state: Mapping[str, torch.Tensor] | None = None
