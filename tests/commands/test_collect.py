@@ -2,10 +2,12 @@
 
 import json
 import re
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
-from helpers.runs import interrupted
+from helpers.runs import ROOT, interrupted
 
 from bcft import collect, filtered, refilter, sft
 from bcft.config.loader import load
@@ -136,6 +138,14 @@ def test_with_allow_drift_nothing_of_another_recipe_is_kept(tmp_path, monkeypatc
     collect.run_config(replace(config, flags=frozenset({"allow-drift"})))
     one, two = ((tmp_path / name / "rollouts.jsonl").read_bytes() for name in ("hotter", "drifted"))
     assert one == two
+
+
+def test_refilter_and_its_report_load_no_framework(collected, tmp_path):
+    arguments = [*(f"{key}={value}" for key, value in SAVED.items()), f"rollouts={collected}", f"output_dir={tmp_path}"]
+    code = f"import sys; from bcft import refilter; sys.exit(refilter.main({arguments!r}) or print(*sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert not {"torch", "transformers", "trl", "peft", "datasets"} & set(done.stdout.split())
 
 
 def test_a_second_refilter_into_a_directory_replaces_its_status(collected, tmp_path):

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -239,13 +240,31 @@ def test_a_changed_dataset_is_refused_and_with_allow_drift_measured_anew(tmp_pat
     data = write_jsonl(tmp_path / "d.jsonl", rows)
     keys = SMALL | {"model_name_or_path": llama[0], "dataset_name": data, "output_dir": str(tmp_path / "r"),
                     "dataset_train_split": "train"}  # fmt: skip
-    first = sft.run(None, **keys)
-    write_jsonl(tmp_path / "d.jsonl", rows[:100])
+    sft.run(None, **keys)
+    first = attempted(tmp_path / "r" / "base")
+    gone = sorted(first)[0]
+    remaining = [row for row in rows if row["prompt"] != gone]
+    write_jsonl(tmp_path / "d.jsonl", remaining)
     with pytest.raises(UsageError, match="the dataset's rows have changed"):
         sft.run(None, **keys)
     (tmp_path / "r" / "manifest.json").unlink()
-    again = sft.run_config(load("sft", None, keys, flags={"allow-drift"}))
-    assert again["base"]["n"] <= first["base"]["n"]
+    sft.run_config(load("sft", None, keys, flags={"allow-drift"}))
+    again = attempted(tmp_path / "r" / "base")
+    assert gone not in again
+    assert again & first == first - {gone}
+
+
+def attempted(directory):
+    """Return the questions of an evaluation, as they stand in the prompts."""
+    lines = [json.loads(line) for line in (directory / "evaluation.jsonl").read_text().splitlines()]
+    return {re.search(r"\d+ \+ \d+\?", line["prompt"])[0] for line in lines}
+
+
+def test_a_malformed_row_is_refused_before_a_run_directory_is_made(tmp_path):
+    data = write_jsonl(tmp_path / "d.jsonl", [{"prompt": "?", "completion": "!"}, {"prompt": 7, "completion": "!"}])
+    with pytest.raises(DataError, match=r"d\.jsonl:2: prompt"):
+        sft.run(None, output_dir=str(tmp_path / "r"), **TINY | {"dataset_name": data, "dataset_train_split": "train"})
+    assert not (tmp_path / "r").exists()
 
 
 @pytest.mark.parametrize(
