@@ -44,6 +44,7 @@ def run_config(config: Config) -> dict[str, Any]:
     scorer = Scorer.of(config.selection, held_out, environment=config.environment.environment)
 
     def work(session: Session) -> dict[str, Any]:
+        """Roll out, score and select."""
         return _collect(config, splits, session, problems=problems, rollouts=rollouts, scorer=scorer)
 
     return run_or_report(config, splits, work)

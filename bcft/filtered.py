@@ -79,6 +79,7 @@ def run_config(
     report = partial(write_report, command=config.command_line, against=against)
 
     def work(session: Session) -> dict[str, Any]:
+        """Play the rounds that are left."""
         from bcft.algorithms.filtered_bc import filtered_bc
 
         def report_round(seconds: float) -> None:

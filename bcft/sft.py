@@ -34,6 +34,7 @@ def run_config(config: Config) -> dict[str, Any]:
     success = success_function(config.selection, held_out, environment=config.environment.environment)
 
     def work(session: Session) -> dict[str, Any]:
+        """Train, or resume training."""
         from bcft.algorithms.sft import sft
 
         return sft(config, splits, session, rollouts=rollouts, success=success)
