@@ -13,8 +13,12 @@ from numbers import Real
 from typing import Any, Literal, Protocol, TypeAlias, TypedDict, get_args
 
 
+ROLES = ("system", "user", "assistant", "tool")
+"""Whose message it is; `tool` is an observation, as `user` is."""
+
+
 class Message(TypedDict):
-    """One chat message; `role` is `system`, `user` or `assistant`."""
+    """One chat message; `role` is one of `ROLES`."""
 
     role: str
     content: str
@@ -59,6 +63,11 @@ class Problem:
     """All other columns of the row, such as `answer`."""
     where: str = ""
     """`file:line` or `dataset row N`, for messages."""
+
+    @property
+    def template_kwargs(self) -> Mapping[str, Any]:
+        """The arguments that its column `chat_template_kwargs` gives to the chat template."""
+        return self.columns.get("chat_template_kwargs") or {}
 
 
 @dataclass(frozen=True, slots=True)

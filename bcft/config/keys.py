@@ -128,7 +128,6 @@ REFUSED = {
     "auto_find_batch_size": "it would silently change the batch, and with it the result",
     "do_sample": "evaluation reports greedy and sampled success, always both",
     "generation_kwargs": "every sampling parameter is a key of its own: temperature, top_p, top_k, min_p",
-    "reward_args": "this version does not have it; a reward function reads the columns of a problem",
 }
 """A name that users type -> the reason why it is refused. Other library fields that are not keys are refused too."""
 

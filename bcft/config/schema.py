@@ -86,6 +86,9 @@ class ModelSettings(Settings):
     trust_remote_code: bool = library("trust_remote_code")
     attn_implementation: str | None = library("attn_implementation")
     chat_template_path: str | None = library("chat_template_path")
+    chat_template_kwargs: Mapping[str, Any] = own(
+        {}, "arguments of the chat template, such as {enable_thinking: false}; a row's column of that name adds to them"
+    )
     eos_token: str | None = library("eos_token")
     dtype: str = library("dtype", default="auto", note="auto: from model and hardware; TRL's own default is float32")
     bf16: bool | None = library("bf16")
@@ -133,6 +136,12 @@ class DataSettings(Settings):
         "drop",
         "for examples longer than max_length: drop and count them, or raise an error",
         commands=("sft", "preview"),
+    )
+    special_tokens: Literal["raise", "strip", "text"] = own(
+        "raise",
+        "for a completion that ends in the letters of its stop token, and a prompt that a chat template has rendered "
+        "already: raise an error; strip: take the letters off completions; text: train them as plain text",
+        commands=SPLITTING,
     )
     train_on: Literal["all_turns", "last_turn"] = own(
         "all_turns",
@@ -272,6 +281,11 @@ class SelectionSettings(RuleSettings):
         commands=GRADING,
     )
     reward_weights: tuple[float, ...] | None = library("reward_weights", commands=SELECTING)
+    reward_args: Mapping[str, Any] = own(
+        {},
+        "keyword arguments of the reward functions, each for those that take it, such as {percent_as_number: true}",
+        commands=GRADING,
+    )
     success_func: str | None = own(
         None,
         "dotted path of a function that returns 1.0 or more for a completion that solves its problem; null: the "
