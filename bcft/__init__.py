@@ -4,16 +4,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bcft import filtered, sft
+    from bcft import collect, evaluate, filtered, preview, refilter, sft
     from bcft.types import Environment, Feedback, Message, Problem
 
 __version__ = "0.1.0"
-__all__ = ["Environment", "Feedback", "Message", "Problem", "filtered", "sft"]
+__all__ = [
+    "Environment", "Feedback", "Message", "Problem", "collect", "evaluate", "filtered", "preview", "refilter", "sft",
+]  # fmt: skip
+_COMMANDS = ("collect", "evaluate", "filtered", "preview", "refilter", "sft")
 
 
 def __getattr__(name: str) -> Any:
     """Load a public name when it is used: a command imports only what it needs."""
-    if name in ("sft", "filtered"):
+    if name in _COMMANDS:
         return importlib.import_module(f"bcft.{name}")
     if name in __all__:
         return getattr(importlib.import_module("bcft.types"), name)

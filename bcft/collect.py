@@ -6,17 +6,20 @@ a round of `filtered` does it. The kept rows are a dataset: `bcft sft RECIPE --d
 
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
-from os import PathLike
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from bcft.algorithms.session import Session, run_or_report
 from bcft.cli import execute
+from bcft.config.entries import Recipe
 from bcft.config.loader import Config, load
+from bcft.config.python import Rows, named_rows, rows_of, switches
 from bcft.data.loading import Splits, load_splits
 from bcft.environments.base import rollout_settings, step_checker
 from bcft.evaluation.metrics import diversity, tally
+from bcft.reporting.tables import say
 from bcft.runs.clock import Clock
+from bcft.runs.directory import GRADING
 from bcft.runs.distributed import barrier, broadcast, rank
 from bcft.runs.storage import KEPT, ROLLOUTS, SCORES, SEAL, write_json, write_manifest
 from bcft.selection.apply import apply_filter, rule_of
@@ -26,26 +29,46 @@ from bcft.types import Problem, RolloutSettings
 FILES = (ROLLOUTS, SCORES, KEPT, "metrics.json", "config.yaml", "problems.jsonl")
 
 
-def run(recipe: str | PathLike[str] | None = None, **overrides: Any) -> dict[str, Any]:
+def run(
+    recipe: Recipe | None = None,
+    *,
+    quiet: bool = False,
+    allow_drift: bool = False,
+    train_dataset: Iterable[Mapping[str, Any]] | None = None,
+    **overrides: Any,
+) -> dict[str, Any]:
     """Collect demonstrations with a recipe; return what `metrics.json` holds.
+
+    recipe: a path, or a dict of keys. quiet, allow_drift: the flags of the command line. train_dataset: rows in place
+    of `dataset_name`, a `datasets.Dataset` or dicts; dev and test are held out of them.
 
     Raises a `bcft.errors.BcftError` for everything a user can cause.
     """
-    return run_config(load("collect", recipe, overrides))
+    rows = rows_of(train_dataset)
+    flags = switches(quiet=quiet, allow_drift=allow_drift)
+    return run_config(load("collect", recipe, overrides, flags=flags, objects=named_rows(rows)), rows=rows)
 
 
-def run_config(config: Config) -> dict[str, Any]:
-    """Run a configuration; if its run is finished, print the saved conclusion. Return what `metrics.json` holds."""
-    # Dotted paths and data are checked before torch is loaded and before a directory is made.
-    rollouts = rollout_settings(config.sampling, config.environment, seed=config.training.seed)
-    splits = load_splits(config.data, config.evaluation)
+def run_config(config: Config, *, rows: Rows | None = None) -> dict[str, Any]:
+    """Run a configuration; if its run is finished, print the saved conclusion. Return what `metrics.json` holds.
+
+    rows: in place of the dataset that the recipe names.
+    """
+    # Data, then functions and environment, are checked before torch is loaded and before a directory is made.
+    splits = load_splits(config.data, config.evaluation, train=rows, demonstrations=False)
     problems = splits.problems_to_attempt()
-    held_out = [d.problem for d in splits.held_out]
-    scorer = Scorer.of(config.selection, held_out, environment=config.environment.environment)
+    rollouts = rollout_settings(config.sampling, config.environment, seed=config.training.seed)
+    held_out, environment = [d.problem for d in splits.held_out], config.environment.environment
+    scorer = Scorer.of(config.selection, held_out, environment=environment)
+    if note := splits.note_conflicts(None if environment else scorer.columns_read):
+        say(note, quiet=config.quiet)
 
     def work(session: Session) -> dict[str, Any]:
         """Roll out, score and select."""
-        return _collect(config, splits, session, problems=problems, rollouts=rollouts, scorer=scorer)
+        from bcft.policy.loading import cpu_threads
+
+        with cpu_threads():
+            return _collect(config, splits, session, problems=problems, rollouts=rollouts, scorer=scorer)
 
     return run_or_report(config, splits, work)
 
@@ -59,19 +82,22 @@ def _collect(
     rollouts: RolloutSettings,
     scorer: Scorer,
 ) -> dict[str, Any]:
-    from bcft.policy.loading import load_policy
+    from bcft.data.examples import check_prompts
+    from bcft.policy.loading import check_model, load_policy
     from bcft.rollout.sample import draw, roll_out
 
     # 1. Roll out on training problems only: held-out problems stay held out.
     note = scorer.check(list(problems.values()))
+    checked = check_model(config.model.model_name_or_path, config.model, trainable=False)
+    check_prompts(list(problems.values()), checked.renderer, special_tokens=config.data.special_tokens)
     policy = load_policy(config.model.model_name_or_path, config.model, trainable=False)
     seed, samples = config.training.seed, config.sampling.num_generations
     attempts = draw(problems.values(), 1, seed=seed, prompts=config.rounds.prompts_per_round, samples=samples)
     session.say(f"policy: {config.model.model_name_or_path} on {policy.precision.why}")
     session.say(f"data: {len(attempts) // samples:,} of {len(problems):,} problems, {len(attempts):,} attempts")
-    if note:
-        session.say(note)
-    if session.directory.drifted and rank() == 0:  # trajectories of another recipe
+    for text in filter(None, (policy.note, note)):
+        session.say(text)
+    if not session.directory.drift <= GRADING and rank() == 0:  # trajectories of another recipe
         shutil.rmtree(session.path / "journal", ignore_errors=True)
         for name in (ROLLOUTS, SEAL):
             (session.path / name).unlink(missing_ok=True)
@@ -80,10 +106,10 @@ def _collect(
     label = "" if session.quiet else "roll out"
     trajectories = roll_out(policy, attempts, rollouts, directory=session.path, clock=Clock(), label=label)
 
-    # 2. Score and select on one process: a reward function called twice might answer differently.
+    # 2. Score and select on one process: a function is asked once for each attempt, and its answers are stored.
     metrics: dict[str, Any] = {}
     if rank() == 0:
-        scores = scorer.score(trajectories, problems)
+        scores = scorer.score(trajectories, problems, store=session.path / "journal" / "rewards" / "000.jsonl")
         filtered = apply_filter(
             scores,
             rule_of(config.selection, seed=seed, number=1),

@@ -5,83 +5,152 @@ Success of a model, an adapter or a finished run on the recipe's dev or test pro
 
 import json
 import sys
-from collections.abc import Sequence
-from os import PathLike
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from bcft.cli import execute
+from bcft.config.entries import Recipe
 from bcft.config.loader import Config, load
-from bcft.data.loading import load_splits
+from bcft.config.python import Rows, named_rows, rows_of, switches
+from bcft.data.loading import Splits, load_splits
 from bcft.environments.base import rollout_settings
-from bcft.errors import DataError
+from bcft.errors import DataError, UsageError
+from bcft.evaluation.budget import samples_of
 from bcft.evaluation.results import Measured
 from bcft.reporting.tables import conclusion, level, print_table, say
-from bcft.runs.directory import open_run
+from bcft.runs.directory import RunDirectory, open_run
 from bcft.runs.distributed import rank
-from bcft.runs.storage import write_json
-from bcft.selection.scoring import success_function
+from bcft.runs.storage import read_yaml, write_json
+from bcft.selection.scoring import Scorer
+from bcft.types import RolloutSettings
 
 
-def run(recipe: str | PathLike[str] | None = None, **overrides: Any) -> dict[str, Any]:
+def run(
+    recipe: Recipe | None = None,
+    *,
+    quiet: bool = False,
+    train_dataset: Iterable[Mapping[str, Any]] | None = None,
+    **overrides: Any,
+) -> dict[str, Any]:
     """Evaluate the recipe's model; return its summary, and `vs_base` with `against`.
+
+    recipe: a path, or a dict of keys. train_dataset: rows in place of `dataset_name`, whose dev and test are those of
+    a run that was given the same rows.
 
     Raises a `bcft.errors.BcftError` for everything a user can cause.
     """
-    return run_config(load("evaluate", recipe, overrides))
+    rows = rows_of(train_dataset)
+    config = load("evaluate", recipe, overrides, flags=switches(quiet=quiet), objects=named_rows(rows))
+    return run_config(config, rows=rows)
 
 
-def run_config(config: Config) -> dict[str, Any]:
+def run_config(config: Config, *, rows: Rows | None = None) -> dict[str, Any]:
     """Evaluate as configured; return `{model, against, vs_base, conclusion}`.
 
-    The result and every attempt are written below `<output_dir>/evaluate`.
+    The result and every attempt are written below `<output_dir>/evaluate`. rows: in place of the dataset.
     """
-    rollouts = rollout_settings(config.sampling, config.environment, seed=config.training.seed)
-    splits, split = load_splits(config.data, config.evaluation), config.evaluation.eval_split
+    # Data, then functions and environment, are checked before torch is loaded and before a directory is made.
+    splits = load_splits(config.data, config.evaluation, train=rows, demonstrations=False)
+    split = config.evaluation.eval_split
     if not (splits.test if split == "test" else splits.dev):
         raise DataError(f"{config.data.dataset_name} has no {split} problems to evaluate")
-    environment = config.environment.environment
-    success = success_function(config.selection, [d.problem for d in splits.held_out], environment=environment)
+    for name in filter(None, (config.model.model_name_or_path, config.evaluation.against)):
+        _refuse_trained(config, splits, name, rows)
+    rollouts = rollout_settings(config.sampling, config.environment, seed=config.training.seed)
+    held_out, environment = [d.problem for d in splits.held_out], config.environment.environment
+    scorer = Scorer.of(config.selection, held_out, environment=environment)
+    if note := splits.note_conflicts(None if environment else scorer.columns_read):
+        say(note, quiet=config.quiet)
+
+    from bcft.policy.loading import cpu_threads
+
+    with (
+        open_run(
+            Path(config.training.output_dir) / "evaluate",
+            command=config.command,
+            recipe=config.resolved,
+            writes=rank() == 0,
+            debug="debug" in config.flags,
+        ) as directory,
+        cpu_threads(),
+    ):
+        directory.write_status("running")
+        summaries = _evaluate(config, splits, directory, rollouts=rollouts, scorer=scorer)
+        say(json.dumps(summaries) if "json" in config.flags else summaries["conclusion"], quiet=False)
+    return summaries
+
+
+def _refuse_trained(config: Config, splits: Splits, name: str, rows: Rows | None) -> None:
+    """Raise UsageError when a run of the same dataset trained on problems that are to be evaluated.
+
+    How many problems of a small dataset are held out depends on how many are asked for: a later evaluation that asks
+    for more would take training problems of the run.
+    """
+    places = (Path(name), Path(name).parent, Path(name).parent.parent)  # a run, its best/, a model of a round
+    file = next((place / "config.yaml" for place in places if (place / "config.yaml").is_file()), None)
+    asked = ("eval_dev_problems", "eval_test_problems")
+    made = read_yaml(file) if file else {}
+    if made.get("dataset_name") != config.data.dataset_name or not all(isinstance(made.get(key), int) for key in asked):
+        return
+    fewer = {key: min(made[key], getattr(config.evaluation, key)) for key in asked}
+    evaluation = replace(config.evaluation, **fewer)
+    if evaluation == config.evaluation:
+        return
+    trained = {d.problem.id for d in load_splits(config.data, evaluation, train=rows, demonstrations=False).train}
+    split = config.evaluation.eval_split
+    again = [d for d in (splits.test if split == "test" else splits.dev) if d.problem.id in trained]
+    if again:
+        first = next(key for key in asked if fewer[key] != getattr(config.evaluation, key))
+        raise UsageError(
+            f"{first}: {len(again)} of the {split} problems, such as {again[0].problem.where}, were training problems "
+            f"of {name}, whose recipe has {' and '.join(f'{key}: {made[key]}' for key in asked)}: ask for no more"
+        )
+
+
+def _evaluate(
+    config: Config, splits: Splits, directory: RunDirectory, *, rollouts: RolloutSettings, scorer: Scorer
+) -> dict[str, Any]:
+    """Check every model, then load and measure one after the other; write and return what was measured."""
+    from bcft.data.examples import check_prompts
+    from bcft.evaluation.held_out import measure
+    from bcft.policy.loading import check_model, load_policy
+
+    split = config.evaluation.eval_split
+    problems = [d.problem for d in (splits.test if split == "test" else splits.dev)]
     names = {"model": config.model.model_name_or_path, "against": config.evaluation.against or ""}
+    for name in filter(None, names.values()):
+        checked = check_model(name, config.model, trainable=False)
+        check_prompts(problems, checked.renderer, special_tokens=config.data.special_tokens)
 
-    from bcft.evaluation.held_out import measure, samples_of
-    from bcft.policy.loading import load_policy
-
-    def measure_model(part: str, name: str, directory: Path) -> Measured:
+    def measured_model(part: str, name: str) -> Measured:
         """Load one model and evaluate it; it is freed before the next one is loaded."""
         policy = load_policy(name, config.model, trainable=False)
         say(f"{part}: {name} on {policy.precision.why}", quiet=config.quiet)
-        samples = samples_of(config.evaluation, split, graded=bool(success or environment))
+        if policy.note:
+            say(policy.note, quiet=config.quiet)
         return measure(
             policy,
             splits,
             rollouts,
             split=split,
-            samples=samples,
-            success=success,
+            samples=samples_of(config.evaluation, split, graded=scorer.measures != "nothing"),
+            scorer=scorer,
             examples=[],
-            directory=directory / part,
+            directory=directory.path / part,
             quiet=config.quiet,
         )
 
-    with open_run(
-        Path(config.training.output_dir) / "evaluate",
-        command=config.command,
-        recipe=config.resolved,
-        writes=rank() == 0,
-        debug="debug" in config.flags,
-    ) as directory:
-        directory.write_status("running")
-        measured = {part: measure_model(part, name, directory.path) for part, name in names.items() if name}
-        print_table({names[part]: result.summary for part, result in measured.items()}, quiet=config.quiet)
-        summaries: dict[str, Any] = {part: result.summary for part, result in measured.items()}
-        if "against" in measured:
-            summaries |= conclusion(measured["against"], measured["model"], before=f"with {names['against']}")
-        else:
-            summaries["conclusion"] = level(measured["model"])
-        if rank() == 0:
-            write_json(directory.path / "metrics.json", summaries)
-        say(json.dumps(summaries) if "json" in config.flags else summaries["conclusion"], quiet=False)
+    measured = {part: measured_model(part, name) for part, name in names.items() if name}
+    print_table({names[part]: result.summary for part, result in measured.items()}, quiet=config.quiet)
+    summaries: dict[str, Any] = {part: result.summary for part, result in measured.items()}
+    if "against" in measured:
+        summaries |= conclusion(measured["against"], measured["model"], before=f"with {names['against']}")
+    else:
+        summaries["conclusion"] = level(measured["model"])
+    if rank() == 0:
+        write_json(directory.path / "metrics.json", summaries)
     return summaries
 
 

@@ -6,113 +6,149 @@ resumes an interrupted run with bit-identical rows and weights (on a CPU).
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from bcft.algorithms.session import Session, run_or_report
 from bcft.cli import execute
+from bcft.config.entries import Recipe
 from bcft.config.loader import Config, load
+from bcft.config.python import Rows, named_rows, rows_of, switches
 from bcft.data.loading import load_splits
 from bcft.environments.base import rollout_settings
-from bcft.errors import UsageError
 from bcft.reporting.report import check_against, write_report
-from bcft.rewards.base import described, import_function
+from bcft.reporting.tables import say
+from bcft.rewards.base import Reward, described
 from bcft.selection.scoring import Scorer
-from bcft.types import Environment
+from bcft.types import Environment, show
 
 LONG_ROUND = 60.0
 """The report is written after a round that took at least this many seconds; writing it takes under a second."""
+Functions = Reward | str | Sequence[Reward | str]
+"""Reward functions as Python gives them: one or several, each a function or a dotted path."""
 
 
 def run(
-    recipe: str | PathLike[str] | None = None,
+    recipe: Recipe | None = None,
     *,
-    reward_funcs: Sequence[Callable[..., Any] | str] | None = None,
+    reward_funcs: Functions | None = None,
     environment: Callable[..., Environment] | str | None = None,
+    dry_run: bool = False,
+    quiet: bool = False,
+    allow_drift: bool = False,
+    train_dataset: Iterable[Mapping[str, Any]] | None = None,
     **overrides: Any,
 ) -> dict[str, Any]:
-    """Run the recipe's rounds; return what `metrics.json` holds.
+    """Run the recipe's rounds; return what `metrics.json` holds, {} with `dry_run`.
 
-    `reward_funcs` and `environment`, a factory that is called with `environment_args`, take the place of the recipe's:
-    as dotted paths or as objects.
+    recipe: a path, or a dict of keys. `reward_funcs` (one or several, each a function or a dotted path) and
+    `environment` (a factory that is called with `environment_args`, or its dotted path) take the place of the recipe's.
+    dry_run, quiet, allow_drift: the flags of the command line. train_dataset: rows in place of `dataset_name`, a
+    `datasets.Dataset` or dicts; dev and test are held out of them.
 
     Raises a `bcft.errors.BcftError` for everything a user can cause.
     """
-    functions: list[Callable[..., Any]] = []
-    if reward_funcs and all(isinstance(function, str) for function in reward_funcs):
-        overrides["reward_funcs"] = list(reward_funcs)
-    else:
-        functions = [import_function(f, key="reward_funcs") if isinstance(f, str) else f for f in reward_funcs or ()]
+    rows = rows_of(train_dataset)
+    objects: dict[str, Any] = named_rows(rows)
+    functions = _listed(reward_funcs)
+    if functions and all(isinstance(function, str) for function in functions):
+        overrides["reward_funcs"], functions = functions, []
+    elif functions:
+        objects["reward_funcs"] = [
+            function if isinstance(function, str) else _named(function) for function in functions
+        ]
     factory = None if isinstance(environment, str) else environment
-    if isinstance(environment, str):
+    if factory is not None:
+        objects["environment"] = _named(factory)
+    elif environment is not None:
         overrides["environment"] = environment
-    return run_config(load("filtered", recipe, overrides), reward_funcs=functions or None, environment=factory)
+    flags = switches(dry_run=dry_run, quiet=quiet, allow_drift=allow_drift)
+    config = load("filtered", recipe, overrides, flags=flags, objects=objects)
+    return run_config(config, rows=rows, reward_funcs=functions or None, environment=factory)
+
+
+def _listed(functions: Functions | None) -> list[Any]:
+    if functions is None or isinstance(functions, str) or callable(functions) or not isinstance(functions, Iterable):
+        return [] if functions is None else [functions]
+    return list(functions)
+
+
+def _named(given: Any) -> str:
+    """Return the name of a function or a factory; what is neither is refused where it would be called."""
+    return described(given) if callable(given) else show(given)
 
 
 def run_config(
     config: Config,
     *,
-    reward_funcs: Sequence[Callable[..., Any]] | None = None,
+    rows: Rows | None = None,
+    reward_funcs: Sequence[Reward | str] | None = None,
     environment: Callable[..., Environment] | None = None,
 ) -> dict[str, Any]:
-    """Run a configuration; if its run is finished, print the saved conclusion. Return what `metrics.json` holds."""
-    config = config.naming(
-        reward_funcs=[described(function) for function in reward_funcs or ()],
-        environment=described(environment) if environment else "",
-    )
+    """Run a configuration; if its run is finished, print the saved conclusion. Return what `metrics.json` holds.
+
+    rows, reward_funcs, environment: in place of those that the recipe names.
+    """
+    if "dry-run" in config.flags:
+        _dry_run(config, rows, reward_funcs, environment)
+        return {}
     against = Path(config.evaluation.against) if config.evaluation.against else None
     if against:
         check_against(against)
-    # Dotted paths and data are checked before torch is loaded and before a directory is made.
-    rollouts = rollout_settings(config.sampling, config.environment, seed=config.training.seed, make=environment)
-    splits = load_splits(config.data, config.evaluation)
-    if not splits.dev:
-        raise UsageError("eval_dev_problems: dev problems choose the best round, and there are none: raise it")
+    # Data, then functions and environment, are checked before torch is loaded and before a directory is made.
+    splits = load_splits(config.data, config.evaluation, train=rows, demonstrations=False)
+    splits.require_dev(config.evaluation.eval_dev_problems)
     problems = splits.problems_to_attempt()
+    rollouts = rollout_settings(config.sampling, config.environment, seed=config.training.seed, make=environment)
     held_out = [d.problem for d in splits.held_out]
-    scorer = Scorer.of(
-        config.selection, held_out, environment=config.environment.environment, reward_funcs=reward_funcs
-    )
+    name = config.environment.environment
+    scorer = Scorer.of(config.selection, held_out, environment=name, reward_funcs=reward_funcs)
+    if note := splits.note_conflicts(None if name else scorer.columns_read):
+        say(note, quiet=config.quiet)
     report = partial(write_report, command=config.command_line, against=against)
 
     def work(session: Session) -> dict[str, Any]:
         """Play the rounds that are left."""
         from bcft.algorithms.filtered_bc import filtered_bc
+        from bcft.policy.loading import cpu_threads
 
         def report_round(seconds: float) -> None:
             if seconds > LONG_ROUND:
                 report(session.path)
 
-        return filtered_bc(
-            config, splits, session, problems=problems, rollouts=rollouts, scorer=scorer, report=report_round
-        )
+        with cpu_threads():
+            return filtered_bc(
+                config, splits, session, problems=problems, rollouts=rollouts, scorer=scorer, report=report_round
+            )
 
     return run_or_report(config, splits, work, report=report)
 
 
-def _dry_run(config: Config) -> None:
-    from bcft.reporting.dry_run import dry_run_filtered
+def _dry_run(
+    config: Config,
+    rows: Rows | None,
+    reward_funcs: Sequence[Reward | str] | None,
+    environment: Callable[..., Environment] | None,
+) -> None:
+    from bcft.reporting.dry_run import Plan, dry_run_filtered
 
     dry_run_filtered(
-        model=config.model,
-        data=config.data,
-        training=config.training,
-        evaluation=config.evaluation,
-        sampling=config.sampling,
-        environment=config.environment,
-        selection=config.selection,
-        rounds=config.rounds,
-        command_line=config.command_line,
-        debug="debug" in config.flags,
+        Plan(
+            **config.sections,
+            command_line=config.command_line,
+            debug="debug" in config.flags,
+            rows=rows,
+            reward_funcs=reward_funcs,
+            make_environment=environment,
+        )
     )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
-    return execute("filtered", lambda config: (_dry_run if "dry-run" in config.flags else run_config)(config), argv)
+    return execute("filtered", run_config, argv)
 
 
 if __name__ == "__main__":

@@ -29,13 +29,16 @@ def run(recipe: str | PathLike[str] | None = None, **overrides: Any) -> list[dic
 
 def first_rows(config: Config) -> tuple[list[dict[str, Any]], str]:
     """Return the first rows as configured, and the counts of all rows in words."""
-    demonstrations = load_splits(config.data, config.evaluation).train
+    given = load_splits(config.data, config.evaluation).train
 
-    from bcft.data.examples import make_examples
+    from bcft.data.examples import check_prompts, make_examples, without_special_tokens
     from bcft.policy.loading import load_renderer, longest_row
 
     name = config.model.model_name_or_path
     renderer = load_renderer(name, config.model)
+    spelled = config.data.special_tokens
+    check_prompts([d.problem for d in given], renderer, special_tokens=spelled)
+    demonstrations, note = without_special_tokens(given, renderer, special_tokens=spelled)
     examples, counts = make_examples(
         demonstrations,
         renderer,
@@ -51,7 +54,7 @@ def first_rows(config: Config) -> tuple[list[dict[str, Any]], str]:
             for token, text, label in zip(example.input_ids, texts, example.labels, strict=True)
         ]
         rows.append({"where": example.where, "problem_id": example.problem_id, "tokens": tokens})
-    return rows, str(counts)
+    return rows, "; ".join(filter(None, [str(counts), note]))
 
 
 def show(config: Config) -> None:

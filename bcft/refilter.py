@@ -1,9 +1,11 @@
 """Saved rollouts scored and selected again: `python -m bcft.refilter RECIPE --rollouts FILE_OR_DIRECTORY`.
 
 Nothing is generated and no model is loaded: other rewards, another quantile or another limit, on saved trajectories.
+The rewards are asked anew; after an interruption the same command goes on where it was.
 The kept rows are a dataset, as those of `collect` are; `sft` on them is offline filtered behavior cloning.
 """
 
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from os import PathLike
@@ -14,7 +16,7 @@ import yaml
 
 from bcft.cli import execute
 from bcft.config.loader import Config, load
-from bcft.data.loading import SOURCE
+from bcft.data.loading import HELD_OUT
 from bcft.environments.base import step_checker
 from bcft.errors import DataError, UsageError
 from bcft.evaluation.metrics import diversity, tally
@@ -38,6 +40,9 @@ from bcft.runs.storage import (
 from bcft.selection.apply import apply_filter, rule_of
 from bcft.selection.scoring import Scorer
 from bcft.types import Problem, Trajectory
+
+JOURNAL = "journal"
+"""Where the answers of the reward functions are until the selection is written."""
 
 
 def run(recipe: str | PathLike[str] | None = None, **overrides: Any) -> dict[str, Any]:
@@ -63,7 +68,7 @@ def run_config(config: Config) -> dict[str, Any]:
     top = run_of(files[0])
     made = read_yaml(top / "config.yaml")
     # Problems, held-out problems and the environment are those of the run that made the rollouts.
-    recipe = {**config.resolved, **{key: made[key] for key in (*SOURCE, "environment")}}
+    recipe = {**config.resolved, **{key: made[key] for key in (*HELD_OUT, "environment") if key in made}}
     output = Path(config.training.output_dir)
     if output.resolve() in {top.resolve(), *(file.parent.resolve() for file in files)}:
         raise UsageError(f"output_dir: {output} holds the rollouts: give another")
@@ -78,7 +83,7 @@ def run_config(config: Config) -> dict[str, Any]:
     last = max(trajectory.round for trajectory in trajectories)
     with open_run(output, command=config.command, recipe=recipe, debug="debug" in config.flags) as directory:
         directory.write_status("running")
-        scores = scorer.score(trajectories, problems)
+        scores = scorer.score(trajectories, problems, store=output / JOURNAL / "000.jsonl")
         filtered = apply_filter(
             scores,
             rule_of(config.selection, seed=config.training.seed, number=last),
@@ -95,6 +100,7 @@ def run_config(config: Config) -> dict[str, Any]:
         }
         metrics["conclusion"] = filtered.conclusion(config.path, output)
         _write(output, recipe, metrics, files)
+        shutil.rmtree(output / JOURNAL, ignore_errors=True)  # it is not there if nothing was asked
     say(metrics["conclusion"], quiet=False)
     return metrics
 

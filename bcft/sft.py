@@ -5,62 +5,75 @@ Re-running the same command resumes an interrupted run; on a finished run it pri
 """
 
 import sys
-from collections.abc import Sequence
-from os import PathLike
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from bcft.algorithms.session import Session, run_or_report
 from bcft.cli import execute
+from bcft.config.entries import Recipe
 from bcft.config.loader import Config, load
+from bcft.config.python import Rows, named_rows, rows_of, switches
 from bcft.data.loading import load_splits
 from bcft.environments.base import rollout_settings
-from bcft.selection.scoring import success_function
+from bcft.selection.scoring import Scorer
 
 
-def run(recipe: str | PathLike[str] | None = None, **overrides: Any) -> dict[str, Any]:
-    """Clone the recipe's demonstrations; return what `metrics.json` holds.
+def run(
+    recipe: Recipe | None = None,
+    *,
+    dry_run: bool = False,
+    quiet: bool = False,
+    allow_drift: bool = False,
+    train_dataset: Iterable[Mapping[str, Any]] | None = None,
+    **overrides: Any,
+) -> dict[str, Any]:
+    """Clone the recipe's demonstrations; return what `metrics.json` holds, {} with `dry_run`.
+
+    recipe: a path, or a dict of keys. dry_run, quiet, allow_drift: the flags of the command line. train_dataset: rows
+    in place of `dataset_name`, a `datasets.Dataset` or dicts; dev and test are held out of them.
 
     Raises a `bcft.errors.BcftError` for everything a user can cause.
     """
-    return run_config(load("sft", recipe, overrides))
+    rows = rows_of(train_dataset)
+    flags = switches(dry_run=dry_run, quiet=quiet, allow_drift=allow_drift)
+    return run_config(load("sft", recipe, overrides, flags=flags, objects=named_rows(rows)), rows=rows)
 
 
-def run_config(config: Config) -> dict[str, Any]:
-    """Run a configuration; if its run is finished, print the saved conclusion. Return what `metrics.json` holds."""
-    # Dotted paths and data are checked before torch is loaded and before a directory is made.
+def run_config(config: Config, *, rows: Rows | None = None) -> dict[str, Any]:
+    """Run a configuration; if its run is finished, print the saved conclusion. Return what `metrics.json` holds.
+
+    rows: in place of the dataset that the recipe names.
+    """
+    if "dry-run" in config.flags:
+        _dry_run(config, rows)
+        return {}
+    # Data, then functions and environment, are checked before torch is loaded and before a directory is made.
+    splits = load_splits(config.data, config.evaluation, train=rows)
     rollouts = rollout_settings(config.sampling, config.environment, seed=config.training.seed)
-    splits = load_splits(config.data, config.evaluation)
     held_out = [d.problem for d in splits.held_out]
-    success = success_function(config.selection, held_out, environment=config.environment.environment)
+    scorer = Scorer.of(config.selection, held_out, environment=config.environment.environment)
 
     def work(session: Session) -> dict[str, Any]:
         """Train, or resume training."""
         from bcft.algorithms.sft import sft
+        from bcft.policy.loading import cpu_threads
 
-        return sft(config, splits, session, rollouts=rollouts, success=success)
+        with cpu_threads():
+            return sft(config, splits, session, rollouts=rollouts, scorer=scorer)
 
     return run_or_report(config, splits, work)
 
 
-def _dry_run(config: Config) -> None:
-    from bcft.reporting.dry_run import dry_run_sft
+def _dry_run(config: Config, rows: Rows | None) -> None:
+    from bcft.reporting.dry_run import Plan, dry_run_sft
 
-    dry_run_sft(
-        model=config.model,
-        data=config.data,
-        training=config.training,
-        evaluation=config.evaluation,
-        sampling=config.sampling,
-        environment=config.environment,
-        selection=config.selection,
-        command_line=config.command_line,
-        debug="debug" in config.flags,
-    )
+    plan = Plan(**config.sections, command_line=config.command_line, debug="debug" in config.flags, rows=rows)
+    dry_run_sft(plan)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
-    return execute("sft", lambda config: (_dry_run if "dry-run" in config.flags else run_config)(config), argv)
+    return execute("sft", run_config, argv)
 
 
 if __name__ == "__main__":

@@ -55,6 +55,8 @@ def check_environment(
 def check_reward(function: Reward, problems: Sequence[Problem]) -> None:
     """Check that a reward function takes TRL's arguments and that a completion's grade depends on nothing else.
 
+    The token ids of a completion are its bytes here.
+
     Raises AssertionError with the broken promise, and the errors of `bcft.rewards.base.ask` for a wrong return value.
     """
     _require(problems, "give at least one problem to check with")
@@ -63,11 +65,13 @@ def check_reward(function: Reward, problems: Sequence[Problem]) -> None:
         completions: list[str | Sequence[Message]] = [
             [{"role": "assistant", "content": action}] if as_messages else action for as_messages in chat
         ]
-        grades = ask(function, problems, completions)
-        again = ask(function, problems, completions)
+        ids = list(action.encode())
+        grades = ask(function, problems, completions, completion_ids=[ids] * len(problems))
+        again = ask(function, problems, completions, completion_ids=[ids] * len(problems))
         _require(grades == again, f"{name_of(function)} graded {action[:20]!r} as {grades[:3]}, then as {again[:3]}")
         alone = [
-            ask(function, [problem], [completion])[0] for problem, completion in zip(problems, completions, strict=True)
+            ask(function, [problem], [completion], completion_ids=[ids])[0]
+            for problem, completion in zip(problems, completions, strict=True)
         ]
         _require(
             grades == alone,

@@ -17,6 +17,9 @@ LIGHT = [
     *("policy.chat_template", "data.loading", "data.readers", "data.examples", "testing", "selection.filter"),
     *("selection.scoring", "selection.apply", "evaluation.metrics", "evaluation.statistics", "evaluation.results"),
     *("reporting.tables", "reporting.report", "algorithms.session", "cli"),
+    *("config.effects", "config.entries", "config.python", "reporting.costs", "reporting.dry_run"),
+    *("evaluation.budget", "runs.disk", "data.files", "data.sources", "policy.hub_errors", "policy.text_ids"),
+    *("policy.template", "selection.functions", "selection.store", "rewards.signature", "rewards.awaiting"),
     *("sft", "filtered", "evaluate", "collect", "refilter", "preview"),
 ]
 BROAD_EXCEPT = {"rollout/episode.py", "rewards/base.py"}

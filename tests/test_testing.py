@@ -3,7 +3,9 @@
 import random
 import subprocess
 import sys
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from helpers.environments import ALL, problem_of
@@ -114,6 +116,34 @@ def test_without_a_problem_the_check_fails():
 def test_math_reward_passes_in_both_forms_of_a_prompt():
     chat = [Problem("r", [{"role": "user", "content": "What is 2 + 2?"}], {"answer": "4"})]
     check_reward(math_reward, [*PROBLEMS, *chat])
+
+
+async def of_ids(completion_ids, trainer_state, log_metric, **_):
+    log_metric("step", trainer_state.global_step)
+    return [np.float32(len(ids)) for ids in completion_ids]
+
+
+def in_arrays(completions, answer):
+    return np.array([str(completion) == right for completion, right in zip(completions, answer, strict=True)])
+
+
+@pytest.mark.parametrize(
+    "function", [of_ids, in_arrays, partial(in_arrays), lambda completions: [1] * len(completions)]
+)
+def test_rewards_in_every_form_that_a_run_takes_pass(function):
+    check_reward(function, PROBLEMS)
+
+
+class Numpy(Good):
+    """Answers with the numbers of numpy."""
+
+    def step(self, action):
+        feedback = super().step(action)
+        return Feedback(feedback.observation, np.float64(-1.0), np.bool_(feedback.done), np.bool_(True))
+
+
+def test_an_environment_may_answer_with_numbers_of_numpy():
+    check_environment(Numpy, PROBLEMS)
 
 
 def test_a_reward_that_changes_or_depends_on_other_completions_is_named():

@@ -1,8 +1,11 @@
 """Values come back from their JSON lines, and a malformed one cannot be made."""
 
 import json
+from fractions import Fraction
 
+import numpy as np
 import pytest
+import torch
 from datasets import load_dataset
 from helpers.episodes import Counting, attempts, played
 from helpers.tiny import llama_tokenizer
@@ -30,6 +33,45 @@ def test_a_trajectory_comes_back_from_its_line(tmp_path):
         assert rows["id"] == [t.id for t in lines]
     with pytest.raises(ValueError, match="filed under"):
         Trajectory.from_json(trajectories[0].to_json() | {"round": 7})
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (np.True_, True),
+        (np.False_, False),
+        (np.array(True), True),
+        (np.bool_(0), False),
+        (np.array([[3]])[0, 0] > 2, True),
+        (torch.tensor(False), False),
+        (torch.ones(1).all(), True),
+        (True, True),
+    ],
+)
+def test_a_numpy_bool_is_a_bool_in_feedback(value, expected):
+    feedback = Feedback("x", None, done=value, success=value)
+    assert feedback.done is expected
+    assert feedback.success is expected
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (np.float64(0.1), 0.1),
+        (np.float32(0.5), 0.5),
+        (np.int64(-3), -3),
+        (np.array(2.5), 2.5),
+        (torch.tensor(0.25), 0.25),
+        (np.uint8(7), 7),
+        (Fraction(1, 4), 0.25),
+        (2, 2),
+    ],
+)
+def test_a_numpy_number_is_a_plain_number_in_feedback(value, expected):
+    feedback = Feedback(None, value, done=np.True_)
+    assert feedback.reward == expected
+    assert type(feedback.reward) in (int, float)
+    assert json.loads(json.dumps(feedback.reward)) == expected
 
 
 def test_a_training_example_comes_back_from_its_line():
@@ -62,6 +104,18 @@ def test_a_training_example_comes_back_from_its_line():
         (lambda: Feedback("x", "1", done=False), "reward must be a finite number or None, not str"),
         (lambda: Feedback("x", None, done=1), "done must be True or False, not int"),
         (lambda: Feedback("x", None, done=False, success="yes"), "success must be True, False or None, not str"),
+        (lambda: Feedback("x", np.True_, done=False), "reward must be a finite number or None, not bool"),
+        (lambda: Feedback("x", np.float32("nan"), done=False), "reward must be a finite number or None, not float nan"),
+        (lambda: Feedback("x", np.array([1.0]), done=False), "reward must be a finite number or None, not ndarray"),
+        (lambda: Feedback("x", None, done=np.int64(1)), "done must be True or False, not int 1"),
+        (lambda: Feedback("x", None, done=np.array([True])), "done must be True or False, not ndarray"),
+        (lambda: Feedback("x", None, done=np.float64(1)), "done must be True or False, not float"),
+        (lambda: Feedback("x", None, done=False, success=np.int8(1)), "success must be True, False or None, not int"),
+        (
+            lambda: Feedback("x", None, done=False, success=np.str_("yes")),
+            "success must be True, False or None, not str",
+        ),
+        (lambda: Feedback(None, None, done=np.False_), "observation is None but done is False"),
         (lambda: Feedback([], None, done=True), "a list of messages, not list"),
         (lambda: Feedback([{"role": "user", "content": None}], None, done=True), "both text, not dict"),
         (lambda: TrainingExample("1-p-0", "p", (5, 6), (IGNORED,)), "2 input_ids but 1 labels"),

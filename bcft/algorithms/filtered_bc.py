@@ -3,9 +3,10 @@
 `filtered_bc` is the loop; the phases are functions of `rounds`. Two things have state: the weights (`Learner`) and the
 run directory, whose committed rounds `History` holds. Phases exchange frozen values.
 
-Re-running the same command resumes. A round counts once its manifest is written. Of an unfinished round, journaled
-trajectories are not played again, and scores are read back once the selection is sealed. Selection, training and
-evaluation run again: from the weights the round started with, on the same rows, to the same weights.
+Re-running the same command resumes. A round counts once its manifest is written. Of an unfinished round nothing that
+was paid for is lost: trajectories and the answers of reward functions are journaled, of evaluations as well, and saved
+weights are not trained again. Only selection runs again, on the same scores. With a higher `num_rounds` a finished run
+goes on.
 """
 
 import dataclasses
@@ -13,21 +14,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from bcft.algorithms.opening import evaluate_base, start, try_first_problems
 from bcft.algorithms.rounds import (
-    Run,
-    check_sanity,
     commit,
     conclude,
-    evaluate_base,
     evaluate_round,
     load_weights,
     roll_out_round,
     score_round,
     scores_in_scope,
     select_round,
-    start,
     train_round,
 )
+from bcft.algorithms.run import Run
 from bcft.algorithms.session import Session
 from bcft.config.loader import Config
 from bcft.data.loading import Splits
@@ -76,9 +75,8 @@ def filtered_bc(
     clock, history = Clock(), History(session.path, config.rounds, base_model=config.model.model_name_or_path)
     run = Run(config, splits, session, problems, rollouts, scorer, clock)
     learner, replay = start(run, history)
-    base_test, base_dev = evaluate_base(run, learner, history)
-    if not history.last:
-        check_sanity(run, learner, history, base_dev)
+    check = try_first_problems(run, learner, history)
+    base_test, base_dev = evaluate_base(run, learner, history, check)
     session.say("\n" + "\n".join([ROUNDS, *map(round_line, history.records)]))
     recent: dict[int, list[Score]] = {}
 
@@ -88,7 +86,7 @@ def filtered_bc(
         with clock.phase("rollout"):
             trajectories = roll_out_round(run, learner, number, directory)
         with clock.phase("score"):
-            scores = score_round(run, trajectories, directory)
+            scores = score_round(run, history, trajectories, directory)
         with clock.phase("select"):
             recent = scores_in_scope(config, history, number, scores, recent)
             selection, examples = select_round(run, number, recent, replay, directory)

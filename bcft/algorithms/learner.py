@@ -61,15 +61,15 @@ class Learner:
         trainer.release(self.trainer)
         return fitted, state
 
-    def save(self, directory: Path, state: Mapping[str, Any]) -> None:
-        """Write the weights, and the optimizer's state if there is one, and commit them."""
+    def save(self, directory: Path, state: Mapping[str, Any], about: Mapping[str, Any] | None = None) -> None:
+        """Write the weights, and the optimizer's state if there is one, and commit them with facts about them."""
         with storage(directory):
             directory.mkdir(parents=True, exist_ok=True)
             files = save_policy(self.policy, directory)
             if state:
                 files.append(directory / OPTIMIZER)
                 save_file(dict(state), files[-1])
-            write_manifest(directory, files)
+            write_manifest(directory, files, about=about)
 
     def _arguments(self, training_arguments: Callable[..., Any]) -> Any:
         """Return the settings of the one trainer: without checkpoints, evaluations and bars of its own."""
@@ -82,6 +82,7 @@ class Learner:
             disable_tqdm=True,
             save_strategy="no",
             eval_strategy="no",
+            eval_on_start=False,
             logging_steps=1 if settings.logging_steps is None else settings.logging_steps,
         )
 

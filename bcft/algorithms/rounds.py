@@ -1,4 +1,4 @@
-"""The phases of filtered behavior cloning, before, in and after a round.
+"""The phases of a round of filtered behavior cloning, and what follows the last one.
 
 Each function returns its part of the round's record or the values of the next phase; `filtered_bc` calls them in order.
 """
@@ -11,21 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from bcft.algorithms.learner import Learner
-from bcft.algorithms.session import Session
+from bcft.algorithms.run import Run
 from bcft.config.loader import Config
-from bcft.data.examples import draw_replay, replay_examples
-from bcft.data.loading import Splits
+from bcft.data.examples import draw_replay
 from bcft.environments.base import step_checker
 from bcft.errors import FaultError
-from bcft.evaluation.held_out import measure, samples_of
 from bcft.evaluation.results import Measured, stored
-from bcft.policy.loading import load_policy, longest_row, save_policy, with_adapter
+from bcft.policy.loading import save_policy
 from bcft.reporting.model_card import model_card
-from bcft.reporting.sanity_check import PROBLEMS, sanity_check
 from bcft.reporting.tables import conclusion, print_table, round_line
-from bcft.rollout.episode import Attempt
-from bcft.rollout.sample import draw, play_journaled, roll_out
-from bcft.runs.clock import Clock
+from bcft.rollout.sample import roll_out
 from bcft.runs.distributed import barrier, broadcast, rank
 from bcft.runs.history import History, is_due
 from bcft.runs.storage import (
@@ -33,6 +28,8 @@ from bcft.runs.storage import (
     ROLLOUTS,
     SCORES,
     commit_round,
+    file_hash,
+    read_manifest,
     seal,
     sealed,
     storage,
@@ -42,102 +39,8 @@ from bcft.runs.storage import (
     write_text,
 )
 from bcft.selection.apply import Filtered, apply_filter, rule_of
-from bcft.selection.scoring import Score, Scorer, stored_scores
-from bcft.types import Problem, RolloutSettings, TrainingExample, Trajectory
-
-
-@dataclass(frozen=True)
-class Run:
-    """What all rounds share."""
-
-    config: Config
-    splits: Splits
-    session: Session
-    problems: Mapping[str, Problem]
-    rollouts: RolloutSettings
-    scorer: Scorer
-    clock: Clock
-
-
-# Before the first round
-
-
-def start(run: Run, history: History) -> tuple[Learner, list[TrainingExample]]:
-    """Load the policy as it was after the last committed round, and record what the run depends on.
-
-    Returns the learner, and the demonstrations to replay.
-    """
-    config, splits, session = run.config, run.splits, run.session
-    note = run.scorer.check(list(run.problems.values()))
-    if session.directory.drifted and rank() == 0:
-        discard_stale(history)
-    loaded = load_policy(history.weights_path(history.weights_round_after(history.last)), config.model)
-    policy = with_adapter(loaded, config.model, seed=config.training.seed)
-    learner = Learner(config, policy, session.path)
-    if policy is not loaded and rank() == 0:  # a new adapter is saved as round 0
-        learner.save(history.path(0) / "model", {})
-    limit = longest_row(history.base_model, config.model, config.data.max_length)
-    replay = replay_examples(splits.replay, policy.renderer, max_length=limit, train_on=config.data.train_on)
-    session.say(f"model: {history.base_model} on {policy.precision.why}")
-    session.say(f"data: {len(run.problems):,} problems to attempt, {splits.held_out_words}")
-    if config.environment.environment:
-        session.say(f"environment: {config.environment.environment}, at most {config.environment.max_turns} turns")
-    if note:
-        session.say(note)
-    barrier()  # every process has read the directory before it is written
-    session.directory.record([d.problem for d in (*splits.train, *splits.held_out)], splits.digest)
-    return learner, replay
-
-
-def discard_stale(history: History) -> None:
-    """Delete what another recipe left and this one would read: an unfinished round and the evaluations to compare with.
-
-    It happens before the new recipe is recorded: an interruption in between leaves a directory that still differs.
-    """
-    shutil.rmtree(history.path(history.last + 1), ignore_errors=True)
-    for directory in history.directory.glob("round_*/test"):
-        shutil.rmtree(directory)
-    for file in history.path(0).glob("evaluation.json*"):
-        file.unlink()
-
-
-def evaluate_base(run: Run, learner: Learner, history: History) -> tuple[Measured, Measured]:
-    """Evaluate the policy as it is, on test and on dev, unless its results are there; start the history with dev."""
-    directory = history.path(0)
-    test = stored(directory / "test") or _measure(run, learner, directory / "test", "test")
-    dev = stored(directory) or _measure(run, learner, directory, "dev")
-    history.start(dev.summary)
-    run.clock.lap()
-    return test, dev
-
-
-def check_sanity(run: Run, learner: Learner, history: History, base_dev: Measured) -> None:
-    """Roll out the first problems of round 1, which stay in its journal, and check that there is something to learn.
-
-    Raises FaultError when there is not.
-    """
-    config = run.config
-    attempts = round_attempts(run, 1)[: PROBLEMS * config.sampling.num_generations]
-    directory, label = history.path(1), _label(run.session)
-    with run.clock.phase("rollout"):
-        trajectories = play_journaled(
-            learner.policy, attempts, run.rollouts, directory=directory, clock=run.clock, label=label
-        )
-    check = sanity_check(
-        _score(run, trajectories),
-        run.problems,
-        base_dev.summary,
-        answers=run.scorer.answers,
-        environment=config.environment.environment,
-        require_success=config.selection.require_success,
-        max_completion_length=config.sampling.max_completion_length,
-    )
-    run.session.say("\n".join(check.lines))
-    if check.reason:
-        raise FaultError(f"nothing can be learned: {check.reason}")
-
-
-# The phases of a round
+from bcft.selection.scoring import Score, stored_scores
+from bcft.types import TrainingExample, Trajectory
 
 
 def load_weights(learner: Learner, history: History, number: int) -> None:
@@ -147,32 +50,17 @@ def load_weights(learner: Learner, history: History, number: int) -> None:
         learner.restore(history.weights_path(start_from))
 
 
-def round_attempts(run: Run, number: int) -> list[Attempt]:
-    """Return a round's attempts: training problems, drawn without replacement."""
-    return draw(
-        run.problems.values(),
-        number,
-        seed=run.config.training.seed,
-        prompts=run.config.rounds.prompts_per_round,
-        samples=run.config.sampling.num_generations,
-    )
-
-
 def roll_out_round(run: Run, learner: Learner, number: int, directory: Path) -> list[Trajectory]:
     """Return the trajectories of a round's attempts; those that are journaled already are not played again."""
-    attempts, label = round_attempts(run, number), _label(run.session)
-    return roll_out(learner.policy, attempts, run.rollouts, directory=directory, clock=run.clock, label=label)
+    attempts = run.attempts(number)
+    return roll_out(learner.policy, attempts, run.rollouts, directory=directory, clock=run.clock, label=run.label)
 
 
-def score_round(run: Run, trajectories: Sequence[Trajectory], directory: Path) -> list[Score]:
+def score_round(run: Run, history: History, trajectories: Sequence[Trajectory], directory: Path) -> list[Score]:
     """Score a round's trajectories, or read their scores. Raises FaultError when too many environments failed."""
-    return stored_scores(directory) if sealed(directory, SCORES) else _score(run, trajectories)
-
-
-def _score(run: Run, trajectories: Sequence[Trajectory]) -> list[Score]:
-    """Call the reward functions on one process: called twice they might answer differently."""
-    scores: list[Score] = broadcast(run.scorer.score(trajectories, run.problems) if rank() == 0 else [])
-    return scores
+    if sealed(directory, SCORES):
+        return stored_scores(directory)
+    return run.score(trajectories, directory, step=history.steps(history.last))
 
 
 def scores_in_scope(
@@ -247,7 +135,8 @@ def train_round(
 ) -> Trained:
     """Train on the examples and save the weights, except in a warm-up round and in one that kept nothing.
 
-    Raises FaultError when nothing is kept and `on_empty` is `stop`.
+    Weights that an interrupted run has trained on the same rows are taken as they are. Raises FaultError when nothing
+    is kept and `on_empty` is `stop`.
     """
     rounds = run.config.rounds
     if number <= rounds.warmup_rounds:
@@ -256,37 +145,45 @@ def train_round(
         if rounds.on_empty == "stop":
             raise FaultError(f"round {number} kept nothing: {selection.metrics['note']}")
         return Trained()
+    directory = history.path(number)
+    rows, weights = broadcast(_saved(directory) if rank() == 0 else ("", {}))
+    if weights:
+        learner.restore(str(directory / "model"))
+        return Trained(**weights)
+    if rank() == 0:
+        for file in directory.glob("evaluation.json*"):  # of other weights
+            file.unlink()
     if rounds.init_from == "base" and history.weights_round_after(number - 1):
         learner.restore(history.weights_path(0))
     before = history.last_trained(number - 1)
     carry_from = history.path(before) / "model" if before and not rounds.reset_optimizer else None
     fitted, state = learner.train(examples, number, carry_from=carry_from)
+    figures = {name: getattr(fitted, name) for name in (part.name for part in dataclasses.fields(Trained))}
     if rank() == 0:
         with run.clock.phase("other"):
-            learner.save(history.path(number) / "model", state)
-    return Trained(
-        rows=fitted.rows,
-        tokens_supervised=fitted.tokens_supervised,
-        steps=fitted.steps,
-        loss=fitted.loss,
-        weights_changed=fitted.weights_changed,
-        entropy=fitted.entropy,
-    )
+            learner.save(directory / "model", state, {"rows": rows, "train": figures})
+    return Trained(**figures)
+
+
+def _saved(directory: Path) -> tuple[str, dict[str, Any]]:
+    """Return the hash of a round's rows, and the figures of the training on them if its weights are whole."""
+    rows = file_hash(directory / KEPT)
+    manifest = read_manifest(directory / "model")
+    return rows, manifest["train"] if manifest.get("rows") == rows else {}
 
 
 def evaluate_round(
     run: Run, learner: Learner, history: History, number: int, trained: Trained, base_dev: Measured
 ) -> dict[str, Any]:
     """Evaluate on dev when the round is due and its weights are new; return its figures, empty when it is not due."""
-    config = run.config
-    played = min(config.rounds.prompts_per_round, len(run.problems)) * config.sampling.num_generations
-    each = 1 + _samples(run, "dev")
-    due = is_due(config.rounds, number, evaluated=len(run.splits.dev) * each, played=played)
-    last_evaluated = max(n for n in range(number) if "eval" in history.records[n])
+    budget, last_evaluated = run.budget, max(n for n in range(number) if "eval" in history.records[n])
+    due = is_due(budget.rounds, number, evaluated=0, played=1)
     weights_round = number if trained.steps else history.weights_round_before(number)
     if not due or weights_round == history.weights_round_after(last_evaluated):
         return {}
-    dev = _measure(run, learner, history.path(number), "dev")
+    step = history.steps(number - 1) + trained.steps
+    place = history.path(number)
+    dev = stored(place) or run.measure(learner, place, "dev", step=step)
     return {**dev.summary, "vs_base": conclusion(base_dev, dev).get("vs_base", {})}
 
 
@@ -314,10 +211,13 @@ def conclude(run: Run, learner: Learner, history: History, base_test: Measured) 
     tested = base_test
     if best:
         place = history.path(best) / "test"
-        tested = stored(place) or _measure(run, learner, place, "test")
+        # As many samples as the base had: a run with more rounds may choose another number.
+        tested = stored(place) or run.measure(
+            learner, place, "test", step=history.steps(best), samples=base_test.samples
+        )
     metrics = {"base": base_test.summary, "best": tested.summary, "best_round": best, "rounds": last}
     metrics |= conclusion(base_test, tested)
-    if not best and history.success_known:
+    if not best and history.measured:
         metrics["conclusion"] = f"no round was better on dev than the base; {metrics['conclusion']}"
     if last < config.rounds.num_rounds and (reason := history.stop_reason()):
         metrics["stopped"] = reason
@@ -350,29 +250,6 @@ def write_best(run: Run, learner: Learner, metrics: Mapping[str, Any]) -> None:
         adapter=learner.policy.adapter,
         recipe={key: config.values[key] for key in sorted(config.given)},
     )
-    write_text(target / "README.md", card)
     write_json(path / "metrics.json", metrics)
+    write_text(target / "README.md", card)
     write_manifest(path, [*files, path / "metrics.json", path / "config.yaml"])
-
-
-def _measure(run: Run, learner: Learner, directory: Path, split: str) -> Measured:
-    return measure(
-        learner.policy,
-        run.splits,
-        run.rollouts,
-        split=split,
-        samples=_samples(run, split),
-        success=run.scorer.success,
-        examples=[],
-        directory=directory,
-        quiet=run.session.quiet or split == "dev",
-    )
-
-
-def _samples(run: Run, split: str) -> int:
-    graded = bool(run.scorer.success or run.config.environment.environment)
-    return samples_of(run.config.evaluation, split, graded=graded)
-
-
-def _label(session: Session) -> str:
-    return "" if session.quiet else "roll out"

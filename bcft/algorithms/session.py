@@ -10,7 +10,7 @@ from bcft.data.loading import Splits
 from bcft.reporting.tables import say
 from bcft.runs.directory import RunDirectory, open_run
 from bcft.runs.distributed import rank
-from bcft.runs.storage import finished, read_json
+from bcft.runs.storage import read_json
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,8 @@ def run_or_report(
 
     work: resumes an unfinished run by itself. report: writes a page about a finished directory, on rank 0.
 
+    A finished run goes on if it is given more rounds.
+
     Raises UsageError when the directory was started with another recipe or other data, or, unless it is finished, with
     other versions of packages or another number of processes.
     """
@@ -55,13 +57,15 @@ def run_or_report(
         session = Session(directory, config.quiet)
         directory.check_recipe()
         directory.check_data(splits.digest)
-        if finished(directory.path):
+        if directory.finished and not directory.prolonged:
             metrics = read_json(directory.path / "metrics.json")
             session.say(f"{directory.path} is finished")
         else:
             directory.check_versions()
             metrics = work(session)
-        if report and rank() == 0:
-            session.say(f"Report with the learning curve: {report(directory.path)}")
-    say(metrics["conclusion"], quiet=False)
+        try:
+            if report and rank() == 0:
+                session.say(f"Report with the learning curve: {report(directory.path)}")
+        finally:  # the run is finished, whatever becomes of its report
+            say(metrics["conclusion"], quiet=False)
     return metrics

@@ -1,80 +1,103 @@
-"""Plain behavior cloning: demonstrations to examples, one SFT run, held-out success before and after."""
+"""Plain behavior cloning: demonstrations to examples, one SFT run, held-out success before and after.
+
+The weights are written and sealed as soon as they are trained. Whatever fails after that, the same command goes on from
+them: with the last evaluation, whose attempts are journaled as well.
+"""
 
 import dataclasses
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bcft.algorithms.session import Session
 from bcft.config.loader import Config
-from bcft.data.examples import ExampleCounts, make_examples
+from bcft.data.examples import ExampleCounts, check_prompts, make_examples, without_special_tokens
 from bcft.data.loading import Splits
 from bcft.errors import UsageError
-from bcft.evaluation.held_out import measure, samples_of
+from bcft.evaluation.budget import samples_of
+from bcft.evaluation.held_out import measure
 from bcft.evaluation.results import stored
-from bcft.policy.loading import Policy, load_policy, longest_row, save_policy, with_adapter
+from bcft.policy.chat_template import Renderer
+from bcft.policy.loading import (
+    Policy,
+    check_disk,
+    check_model,
+    load_policy,
+    longest_row,
+    restore,
+    save_policy,
+    with_adapter,
+)
 from bcft.reporting.model_card import model_card
 from bcft.reporting.tables import before_and_after, conclusion, print_table
-from bcft.rewards.base import Reward
-from bcft.runs.distributed import barrier, rank
-from bcft.runs.storage import storage, write_json, write_manifest, write_text
+from bcft.runs.directory import GRADING
+from bcft.runs.disk import copies_of_sft
+from bcft.runs.distributed import barrier, broadcast, rank
+from bcft.runs.storage import SEAL, read_json, read_manifest, storage, write_json, write_manifest, write_text
+from bcft.selection.scoring import Scorer
+from bcft.training.checks import check_training
 from bcft.types import Demonstration, RolloutSettings, TrainingExample
 
 if TYPE_CHECKING:
     from bcft.training.trainer import Fit
 
 
+@dataclass(frozen=True)
+class Rows:
+    """The examples of a run, and what is known about them."""
+
+    train: list[TrainingExample]
+    dev: list[TrainingExample]
+    test: list[TrainingExample]
+    counts: ExampleCounts
+    notes: tuple[str, ...]
+
+
 def sft(
-    config: Config, splits: Splits, session: Session, *, rollouts: RolloutSettings, success: Reward | None
+    config: Config, splits: Splits, session: Session, *, rollouts: RolloutSettings, scorer: Scorer
 ) -> dict[str, Any]:
     """Clone the training demonstrations, resuming from a checkpoint; return what `metrics.json` holds.
 
-    rollouts: how held-out problems are attempted; success: the function that says what is solved, if there is one.
+    rollouts: how held-out problems are attempted; scorer: what they are measured by.
     """
-    # 1. Demonstrations to examples: every label is counted before anything is trained.
+    # 1. Demonstrations to examples: every label is counted before weights are loaded.
+    rows = _rows(config, splits, session)
     policy = load_policy(config.model.model_name_or_path, config.model)
-    examples, counts = _examples(config, policy, splits.train)
-    test_examples, dev_examples = (_held_out_examples(config, policy, part) for part in (splits.test, splits.dev))
     session.say(f"model: {config.model.model_name_or_path} on {policy.precision.why}")
     session.say(f"data: {splits}")
-    session.say(f"rows: {counts}")
-    others = [d for d in splits.train if d.sampled is not None and d.tokenizer != policy.renderer.fingerprint]
-    if others:
-        session.say(f"rows: {len(others):,} were sampled with another tokenizer, and are tokenized from their text")
-    base_directory = session.path / "base"
-    if session.directory.drifted and rank() == 0:  # an evaluation with another recipe is not comparable
-        shutil.rmtree(base_directory, ignore_errors=True)
+    for note in filter(None, (f"rows: {rows.counts}", *rows.notes, policy.note)):
+        session.say(note)
+    if session.directory.drift and rank() == 0:
+        _discard_stale(session)
     barrier()  # every process has read the directory before it is written
     session.directory.record([d.problem for d in splits.held_out], splits.digest)
 
     # 2. The policy as it is, on problems that are not in training.
-    graded = bool(success or config.environment.environment)
     evaluate = partial(
         measure,
         splits=splits,
         settings=rollouts,
         split="test",
-        samples=samples_of(config.evaluation, "test", graded=graded),
-        success=success,
-        examples=test_examples,
+        samples=samples_of(config.evaluation, "test", graded=scorer.measures != "nothing"),
+        scorer=scorer,
+        examples=rows.test,
         quiet=session.quiet,
     )
+    base_directory, final_directory = session.path / "base", session.path / "final"
     base = stored(base_directory) or evaluate(policy, directory=base_directory)
 
-    # 3. One SFT run, from the newest complete checkpoint if there is one.
-    policy, fitted = _train(config, session, policy, examples, dev_examples)
-    session.say(
-        f"train: {fitted.steps} steps in {fitted.seconds:.0f} s, {fitted.tokens_per_second:,.0f} supervised "
-        f"tokens/s, loss {fitted.loss_first:.4f} to {fitted.loss_last:.4f}"
-    )
+    # 3. One SFT run, from the newest complete checkpoint if there is one, or its saved weights if it has ended.
+    policy, train = _trained(config, session, policy, rows)
 
     # 4. The trained policy, and what changed.
-    final = evaluate(policy, directory=session.path / "final")
-    metrics = {"base": base.summary, "final": final.summary, "train": dataclasses.asdict(fitted)}
+    final = stored(final_directory) or evaluate(policy, directory=final_directory, step=train["steps"])
+    metrics = {"base": base.summary, "final": final.summary, "train": train}
     metrics |= conclusion(base, final)
-    _save(config, session, policy, metrics, counts)
+    if rank() == 0:
+        _commit(config, session, policy, metrics, rows.counts)
     if base.summary:
         print_table({"base": base.summary, "final": final.summary}, quiet=session.quiet)
         session.say(before_and_after(base.evaluation, final.evaluation, splits.test))
@@ -83,47 +106,80 @@ def sft(
     return metrics
 
 
-def _examples(
-    config: Config, policy: Policy, demonstrations: Sequence[Demonstration]
-) -> tuple[list[TrainingExample], ExampleCounts]:
-    return make_examples(
+def _rows(config: Config, splits: Splits, session: Session) -> Rows:
+    """Return the examples; refuse what can be refused without weights."""
+    check_training(config.training)
+    if config.training.eval_strategy != "no" and not any(d.answered for d in splits.dev):
+        raise UsageError("eval_strategy: there are no dev rows to take a loss on: raise eval_dev_problems, or set no")
+    name, special = config.model.model_name_or_path, config.data.special_tokens
+    renderer = check_model(name, config.model).renderer
+    check_prompts([d.problem for d in (*splits.train, *splits.held_out)], renderer, special_tokens=special)
+    demonstrations, note = without_special_tokens(splits.train, renderer, special_tokens=special)
+    limit = longest_row(name, config.model, config.data.max_length)
+    examples, counts = make_examples(
         demonstrations,
-        policy.renderer,
-        max_length=longest_row(config.model.model_name_or_path, config.model, config.data.max_length),
+        renderer,
+        max_length=limit,
         overlength=config.data.overlength,
         train_on=config.data.train_on,
     )
+    dev, test = (_held_out_examples(config, renderer, part, limit) for part in (splits.dev, splits.test))
+    check_disk(session.path, name, config.model, config.training, copies=copies_of_sft(config.training))
+    others = sum(d.sampled is not None and d.tokenizer != renderer.fingerprint for d in splits.train)
+    if others:
+        others_note = f"rows: {others:,} were sampled with another tokenizer, and are tokenized from their text"
+        return Rows(examples, dev, test, counts, (note, others_note))
+    return Rows(examples, dev, test, counts, (note,))
 
 
 def _held_out_examples(
-    config: Config, policy: Policy, demonstrations: Sequence[Demonstration]
+    config: Config, renderer: Renderer, demonstrations: Sequence[Demonstration], limit: int
 ) -> list[TrainingExample]:
     """Return examples to take a loss on, of those problems that come with a solution."""
-    limit = longest_row(config.model.model_name_or_path, config.model, config.data.max_length)
-    return make_examples(
-        [d for d in demonstrations if d.answered],
-        policy.renderer,
-        max_length=limit,
-        train_on=config.data.train_on,
-        may_be_empty=True,
-    )[0]
+    bare, _ = without_special_tokens(
+        [d for d in demonstrations if d.answered], renderer, special_tokens=config.data.special_tokens
+    )
+    return make_examples(bare, renderer, max_length=limit, train_on=config.data.train_on, may_be_empty=True)[0]
 
 
-def _train(
-    config: Config,
-    session: Session,
-    policy: Policy,
-    examples: Sequence[TrainingExample],
-    held_out: Sequence[TrainingExample],
-) -> tuple[Policy, "Fit"]:
+def _discard_stale(session: Session) -> None:
+    """Delete what another recipe left and this one would read: evaluations, and weights unless only grading differs."""
+    for name in ("base", "final"):
+        for file in (session.path / name).glob("evaluation.json*"):
+            file.unlink()
+    if not session.directory.drift <= GRADING:
+        (session.path / SEAL).unlink(missing_ok=True)
+
+
+def _trained(config: Config, session: Session, policy: Policy, rows: Rows) -> tuple[Policy, dict[str, Any]]:
+    """Return the policy with the trained weights, which are on the disk, and `train` of the metrics."""
+    saved = broadcast(read_manifest(session.path, name=SEAL) if rank() == 0 else {})
+    if saved:
+        policy = with_adapter(policy, config.model, seed=config.training.seed)
+        restore(policy, str(session.path), config.model)
+        session.say(f"train: the weights in {session.path} are taken as they are")
+        return policy, dict(saved["train"])
+    if rank() == 0:
+        shutil.rmtree(session.path / "final", ignore_errors=True)  # of other weights
+    policy, fitted = _train(config, session, policy, rows)
+    train = dataclasses.asdict(fitted)
+    if rank() == 0:
+        with storage(session.path):
+            files = save_policy(policy, session.path)
+        write_manifest(session.path, files, name=SEAL, about={"train": train})
+    session.say(
+        f"train: {fitted.steps} steps in {fitted.seconds:.0f} s, {fitted.tokens_per_second:,.0f} supervised "
+        f"tokens/s, loss {fitted.loss_first:.4f} to {fitted.loss_last:.4f}"
+    )
+    return policy, train
+
+
+def _train(config: Config, session: Session, policy: Policy, rows: Rows) -> "tuple[Policy, Fit]":
     """Fit the examples; return the policy with the trained weights, and what training did."""
     # trl takes longer to import than everything before: the evaluation of the base does not wait for it.
     from bcft.training import trainer  # noqa: PLC0415 - see above
 
     settings = config.training
-    evaluates = settings.eval_strategy != "no"
-    if evaluates and not held_out:
-        raise UsageError("eval_strategy: there are no dev rows to take a loss on: raise eval_dev_problems, or set no")
     output = Path(settings.output_dir)
     arguments = trainer.training_arguments(
         settings,
@@ -135,21 +191,19 @@ def _train(
     bc_trainer = trainer.BCTrainer(
         with_adapter(policy, config.model, seed=settings.seed).model,
         arguments,
-        examples=examples,
-        held_out=held_out if evaluates else [],
+        examples=rows.train,
+        held_out=rows.dev if settings.eval_strategy != "no" else [],
         tokenizer=policy.renderer.tokenizer,
     )
-    fitted = trainer.fit(bc_trainer, examples, resume=trainer.newest_checkpoint(output))
+    fitted = trainer.fit(bc_trainer, rows.train, resume=trainer.newest_checkpoint(output))
     return dataclasses.replace(policy, model=bc_trainer.accelerator.unwrap_model(bc_trainer.model)), fitted
 
 
-def _save(config: Config, session: Session, policy: Policy, metrics: Mapping[str, Any], counts: ExampleCounts) -> None:
-    """Write model, tokenizer, card and metrics; the manifest that commits them comes last."""
-    if rank() > 0:
-        return
+def _commit(
+    config: Config, session: Session, policy: Policy, metrics: Mapping[str, Any], counts: ExampleCounts
+) -> None:
+    """Write metrics and card; the manifest that commits them with the saved weights comes last."""
     output = session.path
-    with storage(output):
-        files = save_policy(policy, output)
     card = model_card(
         metrics,
         command=config.command,
@@ -163,4 +217,6 @@ def _save(config: Config, session: Session, policy: Policy, metrics: Mapping[str
     )
     write_json(output / "metrics.json", metrics)
     write_text(output / "README.md", card)
-    write_manifest(output, [*files, output / "metrics.json", output / "config.yaml"])
+    weights = [output / name for name in read_json(output / SEAL)["files"]]
+    write_manifest(output, [*weights, output / "metrics.json", output / "config.yaml"])
+    (output / SEAL).unlink()

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, Literal, NamedTuple
 
-from bcft.config.schema import ALL, GRADING, LIBRARY_FIELDS, SECTIONS
+from bcft.config.declare import ALL, GRADING, LIBRARY_FIELDS, TRAINING
+from bcft.config.schema import SECTIONS, SEEDS
 
 
 class Command(NamedTuple):
@@ -67,9 +68,9 @@ _WITHOUT_LIMITS = (
     "accelerator_config", "activation_offloading", "average_tokens_across_devices",
     "dataloader_multiprocessing_context", "dataloader_persistent_workers", "dataloader_pin_memory",
     "dataloader_prefetch_factor", "ddp_backend", "ddp_broadcast_buffers", "ddp_bucket_cap_mb",
-    "ddp_find_unused_parameters", "ddp_static_graph", "disable_tqdm", "eval_on_start", "full_determinism",
+    "ddp_find_unused_parameters", "ddp_static_graph", "eval_on_start", "full_determinism",
     "gradient_checkpointing_kwargs", "include_num_input_tokens_seen", "log_level", "log_level_replica",
-    "log_on_each_node", "logging_first_step", "logging_strategy", "lr_scheduler_kwargs", "optim_args",
+    "log_on_each_node", "logging_strategy", "lr_scheduler_kwargs", "optim_args",
     "optim_target_modules", "pad_to_multiple_of", "project", "report_to", "router_aux_loss_coef", "run_name",
     "save_on_each_node", "save_strategy", "skip_memory_metrics", "tf32", "torch_compile", "torch_compile_backend",
     "torch_compile_mode", "trackio_bucket_id", "trackio_space_id", "trackio_static_space_id",
@@ -86,15 +87,29 @@ PASSED_THROUGH = {
     "adam_beta1": ">= 0 and < 1",
     "adam_beta2": ">= 0 and < 1",
     "label_smoothing_factor": ">= 0 and < 1",
-    "data_seed": ">= 0",
+    "data_seed": SEEDS,
     "dataloader_num_workers": ">= 0",
     "neftune_noise_alpha": ">= 0",
     "eval_delay": ">= 0",
     **dict.fromkeys(_WITHOUT_LIMITS, ""),
 }
 """SFTConfig's fields that go to the Trainer as they are -> the limits of their numbers."""
-_CHOICES = {"include_num_input_tokens_seen": ("all", "non_padding", "no"), "pad_to_multiple_of": ("auto",)}
+TRACKERS = (
+    "azure_ml", "clearml", "codecarbon", "comet_ml", "dagshub", "dvclive", "flyte", "kubeflow", "mlflow", "neptune",
+    "swanlab", "tensorboard", "trackio", "wandb",
+)  # fmt: skip
+"""What transformers can report to."""
+_CHOICES = {
+    "include_num_input_tokens_seen": ("all", "non_padding", "no"),
+    "pad_to_multiple_of": ("auto",),
+    "report_to": ("none", "all", *TRACKERS),
+}
 """The words that a passed-through field takes beside its other types; the library's annotation only says `str`."""
+_SFT_ONLY = (
+    "data_seed", "eval_delay", "eval_on_start", "eval_steps", "per_device_eval_batch_size", "save_on_each_node",
+    "save_steps", "save_strategy", "save_total_limit",
+)  # fmt: skip
+"""Rounds save their weights and evaluate by themselves, and each has a seed of its own."""
 
 _LAUNCHER = "give it to the launcher: accelerate launch --config_file FILE"
 _LABELS = "bcft makes and checks the labels: loss is on completions only; `train_on` chooses the turns"
@@ -126,6 +141,8 @@ REFUSED = {
     "load_in_8bit": "this version quantizes to 4 bit only: use load_in_4bit",
     "load_best_model_at_end": "the last weights of `sft` are the result; `filtered` chooses its round on dev",
     "auto_find_batch_size": "it would silently change the batch, and with it the result",
+    "disable_tqdm": "the flag --quiet decides whether there is a progress bar",
+    "logging_first_step": "the first step is always logged: a run reports its loss",
     "do_sample": "evaluation reports greedy and sampled success, always both",
     "generation_kwargs": "every sampling parameter is a key of its own: temperature, top_p, top_k, min_p",
 }
@@ -250,7 +267,8 @@ def _keys() -> Iterator[Key]:
     for name, limits in PASSED_THROUGH.items():
         group, row = LIBRARY_FIELDS[name]
         choices = tuple(row.get("choices", _CHOICES.get(name, ())))
-        yield Key(name, row["type"], row["default"], row["help"], "training", group, ALL, choices, limits)
+        commands = ("sft",) if name in _SFT_ONLY else TRAINING
+        yield Key(name, row["type"], row["default"], row["help"], "training", group, commands, choices, limits)
 
 
 KEYS: Mapping[str, Key] = {key.name: key for key in _keys()}

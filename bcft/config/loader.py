@@ -5,7 +5,6 @@ translated, guessed or corrected: an unknown key is an error, and so is a value 
 """
 
 import copy
-import dataclasses
 import json
 import os
 import re
@@ -15,9 +14,11 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+from bcft.config.declare import LIBRARY_FIELDS, TRAINING, SettingError
+from bcft.config.effects import adapter_keys, without_effect
+from bcft.config.entries import DICT, Entry, Recipe, path_as_text, recipe_entries
 from bcft.config.keys import COMMANDS, FLAGS, KEYS, PASSED_THROUGH, REFUSED, REFUSED_VALUES, RENAMED
 from bcft.config.schema import (
-    LIBRARY_FIELDS,
     REQUIRED,
     SECTIONS,
     DataSettings,
@@ -27,20 +28,28 @@ from bcft.config.schema import (
     RoundSettings,
     SamplingSettings,
     SelectionSettings,
-    SettingError,
     TrainingSettings,
 )
-from bcft.config.values import MAX_BYTES, Plain, Raw, YamlError, convert, nearest, read_yaml, wanted
+from bcft.config.values import Plain, convert, nearest, wanted
 from bcft.errors import UsageError
 from bcft.types import show
 
 SECRET = re.compile(r"\b(hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,})")
 ASSIGNMENT = re.compile(r"[A-Za-z_][\w.-]*=")
 DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
-DOTTED_PATHS = {"environment": "package.module.Class", "success_func": "package.module.function"}
+DOTTED_PATHS = {
+    "environment": (DOTTED, "a dotted path such as package.module.Class"),
+    "success_func": (
+        re.compile(rf"{DOTTED.pattern}|[A-Za-z_]\w*"),
+        "a dotted path such as package.module.function, or the name of one of reward_funcs",
+    ),
+}
+"""Keys that name Python objects -> what their values look like, as a pattern and in words."""
 QUOTES = ("'", '"', "`", "\u2018", "\u2019", "\u201c", "\u201d")
 """What an output_dir cannot begin with: quotation marks that were meant for the shell, typographic ones included."""
 COMMAND_LINE = "command line"
+OF_DATASET = ("dataset_config", "dataset_train_split", "dataset_test_split")
+"""Keys of a recipe that say nothing about rows that Python gives in place of its dataset."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +74,12 @@ class Config:
     training: TrainingSettings
     evaluation: EvaluationSettings
     python_objects: frozenset[str] = frozenset()
-    """The keys whose value only names a Python object, such as `m.reward@0a1b2c3d`: see `naming`."""
+    """The keys whose value only names a Python object, such as `m.reward@0a1b2c3d`."""
+
+    @property
+    def sections(self) -> dict[str, Any]:
+        """The sections by name."""
+        return {name: getattr(self, name) for name in SECTIONS}
 
     @property
     def quiet(self) -> bool:
@@ -97,40 +111,9 @@ class Config:
         words = ["bcft", self.command, *([self.path] if self.path else [])]
         for key in sorted(self.given - self.python_objects):
             value = self.values[key]
-            if key not in in_file or in_file[key] != value:
+            if self.command in KEYS[key].commands and (key not in in_file or in_file[key] != value):
                 words.append(f"{key}={_argument(key, value)}")
         return shlex.join([*words, *(f"--{flag}" for flag in sorted(self.flags - {"dry-run"}))])
-
-    def naming(self, *, reward_funcs: Sequence[str] = (), environment: str = "") -> "Config":
-        """Return a copy that names the reward functions and the environment that were given as Python objects.
-
-        `resolved` records the names, so that a run is not resumed with other objects; `command_line` omits them.
-        """
-        names: dict[str, Any] = {}
-        selection, section = self.selection, self.environment
-        if reward_funcs:
-            names["reward_funcs"] = list(reward_funcs)
-            selection = dataclasses.replace(selection, reward_funcs=tuple(reward_funcs))
-        if environment:
-            names["environment"] = environment
-            section = dataclasses.replace(section, environment=environment)
-        return dataclasses.replace(
-            self,
-            values=MappingProxyType({**self.values, **names}),
-            given=self.given | names.keys(),
-            selection=selection,
-            environment=section,
-            python_objects=self.python_objects | names.keys(),
-        )
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """One key as given, not yet checked."""
-
-    key: str
-    raw: Raw
-    where: str
 
 
 def parse(command: str, argv: Sequence[str]) -> Config:
@@ -139,7 +122,7 @@ def parse(command: str, argv: Sequence[str]) -> Config:
     Raises UsageError with one line for each finding.
     """
     paths: list[str] = []
-    entries: list[_Entry] = []
+    entries: list[Entry] = []
     flags: set[str] = set()
     findings: list[str] = []
     tokens = list(argv)
@@ -156,18 +139,18 @@ def parse(command: str, argv: Sequence[str]) -> Config:
             if name == "config" or (name in KEYS and not _may_stand_alone(name)):
                 findings.append(f"{COMMAND_LINE}: --{name}: wants a value")
             else:
-                entries.append(_Entry(name, Plain("true"), COMMAND_LINE))
+                entries.append(Entry(name, Plain("true"), COMMAND_LINE))
         else:
             text = value if equals else tokens.pop(0)
             if name == "config":
                 paths.append(text)
             else:
-                entries.append(_Entry(name, Plain(text) if text else "", COMMAND_LINE))
+                entries.append(Entry(name, Plain(text) if text else "", COMMAND_LINE))
     findings += [
         f"{COMMAND_LINE}: {show(extra)}: one recipe is enough; keys are --key value or key=value, lists '[a, b]'"
         for extra in paths[1:]
     ]
-    return _config(command, paths[0] if paths else "", entries, flags, findings)
+    return _config(command, paths[0] if paths else None, entries, flags, findings)
 
 
 def _takes_next(name: str, rest: Sequence[str]) -> bool:
@@ -197,27 +180,33 @@ def _argument(key: str, value: Any) -> str:
 
 def load(
     command: str,
-    path: str | os.PathLike[str] | None,
+    recipe: Recipe | None,
     overrides: Mapping[str, Any],
     *,
     flags: Collection[str] = frozenset(),
+    objects: Mapping[str, Any] = MappingProxyType({}),
 ) -> Config:
-    """Read a recipe file and set keys from Python, to Python values or text.
+    """Read a recipe, a file or a dict, and set keys from Python, to Python values or text.
+
+    objects: the keys that Python objects take the place of -> what names the object. `resolved` records the names, so
+    that a run is not resumed with other objects; `command_line` leaves them out.
 
     Raises UsageError with one line for each finding.
     """
-    entries = [
-        _Entry(key, os.fspath(value) if isinstance(value, os.PathLike) else value, "override")
-        for key, value in overrides.items()
-    ]
-    return _config(command, os.fspath(path) if path is not None else "", entries, flags, [])
+    given = [Entry(key, path_as_text(value), "override") for key, value in overrides.items()]
+    return _config(command, recipe, given, flags, [], objects)
 
 
 def _config(
-    command: str, path: str, overrides: Sequence[_Entry], flags: Collection[str], findings: list[str]
+    command: str,
+    recipe: Recipe | None,
+    overrides: Sequence[Entry],
+    flags: Collection[str],
+    findings: list[str],
+    objects: Mapping[str, Any] = MappingProxyType({}),
 ) -> Config:
     """Return the configuration. Raises UsageError with all findings."""
-    in_file, problems = _read(path) if path else ([], [])
+    in_file, problems, path = recipe_entries(recipe)
     findings += problems
     allowed = {name for name, flag in FLAGS.items() if command in flag.commands}
     findings += [f"{COMMAND_LINE}: --{flag}: not a flag of bcft {command}" for flag in sorted(set(flags) - allowed)]
@@ -225,24 +214,40 @@ def _config(
     values["output_dir"] = f"runs/{os.path.splitext(os.path.basename(path))[0] or command}"
     file_values, file_places = _valid(in_file, tuple(COMMANDS), findings)
     override_values, override_places = _valid(overrides, (command,), findings)
-    values |= file_values | override_values
-    where = file_places | override_places
+    if "dataset_name" in objects:  # rows in place of the recipe's dataset
+        others = [key for key in ("dataset_config", "dataset_test_split") if key in override_places]
+        findings += [f"{override_places[key]}: {key}: has no effect with train_dataset" for key in others]
+        file_values = {key: value for key, value in file_values.items() if key not in OF_DATASET}
+    where = file_places | override_places | dict.fromkeys(objects, "Python object")
+    values |= {**file_values, **override_values, **objects}
+    if command in TRAINING:  # what is recorded is what is trained
+        own = adapter_keys(values["model_name_or_path"])
+        values |= {key: value for key, value in own.items() if key not in where}
     sections, conflicts = _sections(values, where)
     if not problems:
-        at = path or COMMAND_LINE
+        at = path or (COMMAND_LINE if recipe is None else DICT)
         findings += [f"{at}: {key}: required" for key in REQUIRED if key not in where]
         conflicts += [
-            *_permissions(values, where, flags),
+            *_permissions(values, flags),
+            *without_effect(command, values, in_file=file_places, overrides={*override_places, *objects}),
             *_learning_rate_conflict(command, file_values, override_values),
         ]
         findings += [f"{where.get(key, at)}: {key}: {message}" for key, message in conflicts]
     if findings:
         raise UsageError("\n".join(findings))
-    return Config(command, path, MappingProxyType(values), frozenset(where), frozenset(flags), **sections)
+    return Config(
+        command,
+        path,
+        MappingProxyType(values),
+        frozenset(where),
+        frozenset(flags),
+        **sections,
+        python_objects=frozenset(objects),
+    )
 
 
 def _valid(
-    entries: Sequence[_Entry], commands: Sequence[str], findings: list[str]
+    entries: Sequence[Entry], commands: Sequence[str], findings: list[str]
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Return the valid values and the places of all keys that exist; add a finding for each mistake."""
     values: dict[str, Any] = {}
@@ -280,25 +285,7 @@ def _sections(values: Mapping[str, Any], given: Collection[str]) -> tuple[dict[s
     return sections, conflicts
 
 
-def _read(path: str) -> tuple[list[_Entry], list[str]]:
-    """Return the entries of a recipe file, and the findings if it cannot be read."""
-    at = path if path.isprintable() else show(path)
-    try:
-        with open(path, "rb") as file:
-            pairs = read_yaml(file.read(MAX_BYTES + 1))
-    except YamlError as error:
-        return [], [f"{at}:{error.line}: {error}"]
-    except IsADirectoryError:
-        return [], [f"{at}: a directory; give the recipe file in it"]
-    except FileNotFoundError:
-        hint = f"; a key is given as --{path} value or {path}=value" if path in KEYS else ""
-        return [], [f"{at}: no such recipe file{hint}"]
-    except (OSError, ValueError) as error:
-        return [], [f"{at}: cannot be read: {error.strerror if isinstance(error, OSError) else error}"]
-    return [_Entry(key, raw, f"{at}:{line}") for key, raw, line in pairs], []
-
-
-def _checked(entry: _Entry, commands: Sequence[str]) -> Any:
+def _checked(entry: Entry, commands: Sequence[str]) -> Any:
     """Return an entry's value.
 
     Raises ValueError when the key is unknown, not a key of these commands, or cannot have this value.
@@ -312,7 +299,8 @@ def _checked(entry: _Entry, commands: Sequence[str]) -> Any:
         raise ValueError(_unknown(name))
     key = KEYS[name]
     if not set(commands) & set(key.commands):
-        raise ValueError(f"not used here; it is a key of bcft {' and '.join(key.commands)}")
+        *first, last = key.commands
+        raise ValueError(f"not used here; it is a key of bcft {', '.join(first) + ' and ' if first else ''}{last}")
     if SECRET.search(str(entry.raw)):
         raise ValueError("holds a token; tokens never go into recipes, set HF_TOKEN in the environment instead")
     value = convert(entry.raw, key)
@@ -320,8 +308,8 @@ def _checked(entry: _Entry, commands: Sequence[str]) -> Any:
         raise ValueError(f"wants {wanted(key)}, and is empty")
     if isinstance(value, str) and (name, value) in REFUSED_VALUES:
         raise ValueError(f"{value} is refused: {REFUSED_VALUES[name, value]}")
-    if name in DOTTED_PATHS and value and not DOTTED.fullmatch(value):
-        raise ValueError(f"wants a dotted path such as {DOTTED_PATHS[name]}, not {show(value)}")
+    if name in DOTTED_PATHS and value and not DOTTED_PATHS[name][0].fullmatch(value):
+        raise ValueError(f"wants {DOTTED_PATHS[name][1]}, not {show(value)}")
     if name == "output_dir" and value.startswith(QUOTES):
         raise ValueError(f"begins with a quotation mark, {show(value)}: quote the whole argument for the shell instead")
     return value
@@ -340,10 +328,8 @@ def _unknown(name: str) -> str:
     return "unknown key" + (f"; did you mean {near}?" if near else "")
 
 
-def _permissions(
-    values: Mapping[str, Any], given: Collection[str], flags: Collection[str]
-) -> Iterator[tuple[str, str]]:
-    """Yield the conflicts that depend on flags, or on which keys were given."""
+def _permissions(values: Mapping[str, Any], flags: Collection[str]) -> Iterator[tuple[str, str]]:
+    """Yield the conflict that depends on a flag."""
     pinned = re.fullmatch("[0-9a-f]{40}", values["model_revision"])
     if values["trust_remote_code"] and not (pinned and "allow-remote-code" in flags):
         yield (
@@ -351,10 +337,6 @@ def _permissions(
             "runs the model author's code: it needs --allow-remote-code on the command line "
             "and a model_revision of 40 hex digits",
         )
-    if "use_peft" not in given:
-        for key in sorted(given):
-            if key.startswith("lora_") or key in ("use_dora", "use_rslora"):
-                yield key, "has no effect without use_peft: true"
 
 
 def _learning_rate_conflict(

@@ -1,78 +1,36 @@
 """Every setting: typed, frozen sections whose fields carry their type, default, limits and meaning.
 
-A recipe is flat; the sections only say which stage reads a key. `library_fields.json` holds the names, types, defaults
-and help of the fields of TRL and transformers. The sections declare those that bcft reads, `keys.PASSED_THROUGH` lists
-those that go to the Trainer as they are, and every other one is refused. `recipes/KEYS.md` is made from this file.
+A recipe is flat; the sections only say which stage reads a key, and `commands` which command. The sections declare the
+fields of TRL and transformers that bcft reads, `keys.PASSED_THROUGH` lists those that go to the Trainer as they are,
+and every other one is refused. `recipes/KEYS.md` is made from this file.
 """
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import partial
 from typing import Any, Literal
 
+from bcft.config.declare import (
+    GRADING,
+    PLAYING,
+    SELECTING,
+    SPLITTING,
+    TRAINING,
+    Conflict,
+    Settings,
+    library,
+    own,
+)
 from bcft.types import Sampling
 
-ALL = ("sft", "filtered", "evaluate", "collect", "refilter", "preview")
-PLAYING = ("sft", "filtered", "evaluate", "collect")
-GRADING = (*PLAYING, "refilter")
-SPLITTING = (*PLAYING, "preview")
-SELECTING = ("filtered", "collect", "refilter")
 REQUIRED = ("model_name_or_path", "dataset_name")
-
-LIBRARY: Mapping[str, Mapping[str, Mapping[str, Any]]] = json.loads(
-    Path(__file__).with_name("library_fields.json").read_text(encoding="utf-8")
-)
-LIBRARY_FIELDS = {name: (group, row) for group, rows in LIBRARY.items() for name, row in rows.items()}
-"""Library field -> the class it belongs to, and its type, default, help and choices."""
-_INHERITED: Any = object()
-
-
-def own(default: Any, meaning: str, *, commands: tuple[str, ...] = ALL, limits: str = "") -> Any:
-    """Declare a key of bcft: its default, its meaning, the commands that read it, the limits of its numbers."""
-    metadata = {"meaning": meaning, "commands": commands, "limits": limits, "group": "bcft"}
-    if isinstance(default, dict):
-        return field(default_factory=dict, metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-def library(
-    name: str, *, default: Any = _INHERITED, note: str = "", commands: tuple[str, ...] = ALL, limits: str = ""
-) -> Any:
-    """Declare a library's field under its own name; the note follows the library's help."""
-    group, row = LIBRARY_FIELDS[name]
-    metadata = {
-        "meaning": f"{row['help']} ({note})" if note else row["help"],
-        "commands": commands,
-        "limits": limits,
-        "group": group,
-        "choices": tuple(row.get("choices", ())),
-    }
-    return field(default=row["default"] if default is _INHERITED else default, metadata=metadata)
-
-
-Conflict = tuple[tuple[str, ...], str]
-"""The keys in conflict, the one to change first, and the reason."""
-
-
-class SettingError(ValueError):
-    """Settings that are valid one by one but not together."""
-
-    def __init__(self, conflicts: Sequence[Conflict]) -> None:
-        super().__init__("; ".join(f"{keys[0]}: {message}" for keys, message in conflicts))
-        self.conflicts = conflicts
-
-
-class Settings:
-    """A section of the configuration. Creating one raises SettingError for its conflicts."""
-
-    def __post_init__(self) -> None:
-        if conflicts := list(self.conflicts()):
-            raise SettingError(conflicts)
-
-    def conflicts(self) -> Iterator[Conflict]:
-        """Yield the conflicts between fields that are valid one by one."""
-        yield from ()
+SEEDS = ">= 0 and < 4294967296"
+"""What numpy takes; torch takes more."""
+trained = partial(library, commands=TRAINING)
+played = partial(library, commands=PLAYING)
+of_rows = partial(library, commands=SPLITTING)
+of_rule = partial(own, commands=SELECTING)
+of_rounds = partial(own, commands=("filtered",))
 
 
 @dataclass(frozen=True)
@@ -82,29 +40,31 @@ class ModelSettings(Settings):
     model_name_or_path: str = library(
         "model_name_or_path", default="", note="a Hub id, a directory, or bcft:tiny-math, which is embedded"
     )
-    model_revision: str = library("model_revision")
-    trust_remote_code: bool = library("trust_remote_code")
-    attn_implementation: str | None = library("attn_implementation")
-    chat_template_path: str | None = library("chat_template_path")
+    model_revision: str = of_rows("model_revision")
+    trust_remote_code: bool = of_rows("trust_remote_code")
+    attn_implementation: str | None = played("attn_implementation")
+    chat_template_path: str | None = of_rows("chat_template_path")
     chat_template_kwargs: Mapping[str, Any] = own(
-        {}, "arguments of the chat template, such as {enable_thinking: false}; a row's column of that name adds to them"
+        {},
+        "arguments of the chat template, such as {enable_thinking: false}; a row's column of that name adds to them",
+        commands=SPLITTING,
     )
-    eos_token: str | None = library("eos_token")
-    dtype: str = library("dtype", default="auto", note="auto: from model and hardware; TRL's own default is float32")
-    bf16: bool | None = library("bf16")
-    fp16: bool | None = library("fp16", default=None, note="null: chosen from the hardware")
-    use_cpu: bool = library("use_cpu")
-    load_in_4bit: bool = library("load_in_4bit")
-    bnb_4bit_quant_type: str = library("bnb_4bit_quant_type")
-    use_bnb_nested_quant: bool = library("use_bnb_nested_quant")
-    use_peft: bool = library("use_peft")
-    lora_r: int = library("lora_r", note="the adapter's rank; higher trains more weights", limits=">= 1")
-    lora_alpha: int = library("lora_alpha", note="higher scales the adapter up: by lora_alpha / lora_r", limits=">= 1")
-    lora_dropout: float = library("lora_dropout", note="higher regularizes more", limits=">= 0 and < 1")
-    lora_target_modules: tuple[str, ...] | None = library("lora_target_modules")
-    lora_modules_to_save: tuple[str, ...] | None = library("lora_modules_to_save")
-    use_rslora: bool = library("use_rslora")
-    use_dora: bool = library("use_dora")
+    eos_token: str | None = of_rows("eos_token")
+    dtype: str = played("dtype", default="auto", note="auto: from model and hardware; TRL's own default is float32")
+    bf16: bool | None = played("bf16")
+    fp16: bool | None = played("fp16", default=None, note="null: chosen from the hardware")
+    use_cpu: bool = played("use_cpu")
+    load_in_4bit: bool = played("load_in_4bit")
+    bnb_4bit_quant_type: str = played("bnb_4bit_quant_type")
+    use_bnb_nested_quant: bool = played("use_bnb_nested_quant")
+    use_peft: bool = played("use_peft")
+    lora_r: int = trained("lora_r", note="the adapter's rank; higher trains more weights", limits=">= 1")
+    lora_alpha: int = trained("lora_alpha", note="higher scales the adapter up: by lora_alpha / lora_r", limits=">= 1")
+    lora_dropout: float = trained("lora_dropout", note="higher regularizes more", limits=">= 0 and < 1")
+    lora_target_modules: tuple[str, ...] | None = trained("lora_target_modules")
+    lora_modules_to_save: tuple[str, ...] | None = trained("lora_modules_to_save")
+    use_rslora: bool = trained("use_rslora")
+    use_dora: bool = trained("use_dora")
 
     def conflicts(self) -> Iterator[Conflict]:
         """Yield bf16 and fp16 in one run."""
@@ -119,9 +79,9 @@ class DataSettings(Settings):
     dataset_name: str = library(
         "dataset_name", default="", note="a Hub id, a file, a directory, or bcft:arithmetic, which is embedded"
     )
-    dataset_config: str | None = library("dataset_config")
-    dataset_train_split: str = library("dataset_train_split")
-    dataset_test_split: str | None = library(
+    dataset_config: str | None = of_rows("dataset_config")
+    dataset_train_split: str = of_rows("dataset_train_split")
+    dataset_test_split: str | None = of_rows(
         "dataset_test_split",
         default=None,
         note="null: `test` if the dataset has it, else a share of the problems by the hash of their text",
@@ -130,6 +90,7 @@ class DataSettings(Settings):
         "max_length",
         note="in tokens; longer examples are dropped or refused, never truncated; higher needs more memory; null: no "
         "limit",
+        commands=("sft", "filtered", "preview"),
         limits=">= 2",
     )
     overlength: Literal["drop", "raise"] = own(
@@ -149,12 +110,11 @@ class DataSettings(Settings):
         commands=("sft", "filtered", "collect", "refilter", "preview"),
     )
     allow_overlap: bool = own(False, "train even if held-out prompts are also in training", commands=SPLITTING)
-    replay_dataset: str | None = own(
+    replay_dataset: str | None = of_rounds(
         None,
         "demonstrations to train on beside the kept trajectories, at most as many, drawn anew each round; named like "
         "dataset_name; its rows are those of dataset_train_split, the slice included, without held-out problems; "
         "dataset_config applies only if it is dataset_name itself",
-        commands=("filtered",),
     )
     preview_rows: int = own(3, "how many rows are shown", commands=("preview",), limits=">= 1")
 
@@ -163,19 +123,14 @@ class DataSettings(Settings):
 class SamplingSettings(Settings):
     """How the policy is sampled, in rollouts and in evaluations."""
 
-    temperature: float = library("temperature", note="higher makes samples more varied", commands=PLAYING, limits="> 0")
-    top_k: int = library("top_k", note="0: off; lower allows fewer tokens", commands=PLAYING, limits=">= 0")
-    top_p: float = library("top_p", note="1: off; lower allows fewer tokens", commands=PLAYING, limits="> 0 and <= 1")
-    min_p: float = library(
-        "min_p", default=0.0, note="0: off; higher allows fewer tokens", commands=PLAYING, limits=">= 0 and < 1"
-    )
-    repetition_penalty: float = library(
-        "repetition_penalty", note="1: off; higher repeats less", commands=PLAYING, limits="> 0"
-    )
-    max_completion_length: int = library(
+    temperature: float = played("temperature", note="higher makes samples more varied", limits="> 0")
+    top_k: int = played("top_k", note="0: off; lower allows fewer tokens", limits=">= 0")
+    top_p: float = played("top_p", note="1: off; lower allows fewer tokens", limits="> 0 and <= 1")
+    min_p: float = played("min_p", default=0.0, note="0: off; higher allows fewer tokens", limits=">= 0 and < 1")
+    repetition_penalty: float = played("repetition_penalty", note="1: off; higher repeats less", limits="> 0")
+    max_completion_length: int = played(
         "max_completion_length",
         note="in tokens, of every sampled completion; higher truncates fewer and takes longer",
-        commands=PLAYING,
         limits=">= 1",
     )
     num_generations: int = library(
@@ -220,44 +175,33 @@ class EnvironmentSettings(Settings):
 class RuleSettings(Settings):
     """The filter's rule."""
 
-    keep_quantile: float = own(
+    keep_quantile: float = of_rule(
         0.9,
         "the cutoff is this quantile of all graded rewards; higher keeps less: at most about 1 - keep_quantile if all "
         "rewards differ, more if several are equal to the cutoff",
-        commands=SELECTING,
         limits=">= 0 and <= 1",
     )
-    min_reward: float | None = own(
-        None, "trajectories below this reward are rejected; higher keeps less", commands=SELECTING
-    )
-    require_success: Literal["auto", "true", "false"] = own(
+    min_reward: float | None = of_rule(None, "trajectories below this reward are rejected; higher keeps less")
+    require_success: Literal["auto", "true", "false"] = of_rule(
         "auto",
         "auto: reject known failures; true: reject unknown success as well; false: by reward alone, as in ArCHer's "
         "code",
-        commands=SELECTING,
     )
-    pass_rate: tuple[float, ...] | None = own(
+    pass_rate: tuple[float, ...] | None = of_rule(
         None,
         "least and greatest share of a problem's attempts that may succeed, such as [0.1, 0.9]; problems solved less "
         "or more often are rejected; a narrower interval keeps less",
-        commands=SELECTING,
     )
-    max_per_problem: int | None = own(
-        None,
-        "most trajectories kept of one problem; lower spreads a round over more problems",
-        commands=SELECTING,
-        limits=">= 1",
+    max_per_problem: int | None = of_rule(
+        None, "most trajectories kept of one problem; lower spreads a round over more problems", limits=">= 1"
     )
-    ties: Literal["include", "sample"] = own(
-        "include",
-        "include: keep everything at the cutoff; sample: keep round((1 - keep_quantile) x graded)",
-        commands=SELECTING,
+    ties: Literal["include", "sample"] = of_rule(
+        "include", "include: keep everything at the cutoff; sample: keep round((1 - keep_quantile) x graded)"
     )
-    control: Literal["none", "random"] = own(
+    control: Literal["none", "random"] = of_rounds(
         "none",
         "random: keep as many trajectories of each problem as the filter would, and draw which ones without looking at "
         "rewards; a control, not a method",
-        commands=("filtered",),
     )
 
     def conflicts(self) -> Iterator[Conflict]:
@@ -280,7 +224,7 @@ class SelectionSettings(RuleSettings):
         "null: bcft.rewards.math_reward, or none with an environment",
         commands=GRADING,
     )
-    reward_weights: tuple[float, ...] | None = library("reward_weights", commands=SELECTING)
+    reward_weights: tuple[float, ...] | None = library("reward_weights", commands=GRADING)
     reward_args: Mapping[str, Any] = own(
         {},
         "keyword arguments of the reward functions, each for those that take it, such as {percent_as_number: true}",
@@ -301,60 +245,50 @@ class SelectionSettings(RuleSettings):
 class RoundSettings(Settings):
     """The rounds of filtered behavior cloning."""
 
-    num_rounds: int = own(
-        10, "rounds of roll out, score, select and train; more take longer", commands=("filtered",), limits=">= 1"
-    )
+    num_rounds: int = of_rounds(10, "rounds of roll out, score, select and train; more take longer", limits=">= 1")
     prompts_per_round: int = own(
         256,
         "training problems attempted in a round, drawn without replacement; more give more to select from",
         commands=("filtered", "collect"),
         limits=">= 1",
     )
-    warmup_rounds: int = own(
+    warmup_rounds: int = of_rounds(
         0,
         "first rounds that roll out and score but do not train; with `history`, more give the first training round "
         "more to select from",
-        commands=("filtered",),
         limits=">= 0",
     )
-    history: int | Literal["all"] = own(
+    history: int | Literal["all"] = of_rounds(
         1,
         "rounds whose trajectories are selected from, the current one included; more preserve older behavior; all: "
         "every round",
-        commands=("filtered",),
         limits=">= 1",
     )
-    init_from: Literal["previous", "base", "best"] = own(
+    init_from: Literal["previous", "base", "best"] = of_rounds(
         "previous",
         "the weights a round trains from. previous: those it rolled out; base: the model as given; best: the best "
         "round on dev, which then also rolls out",
-        commands=("filtered",),
     )
-    reset_optimizer: bool = own(
-        True,
-        "true: a fresh optimizer each round; false: its moments carry over and are saved with the weights",
-        commands=("filtered",),
+    reset_optimizer: bool = of_rounds(
+        True, "true: a fresh optimizer each round; false: its moments carry over and are saved with the weights"
     )
-    learning_rate_decay: float = own(
+    learning_rate_decay: float = of_rounds(
         1.0,
         "the learning rate of round n is learning_rate x learning_rate_decay ** (n - 1); lower slows later rounds",
-        commands=("filtered",),
         limits="> 0 and <= 1",
     )
-    on_empty: Literal["skip", "stop"] = own(
-        "skip", "after a round that keeps nothing: skip its training, or stop the run", commands=("filtered",)
+    on_empty: Literal["skip", "stop"] = of_rounds(
+        "skip", "after a round that keeps nothing: skip its training, or stop the run"
     )
-    early_stop: int | None = own(
+    early_stop: int | None = of_rounds(
         None,
         "stop after this many evaluations without a better round on dev, or when pass@k on dev falls below the base's; "
         "lower stops sooner; null: run all rounds",
-        commands=("filtered",),
         limits=">= 1",
     )
-    eval_every: int | Literal["auto"] = own(
+    eval_every: int | Literal["auto"] = of_rounds(
         "auto",
         "rounds from one evaluation on dev to the next; higher evaluates less; auto: under a third of all attempts",
-        commands=("filtered",),
         limits=">= 1",
     )
 
@@ -369,34 +303,34 @@ class TrainingSettings(Settings):
     """The Trainer: the fields that bcft reads, and those that it passes through unchanged."""
 
     output_dir: str = library("output_dir", default="", note="left out: runs/ and the recipe's name")
-    seed: int = library("seed", limits=">= 0")
-    learning_rate: float = library("learning_rate", note="higher changes the weights more", limits="> 0")
-    lr_scheduler_type: str = library("lr_scheduler_type")
-    warmup_steps: float = library(
+    seed: int = library("seed", limits=SEEDS)
+    learning_rate: float = trained("learning_rate", note="higher changes the weights more", limits="> 0")
+    lr_scheduler_type: str = trained("lr_scheduler_type")
+    warmup_steps: float = trained(
         "warmup_steps", note="below 1: a share of all steps; more start more gently", limits=">= 0"
     )
-    optim: str = library("optim")
-    weight_decay: float = library("weight_decay", note="higher pulls weights harder toward 0", limits=">= 0")
-    max_grad_norm: float = library("max_grad_norm", note="lower clips more; 0: off", limits=">= 0")
-    loss_type: str = library("loss_type")
-    num_train_epochs: float = library(
+    optim: str = trained("optim")
+    weight_decay: float = trained("weight_decay", note="higher pulls weights harder toward 0", limits=">= 0")
+    max_grad_norm: float = trained("max_grad_norm", note="lower clips more; 0: off", limits=">= 0")
+    loss_type: str = trained("loss_type")
+    num_train_epochs: float = trained(
         "num_train_epochs", note="in `filtered`, of each round; more fit the examples closer", limits="> 0"
     )
-    max_steps: int = library(
+    max_steps: int = trained(
         "max_steps", note="-1: as many as num_train_epochs takes; more train longer", limits=">= -1"
     )
-    per_device_train_batch_size: int = library(
+    per_device_train_batch_size: int = trained(
         "per_device_train_batch_size", note="higher needs more memory", limits=">= 1"
     )
-    gradient_accumulation_steps: int = library(
+    gradient_accumulation_steps: int = trained(
         "gradient_accumulation_steps", note="higher makes the batch larger without more memory", limits=">= 1"
     )
-    gradient_checkpointing: bool = library(
+    gradient_checkpointing: bool = trained(
         "gradient_checkpointing", default=False, note="off, unlike in TRL: small models do not need it"
     )
-    dataloader_drop_last: bool = library("dataloader_drop_last")
-    eval_strategy: str = library("eval_strategy")
-    logging_steps: float | None = library(
+    dataloader_drop_last: bool = trained("dataloader_drop_last")
+    eval_strategy: str = library("eval_strategy", commands=("sft",))
+    logging_steps: float | None = trained(
         "logging_steps",
         default=None,
         note="higher logs less often; null: 10, as in TRL, and in `filtered` every step",
@@ -420,7 +354,7 @@ class EvaluationSettings(Settings):
     eval_dev_samples: int = own(
         4,
         "sampled attempts at each dev problem; more narrow the interval and take longer",
-        commands=("sft", "filtered", "evaluate"),
+        commands=("filtered", "evaluate"),
         limits=">= 1",
     )
     eval_test_problems: int = own(
@@ -429,9 +363,10 @@ class EvaluationSettings(Settings):
         commands=SPLITTING,
         limits=">= 0",
     )
-    eval_test_samples: int = own(
-        16,
-        "sampled attempts at each test problem; more narrow the interval and take longer",
+    eval_test_samples: int | Literal["auto"] = own(
+        "auto",
+        "sampled attempts at each test problem; more narrow the interval and take longer; auto: 16, and in `filtered` "
+        "the most of 16, 8, 4 and 2 with which all evaluation is at most a third of the run's attempts",
         commands=("sft", "filtered", "evaluate"),
         limits=">= 1",
     )

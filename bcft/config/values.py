@@ -169,8 +169,10 @@ def convert(raw: Raw, key: Key) -> Any:
 
     Raises ValueError with the wanted and the given value.
     """
-    if isinstance(raw, Plain) and raw.startswith(("'", '"')):  # from the command line: in a file it would not be plain
-        raw = _flow(raw)
+    if isinstance(raw, Plain):
+        raw = Plain(raw.strip())  # from the command line; YAML does so in a file
+        if raw.startswith(("'", '"')):  # in a file it would not be plain
+            raw = _flow(raw)
     kinds = key.type.split(" | ")
     if raw is None or (isinstance(raw, Plain) and raw in NULLS):
         if "null" in kinds:
@@ -187,6 +189,9 @@ def convert(raw: Raw, key: Key) -> Any:
     if value is None or (isinstance(value, str) and key.choices):
         hint = nearest(raw, key.choices) if isinstance(raw, str) else ""
         raise ValueError(f"wants {wanted(key)}, not {show(raw)}" + (f"; did you mean {hint}?" if hint else ""))
+    if isinstance(value, list) and key.choices and (other := [word for word in value if word not in key.choices]):
+        hint = nearest(str(other[0]), key.choices)
+        raise ValueError(f"wants {wanted(key)}, not {show(other[0])}" + (f"; did you mean {hint}?" if hint else ""))
     if isinstance(value, int | float) and not isinstance(value, bool) and not _within(value, key.limits):
         raise ValueError(f"wants {wanted(key)}, not {show(value)}")
     return value

@@ -4,13 +4,15 @@ Nothing is ever truncated: an example that is too long, has no loss or repeats a
 refused.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from itertools import accumulate, pairwise
+from typing import Any
 
 from bcft.errors import DataError
-from bcft.policy.chat_template import Renderer
+from bcft.policy.chat_template import Renderer, bos_at_head
 from bcft.types import IGNORED, Demonstration, Message, Problem, Prompt, Source, TrainingExample, Trajectory, Turn
 from bcft.types import messages as as_messages
 
@@ -109,17 +111,17 @@ def _tokenized(
     """Yield the examples of each demonstration; none if only a stop token would carry loss."""
     # One call of the tokenizer for all demonstrations of one action is much faster than a call for each.
     pairs = [d for d in demonstrations if len(d.completion) == 1 and not _is_usable(d, renderer)]
-    prompts = iter(renderer.prompts([d.prompt for d in pairs]))
-    actions = iter(renderer.completions([d.completion[0]["content"] for d in pairs]))
+    rows = iter(renderer.rows([_texts(d, renderer) for d in pairs]))
     for d in demonstrations:
         if d.sampled is not None and _is_usable(d, renderer):
             yield [d.sampled]
             continue
         if len(d.completion) == 1:
-            text, ids, action_ids = d.completion[0]["content"], tuple(next(prompts)), tuple(next(actions))
-            turns = [Turn(text, ids, action_ids, "stop_token")]
+            ids, action_ids = next(rows)
+            turns = [Turn(d.completion[0]["content"], tuple(ids), tuple(action_ids), "stop_token")]
         elif d.completion:
-            turns = conversation_turns(d.prompt, d.completion, renderer, where=d.problem.where)
+            given = d.problem.template_kwargs
+            turns = conversation_turns(d.prompt, d.completion, renderer, where=d.problem.where, template_kwargs=given)
         else:
             turns = []
         prompt, where = tuple(as_messages(d.prompt)), d.problem.where
@@ -137,18 +139,39 @@ def _tokenized(
         ]
 
 
+def _texts(demonstration: Demonstration, renderer: Renderer) -> tuple[str, str]:
+    problem = demonstration.problem
+    with _placed(problem.where):
+        return renderer.texts(demonstration.prompt, demonstration.completion[0]["content"], problem.template_kwargs)
+
+
+@contextmanager
+def _placed(where: str) -> Iterator[None]:
+    """Put the place before what a template refuses."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{where}: {error}" if where else str(error)) from error
+
+
 def _is_usable(demonstration: Demonstration, renderer: Renderer) -> bool:
     """Return whether the demonstration has ids that were sampled with this tokenizer."""
     return demonstration.sampled is not None and demonstration.tokenizer == renderer.fingerprint
 
 
 def conversation_turns(
-    prompt: Prompt, completion: Sequence[Message], renderer: Renderer, *, where: str = ""
+    prompt: Prompt,
+    completion: Sequence[Message],
+    renderer: Renderer,
+    *,
+    where: str = "",
+    template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[Turn]:
     """Return a demonstrated conversation as turns, with the ids that a policy would read and sample.
 
-    prompt: the first observation; completion: the actions, and the observations between them.
-    Raises DataError that names the place unless actions and observations alternate, from an action to an action.
+    prompt: the first observation; completion: the actions, and the observations between them; template_kwargs: the
+    problem's. Raises DataError that names the place unless actions and observations alternate, from an action to an
+    action, and each action is what the template renders behind the messages before it.
     """
     history = [*as_messages(prompt)]
     roles = [message["role"] == "assistant" for message in completion]
@@ -160,16 +183,87 @@ def conversation_turns(
         )
     starts = [i for i, is_action in enumerate(roles) if is_action]
     turns: list[Turn] = []
-    ids, rewritten = renderer.prompts([history])[0], False
-    for start, following in zip(starts, [*starts[1:], None], strict=True):
-        action = completion[start]["content"]
-        action_ids = renderer.completions([action])[0]
-        turns.append(Turn(action, tuple(ids), tuple(action_ids), "stop_token", rewritten))
-        if following is not None:
-            observation = completion[start + 1 : following]
-            ids, rewritten = renderer.continuation(history, action_ids, observation)
-            history = [*history, completion[start], *observation]
+    with _placed(where):
+        ids, rewritten = renderer.prompts([history], [template_kwargs or {}])[0], False
+        for start, following in zip(starts, [*starts[1:], None], strict=True):
+            action = completion[start]["content"]
+            # Without a template, a text continues the one before it, and nothing stands for the messages.
+            context = history if renderer.chat else history[-1:]
+            ((_, action_ids),) = renderer.rows([renderer.texts(context, action, template_kwargs)])
+            turns.append(Turn(action, tuple(ids), tuple(action_ids), "stop_token", rewritten))
+            if following is not None:
+                observation = completion[start + 1 : following]
+                ids, rewritten = renderer.continuation(
+                    history, action_ids, observation, template_kwargs=template_kwargs, said=action
+                )
+                history = [*history, completion[start], *observation]
     return turns
+
+
+# Special tokens spelled out in text
+def check_prompts(problems: Sequence[Problem], renderer: Renderer, *, special_tokens: str) -> None:
+    """Raise DataError with place and count for prompts that a template has rendered already, unless `text`.
+
+    Also renders the first prompt of each kind (its roles and template arguments), so that what the template refuses is
+    reported with its place. special_tokens: `raise`, `strip` or `text`, as in the recipe.
+    """
+    kinds: dict[str, Problem] = {}
+    for problem in problems:
+        roles = [message["role"] for message in as_messages(problem.prompt)]
+        kinds.setdefault(f"{roles} {problem.template_kwargs}", problem)
+    for problem in kinds.values():
+        with _placed(problem.where):
+            renderer.prompts([problem.prompt], [problem.template_kwargs])
+    if special_tokens == "text":
+        return
+    rendered = [(p, mark) for p in problems if (mark := renderer.rendered_mark(p.prompt))]
+    if rendered:
+        first, mark = rendered[0]
+        where = "begins with" if as_messages(first.prompt)[0]["content"].lstrip().startswith(mark) else "ends with"
+        raise DataError(
+            f"{first.where}: the prompt {where} {mark!r}, so it seems to be rendered already ({len(rendered)} of "
+            f"{len(problems)} prompts): the template would be applied twice: give the text or the messages alone, or "
+            f"set special_tokens: text to keep the letters as they are"
+        )
+
+
+def without_special_tokens(
+    demonstrations: Sequence[Demonstration], renderer: Renderer, *, special_tokens: str
+) -> tuple[list[Demonstration], str]:
+    """Return the demonstrations, their actions without a stop token's letters at the end, and a note with the count.
+
+    special_tokens: what to do with such actions: `raise` DataError with the first place and the count, `strip` the
+    letters (the note says how many rows), or leave them as `text`. Rows with the ids that were sampled stay.
+    """
+    ending: list[Demonstration] = []
+    kept: list[Demonstration] = []
+    for demonstration in demonstrations:
+        bare = tuple(_without_stop(message, renderer) for message in demonstration.completion)
+        spelled = bare != demonstration.completion and not _is_usable(demonstration, renderer)
+        if spelled:
+            ending.append(demonstration)
+        kept.append(replace(demonstration, completion=bare) if spelled else demonstration)
+    if not ending or special_tokens == "text":
+        return list(demonstrations), ""
+    stops = " or ".join(renderer.stop_texts)
+    if special_tokens == "raise":
+        raise DataError(
+            f"{ending[0].problem.where}: the completion ends in the letters of a stop token, {stops} ({len(ending)} of "
+            f"{len(demonstrations)} rows): the template adds the token itself: set special_tokens: strip to take the "
+            f"letters off, or special_tokens: text to train them"
+        )
+    counts = f"{len(ending):,} of {len(demonstrations):,} rows"
+    return kept, f"special_tokens: strip took the letters of {stops} off the completions of {counts}"
+
+
+def _without_stop(message: Message, renderer: Renderer) -> Message:
+    """Return an action without the letters of stop tokens at its end and the whitespace around them."""
+    text, bare = message["content"], message["content"].rstrip()
+    if message["role"] != "assistant":
+        return message
+    while ending := next((stop for stop in renderer.stop_texts if bare.endswith(stop)), ""):
+        text = bare = bare.removesuffix(ending).rstrip()
+    return Message(role=message["role"], content=text)
 
 
 def _check_labels(examples: Sequence[TrainingExample], renderer: Renderer) -> None:
@@ -183,9 +277,9 @@ def _check_labels(examples: Sequence[TrainingExample], renderer: Renderer) -> No
                 )
         if example.supervised < 2:
             raise DataError(f"{example.where}: only the stop token carries loss")
-        if bos is not None and bos not in renderer.stop_ids and example.input_ids.count(bos) != renderer.bos_count:
-            count = example.input_ids.count(bos)
-            raise DataError(f"{example.where}: {count} BOS tokens, expected {renderer.bos_count}")
+        # Only the head matters: with some templates every message or every turn begins with one.
+        if (count := bos_at_head(example.input_ids, bos)) != renderer.bos_count:
+            raise DataError(f"{example.where}: {count} BOS tokens at its head, expected {renderer.bos_count}")
 
 
 def _nothing_left(given: Sequence[Demonstration], overlong: int, unsupervised: int, longest: int, limit: int) -> str:

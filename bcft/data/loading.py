@@ -1,43 +1,40 @@
 """Datasets to demonstrations and held-out problems.
 
-A dataset is a name of this package (`bcft:arithmetic`), a json, jsonl, csv or parquet file, a directory with one such
-file for each split, anything that `datasets.load_dataset` takes, or the kept rows of a run (of `collect`, `refilter` or
-a round): the held-out problems are then those of that run. `readers` documents the columns of a row.
+A dataset is a name of this package (`bcft:arithmetic`), a file (`files`), a directory with one such file for each
+split, anything that `datasets.load_dataset` takes, rows given in Python, or the kept rows of a run (of `collect`,
+`refilter` or a round): the held-out problems are then those of that run. `readers` documents the columns of a row.
+
+Test is the split `test`, dev the split `validation`. Where there is none it is taken out of training by the hash of the
+problems' text.
 """
 
 import hashlib
 import json
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from bcft.config.schema import DataSettings, EvaluationSettings
-from bcft.data.readers import READERS, Row, demonstration, read_json_rows
+from bcft.data.files import SUFFIXES, Row, read_json_rows
+from bcft.data.readers import TEMPLATE_COLUMN, demonstration
+from bcft.data.sources import HELD_OUT, SOURCE, Dataset, DataSource, parse_split, rows_of
 from bcft.environments.base import SHARES, Split, embedded_datasets
-from bcft.errors import DataError
+from bcft.errors import DataError, UsageError
 from bcft.runs.storage import KEPT, MANIFEST, read_json, read_yaml
-from bcft.types import Demonstration, Problem, bucket, messages
+from bcft.types import Demonstration, Problem, bucket, messages, show
 
-SUFFIXES = tuple(READERS)
+__all__ = ["HELD_OUT", "SOURCE", "SUFFIXES", "Splits", "load_splits"]
+
 HARDER_PROBLEMS = 200
 EMBEDDED_ROWS = 20_000
 """Length of the `train` split of an embedded dataset; a slice such as `train[:2000]` takes fewer."""
-_SPLIT = re.compile(r"([\w.-]+)(?:\[(\d*):(\d*)\])?")
-
-
-@dataclass(frozen=True)
-class DataSource:
-    """The keys of a recipe that name the source of its problems."""
-
-    dataset_name: str
-    dataset_config: str | None
-    dataset_train_split: str
-    dataset_test_split: str | None
-
-
-SOURCE = tuple(field.name for field in fields(DataSource))
+GIVEN = "train_dataset"
+"""How the name of rows that were given in Python begins in a run's config.yaml."""
+SMALL = 5
+"""One problem in so many may be dev, and one in so many test, where the share of `SHARES` is too small."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +47,8 @@ class Splits:
     harder: tuple[Demonstration, ...] = ()
     replay: tuple[Demonstration, ...] = ()
     """Demonstrations of `replay_dataset`, none of a held-out problem."""
+    repeated: tuple[tuple[Problem, Problem], ...] = ()
+    """The first row of a prompt, and a later one with another value in one of its columns."""
 
     @property
     def held_out(self) -> tuple[Demonstration, ...]:
@@ -66,16 +65,61 @@ class Splits:
             text = d.completion[-1]["content"] if d.completion else ""
             conversation = () if pair else (*messages(d.prompt), *d.completion)
             ids = d.sampled.input_ids if d.sampled else ()
-            row = (d.problem.id, d.problem.prompt, text, dict(d.problem.columns), conversation, ids)
+            # A column `question` beside a prompt was no part of the problem when the format was made.
+            columns = {key: value for key, value in d.problem.columns.items() if key != "question"}
+            row = (d.problem.id, d.problem.prompt, text, columns, conversation, ids)
             digest.update(json.dumps(row, default=str, sort_keys=True).encode())
         return digest.hexdigest()
 
     def problems_to_attempt(self) -> dict[str, Problem]:
-        """Return the problems that a policy may attempt for training, by id. Raises DataError when there are none."""
-        problems = {d.problem.id: d.problem for d in self.train}
+        """Return the problems that a policy may attempt for training, by id: the first row of each.
+
+        Raises DataError when there are none.
+        """
+        problems: dict[str, Problem] = {}
+        for d in self.train:
+            problems.setdefault(d.problem.id, d.problem)
         if not problems:
             raise DataError("no problems to attempt: the training split is empty once dev and test are taken out")
         return problems
+
+    def require_dev(self, asked: int) -> None:
+        """Raise an error that says what to change if there are no dev problems; asked: `eval_dev_problems`."""
+        if self.dev:
+            return
+        if not asked:
+            raise UsageError("eval_dev_problems: 0: dev problems choose the best round: give a number such as 128")
+        problems = len({d.problem.id for d in self.train})
+        where = self.train[0].problem.where if self.train else "dataset_name"
+        raise DataError(
+            f"{where}: {problems} problems are too few to hold some out as dev, which choose the best round: give "
+            f"{SMALL} or more, or a split `validation` (validation.jsonl in the dataset's directory)"
+        )
+
+    def note_conflicts(self, read: Collection[str] | None) -> str:
+        """Return in words how many rows repeat a prompt with another value in a column that nothing reads.
+
+        read: the columns that a reward or an environment reads; None: every one. The template's arguments always count
+        as read. Raises DataError with both places where a row repeats a prompt with another value in such a column.
+        """
+        counts: Counter[str] = Counter()
+        for first, again in self.repeated:
+            for name in _differing(first, again):
+                if read is None or name in read or name == TEMPLATE_COLUMN:
+                    mine, other = (show(problem.columns.get(name)) for problem in (again, first))
+                    raise DataError(
+                        f"{again.where}: the prompt of {first.where} with another {name}: {mine}, there {other}: "
+                        f"remove one of the two rows"
+                    )
+                counts[name] += 1
+        if not counts:
+            return ""
+        first, again = self.repeated[0]
+        columns = ", ".join(f"{name} in {n:,}" for name, n in counts.items())
+        return (
+            f"{len(self.repeated):,} rows repeat a prompt with another value ({columns}), as {again.where} does "
+            f"{first.where}: the first row counts, and neither reward nor environment reads the columns"
+        )
 
     @property
     def held_out_words(self) -> str:
@@ -86,31 +130,47 @@ class Splits:
         return f"{len(self.train):,} demonstrations to train on, {self.held_out_words}"
 
 
-def load_splits(data: DataSettings, evaluation: EvaluationSettings) -> Splits:
+def load_splits(
+    data: DataSettings,
+    evaluation: EvaluationSettings,
+    *,
+    train: Iterable[Mapping[str, Any]] | None = None,
+    demonstrations: bool = True,
+) -> Splits:
     """Load the dataset and hold dev and test out of training; load `replay_dataset` without these problems.
 
+    train: rows in place of `dataset_name`, such as a `datasets.Dataset`; demonstrations: whether the rows are trained
+    on, so that each needs a completion: without, a prompt alone is a row.
     Raises DataError for a dataset that cannot be read, a malformed row, or training prompts in dev or test.
     """
-    source = DataSource(**{name: getattr(data, name) for name in SOURCE})
+    values = {**vars(data), **vars(evaluation)}
+    source = DataSource(**{name: values[name] for name in HELD_OUT})
     splits = _load(
         source,
         dev=evaluation.eval_dev_problems,
         test=evaluation.eval_test_problems,
         allow_overlap=data.allow_overlap,
-        require_test=data.dataset_test_split is not None,
+        demonstrations=demonstrations,
+        given=None if train is None else rows_of(train),
     )
     if data.replay_dataset is None:
         return splits
     # A configuration belongs to its dataset; the train split, its slice included, is taken from either dataset.
     config = data.dataset_config if data.replay_dataset == data.dataset_name else None
-    replayed = replace(source, dataset_name=data.replay_dataset, dataset_config=config)
+    replayed = replace(
+        source,
+        dataset_name=data.replay_dataset,
+        dataset_config=config,
+        eval_dev_problems=0,
+        eval_test_problems=0,
+    )
     return replace(splits, replay=_replay(replayed, splits.held_out))
 
 
 def _replay(source: DataSource, held_out: Sequence[Demonstration]) -> tuple[Demonstration, ...]:
     """Return the training split of the dataset to replay, without held-out problems and empty completions."""
     try:
-        train = _load(source, dev=0, test=0, allow_overlap=True, require_test=False).train
+        train = _load(source, dev=0, test=0, allow_overlap=True, demonstrations=True, require_test=False).train
     except DataError as error:
         raise DataError(f"replay_dataset: {str(error).removeprefix('dataset_name: ')}") from error
     excluded = {d.problem.id for d in held_out}
@@ -124,39 +184,104 @@ def _replay(source: DataSource, held_out: Sequence[Demonstration]) -> tuple[Demo
     return replay
 
 
-def _load(source: DataSource, *, dev: int, test: int, allow_overlap: bool, require_test: bool) -> Splits:
+def _load(
+    source: DataSource,
+    *,
+    dev: int,
+    test: int,
+    allow_overlap: bool,
+    demonstrations: bool,
+    given: list[Row] | None = None,
+    require_test: bool = True,
+) -> Splits:
     """Return the splits of a dataset, with at most so many dev and test problems.
 
-    require_test: refuse a dataset without the test split, rather than hold out a share of its problems.
+    given: its rows, from Python; require_test: refuse a dataset without the test split that the recipe names.
     """
     name = source.dataset_name
-    train_split, train_slice = _parse_split(source.dataset_train_split, key="dataset_train_split")
-    if name.startswith("bcft:"):
-        return _embedded(name, train_slice, dev=dev, test=test)
-    if (kept := _kept_file(name)) is not None:
-        return _kept(source, kept, train_slice, dev=dev, test=test, allow_overlap=allow_overlap)
-    demonstrations = [demonstration(row, where) for row, where in _read(source, train_split)[train_slice]]
-    test_split, test_slice = _parse_split(source.dataset_test_split or "test", key="dataset_test_split")
-    has_test = _has_split(source, test_split, required=require_test)
-    parts = _by_hash(demonstrations, test=not has_test)
-    if has_test:
-        rows = _read(source, test_split)[test_slice]
-        parts["test"] = [demonstration(row, where, problem_only=True) for row, where in rows]
+    dataset = Dataset(source)
+    if given is None and name.startswith("bcft:"):
+        return _embedded(name, dataset.train_slice, dev=dev, test=test)
+    if given is None and (kept := _kept_file(name)) is not None:
+        return _kept(source, kept, dataset.train_slice, dev=dev, test=test, allow_overlap=allow_overlap)
+    rows = dataset.read(dataset.train_split) if given is None else given
+    train = [demonstration(row, where, problem_only=not demonstrations) for row, where in rows[dataset.train_slice]]
+    own = {} if given is not None else _own_splits(dataset, required=require_test)
+    if given is not None and source.dataset_test_split is not None:
+        raise DataError("dataset_test_split: train_dataset has no splits: remove the key")
+    parts = _by_hash(
+        train,
+        dev=None if "dev" in own else source.eval_dev_problems,
+        test=None if "test" in own else source.eval_test_problems,
+    )
+    parts.update(own)
     if not allow_overlap:
         _refuse_overlap(parts["train"], (*parts["dev"], *parts["test"]))
-    return Splits(tuple(parts["train"]), _first(parts["dev"], dev), _first(parts["test"], test))
+        if own:
+            _refuse_overlap(parts["dev"], parts["test"], of="dev")
+    return Splits(
+        tuple(parts["train"]),
+        _first(parts["dev"], dev),
+        _first(parts["test"], test),
+        repeated=_repeated((*train, *(d for part in own.values() for d in part))),
+    )
 
 
-def _refuse_overlap(train: Sequence[Demonstration], held_out: Sequence[Demonstration]) -> None:
-    """Raise DataError if a training prompt is also held out."""
-    by_id = {d.problem.id: d for d in held_out}
+def _own_splits(dataset: Dataset, *, required: bool) -> dict[Split, list[Demonstration]]:
+    """Return the problems of the splits that a dataset holds out itself.
+
+    Raises DataError if `dataset_test_split` names one that is missing and required.
+    """
+    key, asked = "dataset_test_split", dataset.source.dataset_test_split
+    test_split, test_slice = parse_split(asked or "test", key=key)
+    if asked and required and dataset.is_file:
+        raise DataError(f"{key}: {dataset.path} is one file without splits: give its directory, or remove the key")
+    own: dict[Split, list[Demonstration]] = {}
+    if dataset.has(test_split):
+        own["test"] = _problems(dataset.read(test_split)[test_slice])
+    elif asked and required:
+        raise DataError(f"{key}: {dataset.name} has no split {test_split!r}")
+    # A recipe may train on `validation`, or call it its test split.
+    if "validation" not in (test_split, dataset.train_split) and dataset.has("validation"):
+        own["dev"] = _problems(dataset.read("validation"))
+    return own
+
+
+def _problems(rows: Sequence[Row]) -> list[Demonstration]:
+    return [demonstration(row, where, problem_only=True) for row, where in rows]
+
+
+def _refuse_overlap(train: Sequence[Demonstration], held_out: Sequence[Demonstration], *, of: str = "training") -> None:
+    """Raise DataError if a training prompt is also held out; of: another name of the prompts that must not be."""
+    by_id = {d.problem.id: d for d in reversed(held_out)}
     shared = [d for d in train if d.problem.id in by_id]
     if shared:
         first = shared[0].problem
+        parts = "dev or test" if of == "training" else "test"
         raise DataError(
-            f"{first.where}: {len(shared)} of {len(train)} training prompts are also in dev or test "
+            f"{first.where}: {len(shared)} of {len(train)} {of} prompts are also in {parts} "
             f"(this one is {by_id[first.id].problem.where}): remove them, or set allow_overlap: true"
         )
+
+
+# One prompt in several rows
+def _repeated(demonstrations: Iterable[Demonstration]) -> tuple[tuple[Problem, Problem], ...]:
+    """Return the rows that repeat the prompt of an earlier one with other columns, each behind the first such row."""
+    first: dict[str, Problem] = {}
+    pairs = ((first.setdefault(d.problem.id, d.problem), d.problem) for d in demonstrations)
+    return tuple((earlier, again) for earlier, again in pairs if earlier is not again and _differing(earlier, again))
+
+
+def _differing(first: Problem, again: Problem) -> list[str]:
+    """Return the columns in which two problems differ; a missing one is null."""
+    values = [(name, first.columns.get(name), again.columns.get(name)) for name in {**first.columns, **again.columns}]
+    values = [(name, a or {}, b or {}) if name == TEMPLATE_COLUMN else (name, a, b) for name, a, b in values]
+    # NaN differs from itself, and arrays compare by element.
+    return [name for name, a, b in values if repr(a) != repr(b) and not (isinstance(a, _VALUES) and a == b)]
+
+
+_VALUES = (str, int, float, bool, list, tuple, dict)
+"""Types whose values are compared as they are."""
 
 
 # Kept rows of a run
@@ -174,11 +299,15 @@ def _kept(source: DataSource, file: Path, train: slice, *, dev: int, test: int, 
     if config is None:
         raise DataError(f"{file}: no config.yaml beside it says which problems were held out: give its run directory")
     recorded = read_yaml(config)
-    made_from = replace(source, **{key: recorded[key] for key in SOURCE if key in recorded})
+    made_from = replace(source, **{key: recorded[key] for key in HELD_OUT if key in recorded})
     if _kept_file(made_from.dataset_name) is not None:
         raise DataError(f"{config}: its dataset, {made_from.dataset_name}, is itself the kept rows of a run")
-    required = made_from.dataset_test_split is not None
-    splits = _load(made_from, dev=dev, test=test, allow_overlap=allow_overlap, require_test=required)
+    if made_from.dataset_name.startswith(f"{GIVEN}@"):
+        raise DataError(
+            f"{config}: the run was given its rows in Python, so that its held-out problems cannot be read: write the "
+            f"rows to a file, and give the run that file as dataset_name"
+        )
+    splits = _load(made_from, dev=dev, test=test, allow_overlap=allow_overlap, demonstrations=False)
     manifest = read_json(file.parent / MANIFEST) if (file.parent / MANIFEST).is_file() else {}
     tokenizer = str(manifest.get("tokenizer", ""))
     rows = [demonstration(row, where) for row, where in read_json_rows(file)][train]
@@ -187,7 +316,8 @@ def _kept(source: DataSource, file: Path, train: slice, *, dev: int, test: int, 
         raise DataError(f"{file}: no rows: the run kept none")
     if not allow_overlap:
         _refuse_overlap(kept, splits.held_out)
-    return replace(splits, train=kept)
+    held_out = {d.problem.id for d in splits.held_out}
+    return replace(splits, train=kept, repeated=tuple(pair for pair in splits.repeated if pair[0].id in held_out))
 
 
 # Embedded datasets
@@ -215,15 +345,32 @@ def _embedded(name: str, train: slice, *, dev: int, test: int) -> Splits:
 
 
 # Splits by hash
-def _by_hash(demonstrations: Sequence[Demonstration], *, test: bool) -> dict[Split, list[Demonstration]]:
-    """Split by the hash of the prompt, in the shares of `SHARES`; without `test` its share belongs to training.
+def _by_hash(
+    demonstrations: Sequence[Demonstration], *, dev: int | None, test: int | None
+) -> dict[Split, list[Demonstration]]:
+    """Split by the hash of the prompt; dev, test: how many problems an evaluation asks for, None to take none out.
 
-    The whole share stays out of training, even if fewer are evaluated: a later evaluation may take more.
+    The shares of `SHARES` are held out, all of them even if fewer are evaluated: a later evaluation may take more. A
+    share smaller than asked for gets further training problems, in the order of their hash, up to one in `SMALL` of
+    all. (A tiny dataset may have more than that in a share by chance: the rest is then trained on.)
     """
+    ids = sorted({d.problem.id for d in demonstrations})
+    most = len(ids) // SMALL
+    asked: dict[Split, int] = {}
+    asked |= {} if test is None else {"test": test}
+    asked |= {} if dev is None else {"dev": dev}
+    split_of: dict[str, Split] = {}
+    for split, n in asked.items():
+        low, high = SHARES[split]
+        share = [key for key in ids if low <= bucket(key) < high]
+        split_of |= dict.fromkeys(share if len(share) >= n else share[:most], split)
+    held = Counter(split_of.values())
+    left = iter([key for key in ids if key not in split_of])
+    for split, n in asked.items():
+        split_of |= dict.fromkeys(islice(left, max(0, min(n, most) - held[split])), split)
     parts: dict[Split, list[Demonstration]] = {"train": [], "dev": [], "test": []}
     for d in demonstrations:
-        split = next(split for split, (low, high) in SHARES.items() if low <= bucket(d.problem.id) < high)
-        parts["train" if split == "test" and not test else split].append(d)
+        parts[split_of.get(d.problem.id, "train")].append(d)
     return parts
 
 
@@ -231,68 +378,3 @@ def _first(demonstrations: Sequence[Demonstration], n: int) -> tuple[Demonstrati
     """Return n problems in the order of their hash: a sample that no order of the file can bias."""
     distinct = {d.problem.id: d for d in reversed(demonstrations)}
     return tuple(distinct[key] for key in sorted(distinct)[:n])
-
-
-# Files and Hub datasets
-def _parse_split(text: str, *, key: str) -> tuple[str, slice]:
-    match = _SPLIT.fullmatch(text)
-    if match is None:
-        raise DataError(f"{key}: {text!r} is not understood: give a name, or a name with rows as in train[:2000]")
-    name, start, stop = match.groups()
-    return name, slice(int(start) if start else None, int(stop) if stop else None)
-
-
-def _file(name: str, split: str) -> Path | None:
-    """Return the file that holds a split: the named file for training, or `<split>.<suffix>` in the named directory."""
-    path = Path(name)
-    if path.is_dir():
-        return next((p for suffix in SUFFIXES if (p := path / f"{split}{suffix}").is_file()), None)
-    return path if path.suffix in SUFFIXES else None
-
-
-def _has_split(source: DataSource, split: str, *, required: bool) -> bool:
-    """Return whether a dataset has a split of this name. Raises DataError if it is required and missing."""
-    name, path = source.dataset_name, Path(source.dataset_name)
-    if path.suffix in SUFFIXES and not path.is_dir():
-        if required:
-            raise DataError(
-                f"dataset_test_split: {path} is one file without splits: give its directory, or remove the key"
-            )
-        return False
-    if _file(name, split):
-        return True
-    train_split, _ = _parse_split(source.dataset_train_split, key="dataset_train_split")
-    present = not (path.is_dir() and _file(name, train_split)) and split in _hub(source)
-    if required and not present:
-        raise DataError(f"dataset_test_split: {name} has no split {split!r}")
-    return present
-
-
-def _read(source: DataSource, split: str) -> list[Row]:
-    """Return every row of a split with its place."""
-    path = _file(source.dataset_name, split)
-    if path is None:
-        splits, name = _hub(source), source.dataset_name
-        if split not in splits:
-            raise DataError(f"dataset_train_split: {name} has no split {split!r}; it has {', '.join(splits)}")
-        return [(dict(row), f"{name} {split} row {i}") for i, row in enumerate(splits[split])]
-    if not path.is_file():
-        raise DataError(f"dataset_name: {path} does not exist")
-    rows = list(READERS[path.suffix](path))
-    if not rows:
-        raise DataError(f"{path}: no rows")
-    return rows
-
-
-def _hub(source: DataSource) -> Any:
-    """Return the `DatasetDict` of a Hub id, or of a directory in the same layout."""
-    import datasets  # noqa: PLC0415 - seconds to import, and only a Hub id needs it
-
-    name = source.dataset_name
-    try:
-        return datasets.load_dataset(name, source.dataset_config)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(
-            f"dataset_name: cannot load {name!r} as a file, a directory or a Hub dataset: {reason}"
-        ) from error

@@ -1,138 +1,146 @@
-"""Rows of users' files, each with its place, and the demonstrations that they become.
+"""Rows, each with its place, to the demonstrations and problems that they state.
 
-Files are json, jsonl, csv or parquet. A malformed file or row raises DataError with file and line. Nothing is guessed
-and nothing is skipped.
+Nothing in a row is dropped in silence: a column or a key that would change what is trained is honored or refused, with
+file and line. All other columns are the problem's, for its reward and its environment.
 """
 
-import csv
-import json
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 from bcft.errors import DataError
 from bcft.rewards.base import REFERENCE_COLUMNS
-from bcft.types import Demonstration, Message, Problem, Prompt, TrainingExample, problem_id, show
+from bcft.rewards.signature import TRL_ARGUMENTS
+from bcft.types import Demonstration, Message, Problem, Prompt, TrainingExample, messages, problem_id, show
+from bcft.types.text import is_empty, says_no, says_yes, valid_text
 
-Row = tuple[dict[str, Any], str]
-"""A row's columns and its place, such as `file:line`."""
+SHAPE = ("prompt", "question", "completion", "messages")
+"""Columns that say what is asked and answered; null is as if absent."""
 SAMPLED_COLUMNS = {"prompt", "completion", "input_ids", "labels", "problem_id"}
 """Columns that make a row one of `kept.jsonl`."""
+TEMPLATE_COLUMN = "chat_template_kwargs"
+_TEXT_ALONE = "only text is trained: remove the column, or leave such rows out"
+_SYSTEM = "write it into the prompt, as a first message of the role system"
+_REFUSED = {
+    **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), _TEXT_ALONE),
+    **dict.fromkeys(("system", "system_prompt"), _SYSTEM),
+    "tools": "write the tools into the system message as the model's template prints them, or remove the column",
+    **dict.fromkeys(TRL_ARGUMENTS, "reward functions have an argument of that name: rename the column"),
+}
+"""Column -> what to do about it: it would change what the policy reads or how a reward is called."""
+_WHICH_TOKENS = "which tokens carry loss follows from the messages: remove the column"
+_UNTRAINED = {
+    "label": "an example not to follow, as in KTO: leave such rows out; rename the column if it says something else",
+    "weight": "every row has the weight 1: leave rows out or repeat them, and remove the column",
+    "train": "leave such rows out",
+    **dict.fromkeys(("input_ids", "labels", "loss_mask", "completion_mask", "assistant_masks"), _WHICH_TOKENS),
+}
+"""Column of a demonstration -> what to do about it: it would change whether and how the row is trained."""
+_CHECKED = frozenset({*_REFUSED, *_UNTRAINED})
+_RENAME = {
+    "conversations": "a ShareGPT file: rename conversations to messages, and in it from to role and value to content",
+    "problem": "rename problem to prompt",
+    "instruction": "write instruction and input into prompt, and rename output to completion",
+    "chosen": "a preference pair: make prompt and completion of it",
+    "text": "cut text into prompt and completion",
+}
+"""Column of another format -> how to make it one of these."""
 
 
-# Files to rows
-def read_json_rows(path: Path) -> Iterator[Row]:
-    """Yield the objects of a JSON file: an array of them, or one on each line. Raises DataError with file and line."""
-    raw = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
-    if raw.lstrip()[:1] == b"[":
-        rows = _parse_json(raw, str(path))
-        yield from ((_mapping(row, f"{path}: row {i}"), f"{path}: row {i}") for i, row in enumerate(rows))
-        return
-    for number, line in enumerate(raw.split(b"\n"), 1):
-        if line.strip():
-            where = f"{path}:{number}"
-            yield _mapping(_parse_json(line, where), where), where
-
-
-def _parse_json(raw: bytes, where: str) -> Any:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise DataError(f"{where}: key {key!r} is given twice")
-        return dict(pairs)
-
-    def refuse(constant: str) -> None:
-        raise DataError(f"{where}: {constant} is not a JSON number")
-
-    try:
-        return json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where}: not UTF-8 (byte {error.start}): save the file as UTF-8") from error
-    except RecursionError as error:
-        raise DataError(f"{where}: nested too deeply") from error
-    except json.JSONDecodeError as error:
-        place = where if error.lineno == 1 else f"{where}:{error.lineno}"
-        raise DataError(f"{place}: not JSON: {error.msg} at column {error.colno}") from error
-
-
-def _mapping(row: Any, where: str) -> dict[str, Any]:
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: expected an object with columns, not {type(row).__name__}")
-    return row
-
-
-def _read_csv(path: Path) -> Iterator[Row]:
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, strict=True)
-            for row in reader:
-                where = f"{path}:{reader.line_num}"
-                if None in row or None in row.values():
-                    raise DataError(f"{where}: not as many fields as the header has ({len(reader.fieldnames or ())})")
-                yield row, where
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not readable as UTF-8 CSV: {error}") from error
-
-
-def _read_parquet(path: Path) -> Iterator[Row]:
-    import pyarrow  # noqa: PLC0415 - slow to import, and other formats do not need it
-    import pyarrow.parquet  # noqa: PLC0415 - as above
-
-    try:
-        rows = pyarrow.parquet.read_table(path).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not readable as parquet: {error}") from error
-    yield from ((row, f"{path}: row {i}") for i, row in enumerate(rows))
-
-
-READERS = {".jsonl": read_json_rows, ".json": read_json_rows, ".csv": _read_csv, ".parquet": _read_parquet}
-"""File suffix -> the function that yields the rows of such a file."""
-
-
-# Rows to demonstrations
 def demonstration(row: Mapping[str, Any], where: str, *, problem_only: bool = False) -> Demonstration:
     """Return the demonstration of a row.
 
     A row has `prompt` and `completion`, `messages`, or `question` and `answer`; all other columns are the problem's.
     A row of `kept.jsonl` has token ids as well, which become `Demonstration.sampled`.
-    where: the row's place; problem_only: accept a row without a completion.
-    Raises DataError that names the place for a row of another shape.
+    where: the row's place; problem_only: accept a row without a completion, and columns that say how to train it.
+    Raises DataError that names the place for a row of another shape, and for what cannot be trained.
     """
-    columns = {k: v for k, v in row.items() if k not in ("prompt", "question", "completion", "messages")}
-    for key in REFERENCE_COLUMNS:
-        if key in columns and columns[key] is None:
-            raise DataError(f"{where}: {key}: null: give every row its reference answer, or remove the column")
-    if "messages" in row:
-        return _conversation(row, columns, where)
-    if "prompt" in row:
-        prompt_key, completion_key = "prompt", "completion"
-    elif "question" in row and "answer" in row:
-        prompt_key, completion_key = "question", "answer"
-    else:
+    given = {key: value for key, value in row.items() if key not in SHAPE or value is not None}
+    sampled = given.keys() >= SAMPLED_COLUMNS
+    _refuse_columns(given, where, demonstrates=not problem_only and not sampled)
+    keys = [key for key in ("messages", "prompt", "question") if key in given]
+    if not keys or (keys == ["question"] and "answer" not in given and not problem_only):
+        raise DataError(_other_shape(given, where, problem_only=problem_only))
+    columns = {key: value for key, value in given.items() if key not in SHAPE}
+    if "question" in given and keys != ["question"]:
+        columns["question"] = given["question"]
+    _check_columns(columns, where)
+    if "messages" in given:
+        return _conversation(given, columns, where, problem_only=problem_only)
+    completion_key = "completion" if keys[0] == "prompt" else "answer"
+    if completion_key not in given and not problem_only:
         raise DataError(
-            f"{where}: columns {', '.join(sorted(map(str, row))) or 'none'}: "
-            f"expected prompt and completion, messages, or question and answer"
+            f"{where}: no completion: a demonstration is a prompt and a completion (only filtered, collect and "
+            f"evaluate take prompts alone)"
         )
-    if completion_key not in row and not problem_only:
-        raise DataError(f"{where}: no completion: a demonstration is a prompt and a completion")
-    prompt = _prompt(row[prompt_key], f"{where}: {prompt_key}")
-    if row.keys() >= SAMPLED_COLUMNS:
-        return _sampled(row, prompt, where)
-    completion = _completion(row[completion_key], f"{where}: {completion_key}") if completion_key in row else ()
+    prompt = _prompt(given[keys[0]], f"{where}: {keys[0]}")
+    if sampled:
+        return _sampled(given, prompt, where)
+    answered = completion_key in given
+    completion = _completion(given[completion_key], f"{where}: {completion_key}") if answered else ()
     return Demonstration(Problem(problem_id(prompt), prompt, columns, where), prompt, completion)
 
 
-def _conversation(row: Mapping[str, Any], columns: Mapping[str, Any], where: str) -> Demonstration:
+# Columns
+def _refuse_columns(row: Mapping[str, Any], where: str, *, demonstrates: bool) -> None:
+    """Raise DataError for a column that would be dropped although it changes what is trained."""
+    if _CHECKED.isdisjoint(row):
+        return
+    for key in sorted(row.keys() & _REFUSED.keys()):
+        if not is_empty(row[key]):
+            raise DataError(f"{where}: column {key!r}: {_REFUSED[key]}")
+    if not demonstrates:
+        return
+    harmless = {"label": lambda value: not says_no(value), "weight": says_yes, "train": says_yes}
+    for key in sorted(row.keys() & _UNTRAINED.keys()):
+        if not is_empty(row[key]) and not (key in harmless and harmless[key](row[key])):
+            raise DataError(f"{where}: column {key!r} ({show(row[key])}): {_UNTRAINED[key]}")
+
+
+def _check_columns(columns: dict[str, Any], where: str) -> None:
+    """Raise DataError for a reference that is null, and for arguments of the template that are no mapping."""
+    for key in REFERENCE_COLUMNS:
+        if key in columns and columns[key] is None:
+            raise DataError(f"{where}: {key}: null: give every row its reference answer, or remove the column")
+    if TEMPLATE_COLUMN not in columns:
+        return
+    given = columns[TEMPLATE_COLUMN]
+    if is_empty(given) and not isinstance(given, Mapping):
+        return
+    if not isinstance(given, Mapping) or not all(isinstance(key, str) for key in given):
+        hint = ": write it as an object, which csv and tsv cannot hold" if isinstance(given, str) else ""
+        raise DataError(f"{where}: {TEMPLATE_COLUMN}: expected an object with names as keys, not {show(given)}{hint}")
+    # `datasets` and parquet give every row the keys of all rows: null is as if absent.
+    columns[TEMPLATE_COLUMN] = {key: value for key, value in given.items() if value is not None}
+
+
+def _other_shape(row: Mapping[str, Any], where: str, *, problem_only: bool) -> str:
+    """Return why a row is not understood: the columns it has, those expected, and what to rename."""
+    expected = (
+        "prompt, messages or question" if problem_only else "prompt and completion, messages, or question and answer"
+    )
+    hint = next((f" ({remedy})" for key, remedy in _RENAME.items() if key in row), "")
+    return f"{where}: columns {', '.join(sorted(map(str, row))) or 'none'}: expected {expected}{hint}"
+
+
+# Messages
+def _conversation(
+    row: Mapping[str, Any], columns: Mapping[str, Any], where: str, *, problem_only: bool
+) -> Demonstration:
     """Return the demonstration of `messages`: the policy's prompt is everything before the first action.
 
-    The row's own `prompt`, if there is one, identifies the problem.
+    The row's own `prompt`, if there is one, identifies the problem. A conversation that no assistant ends is a prompt.
     """
     conversation = _messages(row["messages"], f"{where}: messages")
     first = next((i for i, message in enumerate(conversation) if message["role"] == "assistant"), len(conversation))
     if first == 0:
         raise DataError(f"{where}: messages: the first is the assistant's: a conversation begins with a prompt")
-    _ends_with_assistant(conversation, f"{where}: messages")
+    if problem_only and conversation[-1]["role"] != "assistant":
+        first = len(conversation)
+    else:
+        _ends_with_assistant(conversation, f"{where}: messages")
+    stated = _completion(row["completion"], f"{where}: completion") if "completion" in row else ()
+    if stated and tuple(conversation[-len(stated) :]) != stated:
+        raise DataError(f"{where}: messages and completion say different things: remove one of them")
     prompt = _prompt(row["prompt"], f"{where}: prompt") if "prompt" in row else conversation[:first]
     problem = Problem(problem_id(prompt), prompt, columns, where)
     return Demonstration(problem, conversation[:first], tuple(conversation[first:]))
@@ -147,53 +155,48 @@ def _sampled(row: Mapping[str, Any], prompt: Prompt, where: str) -> Demonstratio
     except (KeyError, TypeError, ValueError) as error:
         reason = f"no {error.args[0]}" if isinstance(error, KeyError) else str(error).removeprefix(f"{where}: ")
         raise DataError(f"{where}: not a row of kept.jsonl: {reason}") from error
+    if example.weight != 1.0:
+        raise DataError(f"{where}: weight {example.weight:g}: {_UNTRAINED['weight']}")
     return Demonstration(Problem(example.problem_id, prompt, {}, where), prompt, tuple(completion), example)
 
 
 def _prompt(value: Any, where: str) -> Prompt:
     if isinstance(value, str):
-        return _text(value, where, empty=False)
-    messages = _messages(value, where)
-    if messages[-1]["role"] == "assistant":
+        if not value.strip():
+            raise DataError(f"{where}: empty")
+        return _text(value, where)
+    conversation = _messages(value, where)
+    if conversation[-1]["role"] == "assistant":
         raise DataError(f"{where}: the last message is the assistant's: move it to the completion")
-    return messages
+    return conversation
 
 
 def _completion(value: Any, where: str) -> tuple[Message, ...]:
     if isinstance(value, str):
         return ({"role": "assistant", "content": _text(value, where)},)
-    messages = _messages(value, where)
-    _ends_with_assistant(messages, where)
-    return tuple(messages)
+    conversation = _messages(value, where)
+    _ends_with_assistant(conversation, where)
+    return tuple(conversation)
 
 
-def _ends_with_assistant(messages: list[Message], where: str) -> None:
-    if messages[-1]["role"] != "assistant":
+def _ends_with_assistant(conversation: list[Message], where: str) -> None:
+    if conversation[-1]["role"] != "assistant":
         raise DataError(
-            f"{where}: the last message is the {messages[-1]['role']}'s: a demonstration ends with the assistant's"
+            f"{where}: the last message is the {conversation[-1]['role']}'s: a demonstration ends with the assistant's"
         )
 
 
 def _messages(value: Any, where: str) -> list[Message]:
-    if not isinstance(value, list) or not value:
-        raise DataError(f"{where}: expected a string or a list of messages, not {show(value)}")
-    messages: list[Message] = []
-    for i, message in enumerate(value):
-        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            raise DataError(f"{where}: message {i}: expected role and content, not {show(message)}")
-        if message["role"] not in ("system", "user", "assistant"):
-            raise DataError(f"{where}: message {i}: role {message['role']!r} is not system, user or assistant")
-        if not isinstance(message["content"], str):
-            raise DataError(f"{where}: message {i}: content must be text, not {show(message['content'])}")
-        messages.append({"role": message["role"], "content": _text(message["content"], f"{where}: message {i}")})
-    return messages
-
-
-def _text(value: str, where: str, *, empty: bool = True) -> str:
-    if not empty and not value.strip():
-        raise DataError(f"{where}: empty")
+    if isinstance(value, str):
+        raise DataError(f"{where}: expected a list of messages, not {show(value)}")
     try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(f"{where}: half of a surrogate pair at character {error.start}: not valid text") from error
-    return value
+        return messages(value)
+    except ValueError as error:
+        raise DataError(f"{where}: {error}") from error
+
+
+def _text(value: str, where: str) -> str:
+    try:
+        return valid_text(value)
+    except ValueError as error:
+        raise DataError(f"{where}: {error}") from error

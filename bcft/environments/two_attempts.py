@@ -4,7 +4,7 @@ Filtered behavior cloning is not known to teach self-correction: it keeps conver
 are right at the first attempt. Kumar et al. 2024 (SCoRe, https://arxiv.org/abs/2409.12917) measure it.
 """
 
-from bcft.rewards.base import Reward, ask, import_function
+from bcft.rewards.base import Reward, ask, import_function, solved
 from bcft.types import Feedback, Message, Problem, Prompt
 
 REVIEW = "Check your solution and correct any mistake in it. Then give the whole solution again."
@@ -41,7 +41,7 @@ class TwoAttempts:
         """Grade an attempt by itself; ask for another after the first."""
         message: Message = {"role": "assistant", "content": action}
         (reward,) = ask(self.grader, [self.problem], [action if isinstance(self.problem.prompt, str) else [message]])
-        success = None if reward is None else reward >= 1.0
+        success = None if reward is None else solved(reward)
         self.attempts += 1
         if self.attempts == 1:
             review = (VERDICTS[success] if self.verdict else "") + self.review

@@ -2,46 +2,49 @@
 
 Greedy decoding gives one attempt a problem, sampling several. An attempt is solved when it stopped by itself and its
 environment or the success function reports success; an ungraded attempt is counted and never solved. Where an
-environment gives rewards, the return of an attempt is measured too, and policies are compared by it. Attempts are keyed
-by their identity, so two models answer the same problems with the same noise and comparisons are paired.
+environment gives rewards, the return of an attempt is measured too, and policies are compared by it; where success
+cannot be known, the reward. Attempts are keyed by their identity, so two models answer the same problems with the same
+noise and comparisons are paired.
+
+Attempts are on the disk before they are scored, and so is every answer of a function: the same command repeats a failed
+evaluation without playing or asking again.
 """
 
+import json
+import re
+import shutil
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bcft.config.schema import EvaluationSettings
 from bcft.data.loading import Splits
 from bcft.environments.single_turn import SingleTurn
+from bcft.evaluation.budget import HARDER_SAMPLES, samples_of
 from bcft.evaluation.results import Evaluation, Measured
 from bcft.generation.hf import sampling_mode
 from bcft.policy.chat_template import Renderer
 from bcft.policy.loading import Policy
-from bcft.rewards.base import Reward, answers_of, reference
+from bcft.rewards.base import reference
 from bcft.rollout.episode import GREEDY, Attempt
-from bcft.rollout.sample import play_attempts, share
-from bcft.runs.distributed import gather, rank
-from bcft.runs.storage import write_json, write_jsonl
-from bcft.selection.scoring import Score, refuse_failures, score
-from bcft.types import IGNORED, Demonstration, RolloutSettings, TrainingExample
+from bcft.rollout.sample import play_journaled
+from bcft.runs.clock import Clock
+from bcft.runs.distributed import broadcast, rank
+from bcft.runs.storage import plain, write_json, write_jsonl
+from bcft.selection.scoring import Score, Scorer
+from bcft.types import IGNORED, Demonstration, Problem, RolloutSettings, TrainingExample
 
-HARDER_SAMPLES = 4
-"""The most sampled attempts at each harder problem."""
+__all__ = ["HARDER_SAMPLES", "evaluate", "held_out_loss", "measure", "samples_of"]
+
 LOSS_TOKENS = 2048
 """Tokens, with padding, in one forward pass of held-out examples."""
-
-
-def samples_of(evaluation: EvaluationSettings, split: str, *, graded: bool) -> int:
-    """Return how many sampled attempts each problem of `dev` or `test` gets.
-
-    graded: whether a success function or an environment reports success or rewards; without, samples show nothing: 0.
-    """
-    if not graded:
-        return 0
-    return evaluation.eval_test_samples if split == "test" else evaluation.eval_dev_samples
+UNFINISHED = "evaluating"
+"""The directory that holds the attempts of an evaluation, and what functions answered, until its result is written."""
 
 
 def evaluate(
@@ -49,45 +52,57 @@ def evaluate(
     demonstrations: Sequence[Demonstration],
     settings: RolloutSettings,
     *,
-    success: Reward | None,
+    scorer: Scorer,
     samples: int,
     phase: str,
     label: str,
+    directory: Path,
+    step: int = 0,
 ) -> Evaluation:
     """Attempt every problem once greedily and `samples` times with the settings' sampling; grade the attempts.
 
-    phase: `dev` or `test`, part of the noise's key; label: of the progress bar; '' for none.
+    phase: `dev` or `test`, part of the noise's key; label: of the progress bar; '' for none. directory: where attempts
+    and answers are kept, of this policy and these problems alone. step: the optimizer steps behind the policy.
 
-    Raises FaultError when too many environments failed; whatever the engine or `success` raise.
+    Raises FaultError when too many environments or a function failed; whatever the engine raises.
     """
     identities = [(d, sample) for d in demonstrations for sample in range(GREEDY, samples)]
     attempts = [Attempt(d.problem, 0, sample) for d, sample in identities]
-    start = time.perf_counter()
-    mine = list(play_attempts(policy, share(attempts), settings, phase=phase, label=label))
-    if label and rank() == 0:
-        seconds, tokens = time.perf_counter() - start, sum(len(turn.action_ids) for t in mine for turn in t.turns)
-        print(f"{label}: {len(mine):,} attempts in {seconds:.0f} s, {tokens / seconds:,.0f} tokens/s", flush=True)
-    everyone = {trajectory.id: trajectory for trajectory in gather(mine)}
-    trajectories = [everyone[attempt.id] for attempt in attempts]
-    refuse_failures(trajectories)
-    problems = {d.problem.id: d.problem for d in demonstrations}
-    scores = score(trajectories, problems, [], weights=[], success=success)
-    single_turn = settings.make_environment is SingleTurn
-    return Evaluation(
-        tuple(
-            _attempt(s, d, policy.renderer, single_turn=single_turn)
-            for (d, _), s in zip(identities, scores, strict=True)
-        )
+    start, resumed = time.perf_counter(), directory.exists()
+    trajectories = play_journaled(
+        policy, attempts, settings, directory=directory, clock=Clock(), label=label, phase=phase
     )
+    if label and rank() == 0:
+        seconds, tokens = (
+            time.perf_counter() - start,
+            sum(len(turn.action_ids) for t in trajectories for turn in t.turns),
+        )
+        speed = "some played before" if resumed else f"{tokens / seconds:,.0f} tokens/s"
+        print(f"{label}: {len(trajectories):,} attempts in {seconds:.0f} s, {speed}", flush=True)
+    problems = {d.problem.id: d.problem for d in demonstrations}
+    scores: list[Score] = broadcast(
+        scorer.score_held_out(trajectories, problems, store=directory / "journal" / "rewards" / "000.jsonl", step=step)
+        if rank() == 0
+        else []
+    )
+    single_turn = settings.make_environment is SingleTurn
+    by_reward = scorer.measures == "reward" and all(scored.success == "unknown" for scored in scores)
+    line = partial(_attempt, renderer=policy.renderer, single_turn=single_turn, by_reward=by_reward)
+    return Evaluation(tuple(line(scored, d) for (d, _), scored in zip(identities, scores, strict=True)))
 
 
-def _attempt(scored: Score, demonstration: Demonstration, renderer: Renderer, *, single_turn: bool) -> dict[str, Any]:
-    """Return a line of `evaluation.jsonl`; single_turn: without the fields of an environment."""
+def _attempt(
+    scored: Score, demonstration: Demonstration, *, renderer: Renderer, single_turn: bool, by_reward: bool
+) -> dict[str, Any]:
+    """Return a line of `evaluation.jsonl`.
+
+    single_turn: without the fields of an environment; by_reward: functions give the reward, or a part of the return.
+    """
     trajectory, prompt = scored.trajectory, demonstration.problem.prompt
     line: dict[str, Any] = {
         "problem_id": trajectory.problem_id,
         "sample": trajectory.sample,
-        "prompt": renderer.text(list(trajectory.opening) or prompt),
+        "prompt": renderer.text(list(trajectory.opening) or prompt, demonstration.problem.template_kwargs),
         "completion": trajectory.turns[-1].action if trajectory.turns else "",
         "answer": reference(demonstration.problem),
         "success": "no" if scored.success == "yes" and trajectory.truncated else scored.success,
@@ -95,10 +110,12 @@ def _attempt(scored: Score, demonstration: Demonstration, renderer: Renderer, *,
         "tokens": sum(len(turn.action_ids) for turn in trajectory.turns),
     }
     if single_turn:
-        return line
+        return line | ({"graded": scored.graded, "reward": scored.reward} if by_reward else {})
     return line | {
-        "graded": trajectory.environment_reward is not None and trajectory.ended != "error",
-        "return": trajectory.environment_reward or 0.0,
+        "graded": scored.graded
+        if by_reward
+        else trajectory.environment_reward is not None and trajectory.ended != "error",
+        "return": scored.reward if by_reward else trajectory.environment_reward or 0.0,
         "turns": len(trajectory.turns),
         "first": trajectory.turns[0].success if len(trajectory.turns) > 1 else "unknown",
         "messages": [dict(message) for message in trajectory.messages],
@@ -112,31 +129,31 @@ def measure(
     *,
     split: str,
     samples: int,
-    success: Reward | None,
+    scorer: Scorer,
     examples: Sequence[TrainingExample],
     directory: Path,
     quiet: bool,
+    step: int = 0,
 ) -> Measured:
     """Evaluate a policy on `dev` or `test` and write the result into a directory.
 
-    samples: of each problem, as `samples_of` returns it; success: as `success_function` returns it; examples: of
-    held-out demonstrations, for their loss; may be empty. The directory's name is the label of the progress bar.
+    samples: of each problem, as `samples_of` returns it; examples: of held-out demonstrations, for their loss; may be
+    empty; step: the optimizer steps behind the policy. The directory's name is the label of the progress bar.
     """
     problems = splits.test if split == "test" else splits.dev
     if not problems:
         return Measured(Evaluation(()), {})
-    label, answers = "" if quiet else directory.name, answers_of(success)
-    evaluation = evaluate(policy, problems, settings, success=success, samples=samples, phase=split, label=label)
+    label, answers, unfinished = "" if quiet else directory.name, scorer.answers, directory / UNFINISHED
+    measured = partial(evaluate, policy, settings=settings, scorer=scorer, phase=split, step=step)
+    key = evaluation_key(policy, settings, [d.problem for d in problems])
+    evaluation = measured(problems, samples=samples, label=label, directory=unfinished / f"{split}-{key}")
     summary = evaluation.summary(answers)
     if splits.harder and split == "test":
-        harder = evaluate(
-            policy,
+        harder = measured(
             splits.harder,
-            settings,
-            success=success,
             samples=min(samples, HARDER_SAMPLES),
-            phase=split,
             label=label and f"{label}, harder",
+            directory=unfinished / f"harder-{key}",
         )
         summary["harder"] = harder.summary(answers)
     if examples:
@@ -144,7 +161,21 @@ def measure(
     if rank() == 0:
         write_jsonl(directory / "evaluation.jsonl", evaluation.attempts)
         write_json(directory / "evaluation.json", summary)
+        shutil.rmtree(unfinished, ignore_errors=True)
     return Measured(evaluation, summary)
+
+
+@torch.no_grad()
+def evaluation_key(policy: Policy, settings: RolloutSettings, problems: Sequence[Problem]) -> str:
+    """Return a hash of all that decides an evaluation's attempts: attempts of other weights are never taken for these.
+
+    Of the weights it takes a sum for every tensor: any training changes one of them.
+    """
+    sums = [f"{float(tensor.detach().sum(dtype=torch.float64)):.9e}" for tensor in policy.model.parameters()]
+    asked = [(problem.id, plain(problem.columns)) for problem in problems]
+    played = re.sub(" at 0x[0-9a-f]+", "", repr(replace(settings, step_timeout=1.0)))  # an address says nothing
+    text = json.dumps([sums, policy.renderer.fingerprint, played, asked], default=str)
+    return sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:12]
 
 
 @torch.no_grad()

@@ -9,10 +9,15 @@ from bcft.types import Success
 
 
 def tally(scores: Sequence[Score]) -> dict[str, Any]:
-    """Return how a round's attempts did: `rollout` of its metrics."""
+    """Return how a round's attempts did: `rollout` of its metrics; `logged` is there if a reward function logged."""
     trajectories = [score.trajectory for score in scores]
     rewards = [score.reward for score in scores if score.graded]
-    return {
+    logged: dict[str, list[float]] = {}
+    for score in scores:
+        for name, value in score.logged.items():
+            logged.setdefault(name, []).append(value)
+    means = {name: sum(values) / len(values) for name, values in logged.items()}
+    figures = {
         "played": len(trajectories),
         "tokens": sum(len(turn.action_ids) for trajectory in trajectories for turn in trajectory.turns),
         "success": sum(score.success == "yes" for score in scores) / max(len(scores), 1),
@@ -24,6 +29,7 @@ def tally(scores: Sequence[Score]) -> dict[str, Any]:
         "errors": sum(trajectory.ended == "error" for trajectory in trajectories),
         "stop_rate": sum(not trajectory.truncated for trajectory in trajectories) / max(len(trajectories), 1),
     }
+    return figures | ({"logged": means} if means else {})
 
 
 def revision(successes: Sequence[tuple[Success, Success]]) -> dict[str, Any]:

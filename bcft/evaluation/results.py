@@ -12,6 +12,7 @@ from typing import Any
 from bcft.evaluation.metrics import revision
 from bcft.evaluation.statistics import Paired, majority, mcnemar, mean_interval, paired, pass_at_k, verdict, wilson
 from bcft.rewards.base import Answers
+from bcft.runs.history import AVERAGES
 from bcft.runs.storage import read_json, read_jsonl
 
 
@@ -20,7 +21,8 @@ class Evaluation:
     """Every attempt of an evaluation, one mapping each, and the figures that follow from them.
 
     attempts: `problem_id, sample` (-1: greedy)`, prompt, completion, answer, success: yes|no|unknown, stop, tokens`;
-    of an environment also `graded, return, turns, first: yes|no|unknown` (success after the first turn)`, messages`.
+    of an environment also `graded, return, turns, first: yes|no|unknown` (success after the first turn)`, messages`;
+    where the reward takes the place of success also `graded, reward`.
     """
 
     attempts: tuple[Mapping[str, Any], ...]
@@ -49,56 +51,63 @@ class Evaluation:
         return [sum(solved) / len(solved) for solved in self.sampled.values() if solved]
 
     @cached_property
-    def returns(self) -> dict[str, float]:
-        """The mean return of each problem's sampled attempts, or of its greedy one where there are none.
+    def average(self) -> str:
+        """What policies are compared by in place of success: `return`, `reward`, or '' for success."""
+        keys = {key for attempt in self.attempts if attempt.get("graded") for key in attempt}
+        return next((part for part in AVERAGES if part in keys), "")
 
-        Empty without an environment that gives rewards.
+    @cached_property
+    def averages(self) -> dict[str, float]:
+        """The mean return or reward of each problem's sampled attempts, or of its greedy one where there are none.
+
+        Empty where neither is measured.
         """
-        returns = {}
+        averages = {}
         for key, attempts in self.problems.items():
-            given = [a["return"] for a in attempts[1:] or attempts if a.get("graded")]
+            given = [a[self.average] for a in attempts[1:] or attempts if a.get("graded")]
             if given:
-                returns[key] = sum(given) / len(given)
-        return returns
+                averages[key] = sum(given) / len(given)
+        return averages
 
     def summary(self, answers: Answers | None) -> dict[str, Any]:
         """Return `{n, stop_rate, ungraded, greedy, sampled, return, revision}` as the files hold it, intervals at 95 %.
 
         answers: how the success function reads an answer, by which maj@k counts votes; None: votes go to completions
         with the same text. `greedy` and `sampled` need a known success, `sampled` samples as well. `return` needs an
-        environment that gives rewards. `revision` needs one that reports success after each of exactly two turns; it
+        environment that gives rewards; `reward`, of the same form without `turns`, is there where rewards take the
+        place of success. `revision` needs an environment that reports success after each of exactly two turns; it
         counts the attempts that had both.
         """
+        unknown = sum(a["success"] == "unknown" for a in self.attempts)
+        graded = sum(bool(a.get("graded")) for a in self.attempts)
         summary: dict[str, Any] = {
             "n": len(self.problems),
             "stop_rate": sum(a["stop"] == "stop_token" for a in self.attempts) / max(len(self.attempts), 1),
-            "ungraded": sum(a["success"] == "unknown" for a in self.attempts),
+            "ungraded": len(self.attempts) - graded if self.average == "reward" else unknown,
         }
-        if self.returns:
-            summary["return"] = self._return()
+        if self.averages:
+            summary[self.average] = self._average()
         whole = [a for a in self.attempts if a["success"] != "unknown" and a["stop"] != "context_full"]
         if {a.get("turns", 1) for a in whole} == {2}:
             successes = [(a["first"], a["success"]) for a in whole if a["first"] != "unknown"]
             summary |= {"revision": revision(successes)} if successes else {}
-        if summary["ungraded"] == len(self.attempts):
+        if unknown == len(self.attempts):
             return summary
         solved = sum(self.greedy.values())
         summary["greedy"] = {"success": solved / summary["n"], "ci95": list(wilson(solved, summary["n"]))}
         samples = min((len(solved) for solved in self.sampled.values()), default=0)
         return summary | ({"sampled": self._sampled(samples, answers)} if samples else {})
 
-    def _return(self) -> dict[str, Any]:
-        """Return `return` of the summary."""
-        means = list(self.returns.values())
+    def _average(self) -> dict[str, Any]:
+        """Return `return` or `reward` of the summary."""
+        name, means = self.average, list(self.averages.values())
         low, high = mean_interval(means, scale=(min(means), max(means)))
         sampled = [a for attempts in self.problems.values() for a in attempts[1:] or attempts]
-        greedy = [attempts[0]["return"] for attempts in self.problems.values() if attempts[0]["graded"]]
-        return {
-            "greedy": sum(greedy) / max(len(greedy), 1),
-            "mean": sum(means) / len(means),
-            "ci95": [low, high],
-            "turns": sum(a["turns"] for a in sampled) / len(sampled),
-        }
+        greedy = [attempts[0][name] for attempts in self.problems.values() if attempts[0]["graded"]]
+        average = {"greedy": sum(greedy) / max(len(greedy), 1), "mean": sum(means) / len(means), "ci95": [low, high]}
+        if name == "reward":
+            return average
+        return average | {"turns": sum(a["turns"] for a in sampled) / len(sampled)}
 
     def _sampled(self, samples: int, answers: Answers | None) -> dict[str, Any]:
         """Return `sampled` of the summary, with at least `samples` of every problem."""
@@ -130,6 +139,11 @@ class Measured:
     evaluation: Evaluation
     summary: Mapping[str, Any]
 
+    @property
+    def samples(self) -> int:
+        """The sampled attempts at each problem."""
+        return min((len(attempts) - 1 for attempts in self.evaluation.problems.values()), default=0)
+
 
 def stored(directory: Path) -> Measured | None:
     """Return the result that `measure` wrote into a directory; None if it was interrupted."""
@@ -145,13 +159,17 @@ def compare(base: Evaluation, other: Evaluation) -> dict[str, Any]:
     `delta` is the paired difference of sampled pass@1, or of greedy success without samples. The conclusion follows
     from it, or from the difference of mean returns where an environment gives rewards; `return_delta` and `return_ci95`
     hold the latter. With samples of both there are `pass@k_delta` and `pass@k_ci95` too: a policy that narrows loses
-    there first.
+    there first. Where rewards take the place of success, it is `{reward_delta, reward_ci95, p_value, conclusion}`.
     """
-    both = [key for key in base.returns if key in other.returns]
-    returned = None
+    average = base.average if base.average == other.average else ""
+    both = [key for key in base.averages if key in other.averages] if average else []
+    averaged = None
     if both:
-        old, new = ([evaluation.returns[key] for key in both] for evaluation in (base, other))
-        returned = paired(old, new, scale=(min(*old, *new), max(*old, *new)))
+        old, new = ([evaluation.averages[key] for key in both] for evaluation in (base, other))
+        averaged = paired(old, new, scale=(min(*old, *new), max(*old, *new)))
+    raised = {f"{average}_delta": averaged.delta, f"{average}_ci95": [averaged.low, averaged.high]} if averaged else {}
+    if averaged and average == "reward":
+        return {**raised, "p_value": averaged.p_value, "conclusion": verdict(averaged)}
     greedy = [(base.greedy[key], other.greedy[key]) for key in base.greedy]
     before, after = base.rates, other.rates
     if not before:
@@ -163,8 +181,8 @@ def compare(base: Evaluation, other: Evaluation) -> dict[str, Any]:
         "ci95": [difference.low, difference.high],
         "p_value": difference.p_value,
         "greedy_p_value": mcnemar(sum(a and not b for a, b in greedy), sum(b and not a for a, b in greedy)),
-        "conclusion": verdict(returned or difference),
-        **({"return_delta": returned.delta, "return_ci95": [returned.low, returned.high]} if returned else {}),
+        "conclusion": verdict(averaged or difference),
+        **raised,
         **({"pass@k_delta": wide.delta, "pass@k_ci95": [wide.low, wide.high]} if wide else {}),
     }
 

@@ -24,9 +24,10 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer
 
-from bcft.generation.kv_cache import GrowingLayer, Sessions, cached_numbers_per_token, stack
+from bcft.generation.kv_cache import GrowingLayer, Sessions, cached_numbers_per_token, select_rows, stack
 from bcft.generation.noise import gumbel, identity_seed
-from bcft.policy.loading import AUTOCAST_DTYPES
+from bcft.policy.precision import AUTOCAST_DTYPES
+from bcft.policy.shape import context_length
 from bcft.types import Action, Request, Sampling, Stop
 
 _COMPACT_EVERY = 8
@@ -51,9 +52,10 @@ def sampling_mode(model: Any, *, autocast: str = "no") -> Iterator[None]:
     if model.device.type == "cpu":
         for module in model.modules():
             # In eval mode bitsandbytes repacks 4-bit weights for CPUs with bf16, which rounds their scales for good.
-            # The layer does not read the mode for anything else.
-            if type(module).__name__ == "Linear4bit":
-                module.train()
+            # The layer does not read the mode for anything else. PEFT's wrapper has the same name, and `train()` on it
+            # would turn the adapter's dropout on.
+            if type(module).__name__ == "Linear4bit" and type(module).__module__.startswith("bitsandbytes"):
+                module.training = True
     try:
         with torch.autocast(model.device.type, dtype=AUTOCAST_DTYPES[autocast] if mixed else None, enabled=mixed):
             yield
@@ -80,7 +82,7 @@ class _Rows:
 
     def select(self, keep: torch.Tensor) -> None:
         """Keep the rows of these indices (K,), in this order."""
-        self.cache.batch_select_indices(keep)
+        select_rows(self.cache, keep)
         self.requests = [self.requests[i] for i in keep.tolist()]
         for name in ("mask", "last", "made", "limit", "done", "seeds", "ids", "seen"):
             setattr(self, name, getattr(self, name)[keep])
@@ -122,7 +124,7 @@ class HFEngine:
         self.rows = rows
         self.keep_sessions = keep_sessions
         self.sessions = Sessions()
-        self.context = int(model.config.get_text_config().max_position_embeddings)
+        self.context = context_length(model.config)
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Action]:
         """Yield one action for each request, in the order they finish.
@@ -262,7 +264,7 @@ class HFEngine:
         ).logits[:, -1]
         place = {context: index for index, context in enumerate(contexts)}
         expand = torch.tensor([place[request.context_ids] for request in requests], device=device)
-        cache.batch_select_indices(expand)
+        select_rows(cache, expand)
         return self._rows(requests, cache, mask[expand], logits[expand], sampling, warpers)
 
     def _rows(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
 from bcft.types import Request
 
@@ -18,6 +18,8 @@ SESSION_BYTES = 2**30
 def cached_numbers_per_token(config: Any) -> int:
     """Return how many numbers the keys and values of one token are, given a model's configuration."""
     text = config.get_text_config()
+    if getattr(text, "kv_lora_rank", None):  # latent attention: all heads read one vector and one rotated part
+        return int(text.num_hidden_layers * (text.kv_lora_rank + text.qk_rope_head_dim))
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return int(2 * text.num_hidden_layers * heads * size)
@@ -26,8 +28,8 @@ def cached_numbers_per_token(config: Any) -> int:
 class GrowingLayer(DynamicLayer):  # type: ignore[misc]
     """A layer whose buffers have spare columns: `torch.cat` would copy all keys and values at every token.
 
-    `keys` and `values` (B, H, W, D) are views of W columns of their buffers, from a first column that moves right when
-    columns are dropped.
+    `keys` (B, H, W, D) and `values` (B, H, W, E) are views of W columns of their buffers, from a first column that
+    moves right when columns are dropped. D and E differ in models with latent attention.
     """
 
     buffers: tuple[torch.Tensor, torch.Tensor]
@@ -41,7 +43,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         *_: Any,
         **__: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append the states of new tokens (B, H, n, D); return all."""
+        """Append the states of new tokens, (B, H, n, D) and (B, H, n, E); return all."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             self.first, self.end = 0, 0
@@ -60,7 +62,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         """Copy these states into new buffers that have space for `more` columns, with some to spare."""
         b, h, width, d = keys.shape
         wide = width + more + _SPARE_COLUMNS
-        self.buffers = keys.new_empty(b, h, wide, d), values.new_empty(b, h, wide, d)
+        self.buffers = keys.new_empty(b, h, wide, d), values.new_empty(b, h, wide, values.shape[3])
         self.first, self.end = 0, width
         for buffer, states in zip(self.buffers, (keys, values), strict=True):
             buffer[:, :, :width] = states
@@ -78,14 +80,14 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
 
 @dataclass(frozen=True)
 class _Session:
-    """Token ids in the cache, and each layer's keys and values (2, H, n, D) of them."""
+    """Token ids in the cache, and each layer's keys (H, n, D) and values (H, n, E) of them."""
 
     ids: tuple[int, ...]
-    states: tuple[torch.Tensor, ...]
+    states: tuple[tuple[torch.Tensor, torch.Tensor], ...]
 
     @property
     def bytes(self) -> int:
-        return sum(state.nbytes for state in self.states)
+        return sum(keys.nbytes + values.nbytes for keys, values in self.states)
 
 
 class Sessions:
@@ -120,7 +122,7 @@ class Sessions:
         end = cache.layers[0].keys.shape[2] - behind
         span = slice(end - len(ids), end)
         # Copied: a view would keep the whole batch's cache in memory.
-        states = tuple(torch.stack((layer.keys[row, :, span], layer.values[row, :, span])) for layer in cache.layers)
+        states = tuple((layer.keys[row, :, span].clone(), layer.values[row, :, span].clone()) for layer in cache.layers)
         session, before = _Session(ids, states), self.kept.pop(request.session, None)
         self.held -= before.bytes if before else 0
         if self.held + session.bytes <= SESSION_BYTES:
@@ -132,13 +134,28 @@ class Sessions:
         sessions = [self.kept[request.session] for request in requests if request.session is not None]
         width, layers = max(lengths), []
         for index, first in enumerate(sessions[0].states):
-            states = first.new_zeros(2, len(requests), first.shape[1], width, first.shape[3])
+            states = [part.new_zeros(len(requests), part.shape[0], width, part.shape[2]) for part in first]
             for row, (length, session) in enumerate(zip(lengths, sessions, strict=True)):
-                states[:, row, :, width - length :] = session.states[index][:, :, :length]
+                for part, kept in zip(states, session.states[index], strict=True):
+                    part[row, :, width - length :] = kept[:, :length]
             layer = GrowingLayer()
-            layer.update(states[0], states[1])
+            layer.update(*states)
             layers.append(layer)
         return layers
+
+
+def select_rows(cache: Any, rows: torch.Tensor) -> None:
+    """Keep the rows of these indices (K,), in this order, in every layer of a cache.
+
+    transformers' own method knows keys and values only. Layers of linear attention and convolutions keep dictionaries
+    of states as well, whose first dimension is the row.
+    """
+    for layer in cache.layers:
+        if isinstance(layer, DynamicLayer):
+            layer.batch_select_indices(rows)
+        if isinstance(layer, LinearAttentionLayer):
+            for states in (layer.conv_states, layer.recurrent_states):
+                states.update({index: state[rows] for index, state in states.items() if state is not None})
 
 
 def stack(first: torch.Tensor, second: torch.Tensor, *, dim: int, left: bool) -> torch.Tensor:

@@ -1,168 +1,253 @@
 """Text to token ids, once, for training, rollouts and evaluation alike.
 
 A prompt goes through the tokenizer's chat template where there is one (a plain string is a user message), else it is
-plain text behind the tokenizer's BOS. A completion is tokenized apart from its prompt, because a rollout never sees
-the two merged, and ends with what the template emits after an assistant message, up to and including the first stop
-id. A conversation continues behind the very ids that were sampled.
+plain text behind the tokenizer's BOS. A row is what the template renders: the prompt with its generation prompt, and
+what the template writes behind that for the answer, up to and including the first stop token. The two are tokenized
+apart, because a rollout never sees them merged. A conversation continues behind the very ids that were sampled.
 """
 
 import hashlib
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-from jinja2 import TemplateError
-
-from bcft.errors import DataError
+from bcft.errors import DataError, UsageError
+from bcft.policy.template import CONTENT, DATE, NOT_TO_SET, Template, as_messages, kwargs_key
+from bcft.policy.text_ids import TextIds
 from bcft.types import Message, Prompt, messages
 
-DATE = "26 Jul 2024"
-"""Llama-3 templates print today's date. This is the one they fall back to, so that prompts never change overnight."""
+__all__ = ["DATE", "Renderer", "bos_at_head"]
 
-# Unicode noncharacters, which interchanged text must not contain: they mark places in rendered text.
-_BREAK = "\ufdd0"
-_CONTENT = "\ufdd1"
 _RECENT = 4096
 """Rendered conversations that are remembered: more than are played at once."""
+_Kwargs = Mapping[str, Any] | None
 
 
 class Renderer:
     """One tokenizer with its template: prompts and completions as token ids.
 
-    Raises DataError when the template emits no stop token after an assistant message, or cannot be rendered.
+    template_kwargs: arguments for the template, such as `enable_thinking`; a problem may add its own.
+    Raises DataError when the template loses a message's text, emits no stop token after an assistant message, or cannot
+    be rendered; UsageError for arguments that are not a recipe's to set.
     """
 
-    def __init__(self, tokenizer: Any, stop_ids: Sequence[int] = ()) -> None:
+    def __init__(self, tokenizer: Any, stop_ids: Sequence[int] = (), template_kwargs: _Kwargs = None) -> None:
         self.tokenizer = tokenizer
-        self._recent: dict[tuple[tuple[str, str], ...], str] = {}
+        self.template_kwargs = dict(template_kwargs or {})
         self.chat = bool(tokenizer.chat_template)
-        special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-        self._special = re.compile("|".join(re.escape(s) for s in sorted(special, key=len, reverse=True)) or r"(?!)")
+        if taken := sorted(self.template_kwargs.keys() & NOT_TO_SET):
+            raise UsageError(
+                f"chat_template_kwargs: {', '.join(taken)}: set by the program, not by a recipe: remove it"
+            )
+        if self.template_kwargs and not self.chat:
+            raise UsageError("chat_template_kwargs: the tokenizer has no chat template: set chat_template_path")
+        self._recent: dict[tuple[Any, ...], str] = {}
+        self._text = TextIds(tokenizer)
+        self._template = Template(tokenizer, self._text, self.template_kwargs) if self.chat else None
         known = {*stop_ids, tokenizer.eos_token_id} - {None}
-        self.tail_ids = self._tail(known)
+        self.tail_ids = self._find_tail(known)
         self.stop_ids: tuple[int, ...] = tuple(sorted(known | {self.tail_ids[-1]}))
+        self._lead, self._lead_ids, self._lead_space = self._find_lead()
         shortest = self.prompts(["?"])[0]
-        self.bos_count = shortest.count(tokenizer.bos_token_id) if tokenizer.bos_token_id is not None else 0
+        self.bos_count = bos_at_head(shortest, tokenizer.bos_token_id)
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of vocabulary, merges and template: all that decides which ids a text becomes."""
+        """A hash of vocabulary, merges, template and its arguments: all that decides which ids a text becomes."""
         tokenizer = self.tokenizer
         backend = getattr(tokenizer, "backend_tokenizer", None)
         parts = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
-        return hashlib.sha256(f"{parts}\x1f{tokenizer.chat_template}\x1f{self.stop_ids}".encode()).hexdigest()
+        arguments = f"\x1f{kwargs_key(self.template_kwargs)}" if self.template_kwargs else ""
+        text = f"{parts}\x1f{tokenizer.chat_template}\x1f{self.stop_ids}{arguments}"
+        return hashlib.sha256(text.encode()).hexdigest()
 
-    def prompts(self, prompts: Sequence[Prompt]) -> list[list[int]]:
-        """Return the ids of each prompt, ready for the policy to continue."""
-        if self.chat:
-            return self._tokenize([self._render(_messages(p, escape=self._escape), generate=True) for p in prompts])
-        head = self._plain_head()
-        return [head + ids for ids in self._tokenize([self._escape(_plain_text(p)) for p in prompts])]
+    # Text to ids
+    def prompts(
+        self, prompts: Sequence[Prompt], template_kwargs: Sequence[Mapping[str, Any]] | None = None
+    ) -> list[list[int]]:
+        """Return the ids of each prompt, ready for the policy to continue.
+
+        template_kwargs: for each prompt, arguments of the template beside the renderer's own. Raises DataError when the
+        template refuses the messages or loses the text of one.
+        """
+        given = template_kwargs or [{}] * len(prompts)
+        return self._prompt_ids([self._context(p, kwargs) for p, kwargs in zip(prompts, given, strict=True)])
 
     def completions(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the ids of each completion, its stop token last."""
-        return [ids + self.tail_ids for ids in self._tokenize([self._escape(text) for text in texts])]
+        """Return the ids of each completion, its stop token last, as they follow a prompt: the words alone."""
+        bare = self._template.bare if self._template else ""
+        return self._action_ids([bare] * len(texts), [self._ended(self._text.escape(text)) for text in texts])
 
+    def texts(self, prompt: Prompt, content: str, template_kwargs: _Kwargs = None) -> tuple[str, str]:
+        """Return a prompt and an answer as the template renders them, the answer with its stop token.
+
+        Raises DataError when the row would not be what the template renders, or not what prompt and answer say.
+        """
+        context = self._context(prompt, template_kwargs)
+        if self._template is None:
+            return context, self._text.escape(content)
+        return context, self._template.answer(prompt, context, content, template_kwargs)
+
+    def rows(self, texts: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
+        """Return the ids of prompts and answers that `texts` returned, each tokenized apart."""
+        prompts, actions = [prompt for prompt, _ in texts], [action for _, action in texts]
+        return list(zip(self._prompt_ids(prompts), self._action_ids(prompts, actions), strict=True))
+
+    def _context(self, prompt: Prompt, template_kwargs: _Kwargs) -> str:
+        if self._template is None:
+            return self._text.escape(_plain_text(prompt))
+        return self._template.context(prompt, template_kwargs)
+
+    def _ended(self, text: str) -> str:
+        return text + self._template.tail if self._template else text
+
+    def _prompt_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        ids = self._text.ids(texts)
+        return ids if self.chat else [self._plain_head() + part for part in ids]
+
+    def _action_ids(self, contexts: Sequence[str], texts: Sequence[str]) -> list[list[int]]:
+        ids = self._text.ids(texts, contexts)
+        return ids if self.chat else [part + self.tail_ids for part in ids]
+
+    # Conversations
     def continuation(
-        self, before: Sequence[Message], action_ids: Sequence[int], observation: Prompt
+        self,
+        before: Sequence[Message],
+        action_ids: Sequence[int],
+        observation: Prompt,
+        *,
+        template_kwargs: _Kwargs = None,
+        said: str | None = None,
     ) -> tuple[list[int], bool]:
         """Return the ids that an observation adds behind an action, and False; or the whole next context, and True.
 
-        before: all messages before the action. The whole context is rendered anew where the template changes earlier
-        text (drops thoughts, say) or the action did not stop as the template ends a message. Whitespace that the
-        template strips from the action itself changes nothing. A truncated action gets the end that it lacks.
+        before: all messages before the action; said: the action's text, if it is not to be read from its ids. The whole
+        context is rendered anew where the template changes earlier text (drops thoughts, say) or the action did not
+        stop as the template ends a message. Whitespace that the template strips from the action itself changes nothing.
+        A truncated action gets the end that it lacks.
         """
-        tail = len(self.tail_ids)
-        stopped = tuple(action_ids[-tail:]) == tuple(self.tail_ids)
         truncated = not action_ids or action_ids[-1] not in self.stop_ids
-        if not self.chat:
-            added = self._tokenize([self._escape(_plain_text(observation))])[0]
+        if self._template is None:
+            stop = self._text.special.get(self.tail_ids[-1], "")
+            added = self._text.ids([self._text.escape(_plain_text(observation))], [stop])[0]
             return added if not truncated else self.tail_ids + added, False
-        action = self.decode(action_ids[:-tail] if stopped else action_ids)
-        conversation: list[Message] = [*before, {"role": "assistant", "content": action}, *messages(observation)]
-        earlier, whole = (self._conversation(part) for part in (before, conversation))
-        action = self._escape(action)
+        tail = self._template.tail
+        raw = self._text.text(action_ids)  # as a template would have to render it
+        body, stopped = raw.removesuffix(tail), raw.endswith(tail)
+        ends = tuple(action_ids[-len(self.tail_ids) :]) == tuple(self.tail_ids)
+        action = self.decode(action_ids[: -len(self.tail_ids)] if ends else action_ids)
+        reply = Message(role="assistant", content=action if said is None else said)
+        earlier = self._conversation(before, template_kwargs)
+        whole = self._conversation([*before, reply, *messages(observation)], template_kwargs)
         rest = whole.removeprefix(earlier)
-        shown = next((text for text in (action, action.strip()) if rest.startswith(text)), None)
+        # The action must be followed by its end: else the template has put something else in its place.
+        texts = (self._text.escape(action), self._text.escape(action.strip()))
+        apart = self._lead if self._lead_ids or self._lead_space else ""  # what `decode` took off
+        forms = (*texts, body, body.strip(), *(apart + text for text in texts))
+        shown = next((text for text in forms if rest.startswith(text + tail)), None)
         if whole.startswith(earlier) and shown is not None and (stopped or truncated):
-            added = self._tokenize([rest.removeprefix(shown)])[0]
-            # The action must be followed by its end: else the template has put something else in its place.
-            if added[:tail] == self.tail_ids:
-                return added[tail:] if stopped else added, False
-        return self._tokenize([whole])[0], True
+            done = shown + tail if stopped else shown
+            return self._text.ids([rest.removeprefix(done)], [earlier + done])[0], False
+        return self._text.ids([whole])[0], True
 
-    def _conversation(self, conversation: Sequence[Message]) -> str:
+    def _conversation(self, conversation: Sequence[Message], template_kwargs: _Kwargs) -> str:
         """Return messages as the policy is to answer them.
 
         The latest results are remembered: rendering takes time that grows with the number of messages, and each
         conversation is needed twice, after one turn and before the next.
         """
-        key = tuple((message["role"], message["content"]) for message in conversation)
+        key = (kwargs_key(template_kwargs), *((message["role"], message["content"]) for message in conversation))
         if key not in self._recent:
             if len(self._recent) >= _RECENT:
                 del self._recent[next(iter(self._recent))]
-            self._recent[key] = self._render(_messages(conversation, escape=self._escape), generate=True)
+            self._recent[key] = self._context(conversation, template_kwargs)
         return self._recent[key]
 
-    def text(self, prompt: Prompt) -> str:
+    # Ids to text, and what people read
+    def text(self, prompt: Prompt, template_kwargs: _Kwargs = None) -> str:
         """Return the prompt as the policy reads it, for people."""
-        return self._render(_messages(prompt), generate=True) if self.chat else _plain_text(prompt)
+        if self._template is None:
+            return _plain_text(prompt)
+        return self._template.render(as_messages(prompt), template_kwargs, generate=True)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of an action, without its stop token and other special tokens."""
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+        """Return the text of an action, without its stop token and other special tokens.
 
-    def _escape(self, text: str) -> str:
-        """Break control tokens in data, so that `<|eot_id|>` in a problem is only text."""
-        return self._special.sub(lambda match: match[0][0] + _BREAK + match[0][1:], text)
+        What the template writes before an answer is not the policy's where it is whitespace or has special tokens (a
+        channel): the text is what follows it, the last such if there are several.
+        """
+        ids = _behind(list(ids), self._lead_ids)
+        if self._text.seamless and not self._lead_space:
+            return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+        return self._text.words(ids).removeprefix(self._lead_space)
 
-    def _tokenize(self, texts: Sequence[str]) -> list[list[int]]:
-        pieces = [text.split(_BREAK) for text in texts]
-        flat = [piece for parts in pieces for piece in parts]
-        if not flat:
-            return []
-        ids = iter(self.tokenizer(flat, add_special_tokens=False)["input_ids"])
-        return [[token for _ in parts for token in next(ids)] for parts in pieces]
+    @cached_property
+    def stop_texts(self) -> tuple[str, ...]:
+        """The letters of the stop tokens."""
+        tokens = self.tokenizer.added_tokens_decoder
+        return tuple(tokens[i].content for i in self.stop_ids if i in tokens and tokens[i].content.strip())
 
-    def _render(self, messages: Sequence[Message], *, generate: bool) -> str:
-        try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    list(messages), tokenize=False, add_generation_prompt=generate, date_string=DATE
-                )
-            )
-        except (TemplateError, TypeError) as error:
-            roles = " ".join(message["role"] for message in messages)
-            raise DataError(f"the chat template refuses the messages ({roles}): {error}") from error
+    def rendered_mark(self, prompt: Prompt) -> str:
+        """Return what shows that a prompt is already rendered by a template; '' if nothing does.
+
+        It begins with a control token or with what this template writes before a user's message, or it ends with the
+        generation prompt.
+        """
+        starts, ends = self._template.marks if self._template else ([*self._text.special.values()], [])
+        conversation = as_messages(prompt)
+        first, last = conversation[0]["content"].lstrip(), conversation[-1]["content"].rstrip()
+        shown = [mark for mark in starts if first.startswith(mark)] + [mark for mark in ends if last.endswith(mark)]
+        return shown[0] if shown else ""
+
+    # What the template puts around an answer
+    def _find_tail(self, known: set[int]) -> list[int]:
+        """Return what follows an action, up to the first stop id; known: the stop ids known so far."""
+        template = self._template
+        if template is None:
+            if self.tokenizer.eos_token_id is None:
+                raise DataError("the tokenizer has no EOS token: set eos_token in its tokenizer_config.json")
+            return [self.tokenizer.eos_token_id]
+        ids = self._text.ids([template.end], ["?"])[0]
+        for position, token in enumerate(ids):
+            if token in known or token in self._text.special:
+                stop = self._text.special.get(token) or str(self.tokenizer.decode([token]))
+                template.tail = template.end.partition(stop)[0] + stop
+                return ids[: position + 1]
+        raise DataError(
+            "the chat template emits no stop token after an assistant message, so a policy trained with it would "
+            f"never stop: it ends in {template.end!r}; set chat_template_path to a template that emits one"
+        )
+
+    def _find_lead(self) -> tuple[str, list[int], str]:
+        """Return what the template writes between the generation prompt and an answer.
+
+        Also its ids if there are special tokens among them, and the space before an answer's text that is not the
+        policy's: the template's, or what the tokenizer puts behind a special token.
+        """
+        template = self._template
+        if template is None or not template.answered.startswith(template.bare):
+            return "", [], ""
+        lead = template.answered.removeprefix(template.bare).partition(CONTENT)[0]
+        ids, answer = self._text.ids([lead, f"{lead}x"], [template.bare] * 2)
+        ids = ids if self._text.pattern.search(lead) else []
+        space = self._text.words(_behind(answer, ids)).removesuffix("x")
+        return lead, ids, space if space.isspace() else ""
 
     def _plain_head(self) -> list[int]:
         ids = list(self.tokenizer("", add_special_tokens=True)["input_ids"])
         return ids[:1] if ids[:1] == [self.tokenizer.bos_token_id] else []
 
-    def _tail(self, known: set[int]) -> list[int]:
-        """Return what follows an action, up to the first stop id; known: the stop ids known so far."""
-        if not self.chat:
-            if self.tokenizer.eos_token_id is None:
-                raise DataError("the tokenizer has no EOS token: set eos_token in its tokenizer_config.json")
-            return [self.tokenizer.eos_token_id]
-        messages: list[Message] = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _CONTENT}]
-        end = self._render(messages, generate=False).rpartition(_CONTENT)[2]
-        ids = self._tokenize([end])[0]
-        special = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
-        for position, token in enumerate(ids):
-            if token in known | special:
-                return ids[: position + 1]
-        raise DataError(
-            "the chat template emits no stop token after an assistant message, so a policy trained with it would "
-            f"never stop: it ends in {end!r}; set chat_template_path to a template that emits one"
-        )
+
+def bos_at_head(ids: Sequence[int], bos_id: int | None) -> int:
+    """Return how many BOS tokens stand at the head of a row: with some templates every message begins with one."""
+    return next((position for position, token in enumerate(ids) if token != bos_id), len(ids))
 
 
-def _messages(prompt: Prompt, *, escape: Callable[[str], str] = str) -> list[Message]:
-    if isinstance(prompt, str):
-        return [{"role": "user", "content": escape(prompt)}]
-    return [{"role": message["role"], "content": escape(message["content"])} for message in prompt]
+def _behind(ids: list[int], lead: list[int]) -> list[int]:
+    """Return the ids behind the last occurrence of a lead; all of them if there is none."""
+    starts = range(len(ids) - len(lead), -1, -1) if lead else ()
+    start = next((start for start in starts if ids[start : start + len(lead)] == lead), None)
+    return ids if start is None else ids[start + len(lead) :]
 
 
 def _plain_text(prompt: Prompt) -> str:

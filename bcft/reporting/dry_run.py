@@ -1,18 +1,18 @@
 """What a run would be, before it costs anything: rows, steps, evaluation, parameters and memory.
 
-Nothing is trained, no weights are loaded, nothing is written. Counts are exact: the real renderer makes the rows, and
-the model is built without storage. Memory is a sum that a reader can check, not a measurement. What is not on this
-machine while the Hub is unreachable is unknown; everything else is still printed.
+Everything that a run refuses before it loads weights is refused here, in the same order. Nothing is trained, no weights
+are loaded, nothing is written. Counts are exact: the real renderer makes the rows, and the model is built without
+storage. Memory is a sum that a reader can check, not a measurement. What is not on this machine while the Hub is
+unreachable is unknown; everything else is still printed.
 
 The module loads no framework before it has asked whether the Hub answers: the libraries read `HF_HUB_OFFLINE` when they
 are imported.
 """
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bcft.config.schema import (
     DataSettings,
@@ -20,20 +20,22 @@ from bcft.config.schema import (
     EvaluationSettings,
     ModelSettings,
     RoundSettings,
-    RuleSettings,
     SamplingSettings,
     SelectionSettings,
     TrainingSettings,
 )
-from bcft.data.examples import make_examples
+from bcft.data.examples import check_prompts, make_examples, without_special_tokens
 from bcft.data.loading import Splits, load_splits
 from bcft.environments.base import rollout_settings
+from bcft.reporting.costs import Line, batch, before_and_after, evaluations, round_steps, sft_steps
 from bcft.reporting.hub import Missing, available, work_offline_if_unreachable
 from bcft.reporting.tables import say
+from bcft.rewards.base import Reward
 from bcft.runs.directory import quiet_libraries
-from bcft.runs.distributed import rank, world_size
-from bcft.runs.history import is_due
-from bcft.selection.scoring import Scorer, success_function
+from bcft.runs.disk import copies_of_rounds, copies_of_sft
+from bcft.runs.distributed import rank
+from bcft.selection.scoring import Scorer
+from bcft.types import Environment
 
 if TYPE_CHECKING:
     from bcft.policy.chat_template import Renderer
@@ -43,8 +45,25 @@ if TYPE_CHECKING:
 LARGE = 100_000_000
 """Parameters above which a model is hardly meant to train on a CPU."""
 
-Line = tuple[str, str]
-"""A name and its value; a line without a name continues the line above."""
+
+@dataclass(frozen=True)
+class Plan:
+    """A run as it was asked for: the sections of its configuration, and what Python gives in place of names."""
+
+    model: ModelSettings
+    data: DataSettings
+    sampling: SamplingSettings
+    environment: EnvironmentSettings
+    selection: SelectionSettings
+    rounds: RoundSettings
+    training: TrainingSettings
+    evaluation: EvaluationSettings
+    command_line: str
+    debug: bool = False
+    rows: Sequence[Mapping[str, Any]] | None = None
+    """In place of the dataset."""
+    reward_funcs: Sequence[Reward | str] | None = None
+    make_environment: Callable[..., Environment] | None = None
 
 
 @dataclass(frozen=True)
@@ -61,6 +80,10 @@ class _Parts:
     """What a run is made from, as far as it is on this machine."""
 
     splits: Splits | Missing
+    note: str
+    """About rows that repeat a prompt; '' if there are none."""
+    graded: bool
+    """Whether evaluations can measure success or a reward."""
     outline: "Outline | Missing"
     renderer: "Renderer | Missing"
     precision: "Precision"
@@ -68,83 +91,57 @@ class _Parts:
     """Most tokens of an example; 0 where the model is unknown."""
 
 
-def dry_run_sft(
-    *,
-    model: ModelSettings,
-    data: DataSettings,
-    sampling: SamplingSettings,
-    environment: EnvironmentSettings,
-    selection: SelectionSettings,
-    training: TrainingSettings,
-    evaluation: EvaluationSettings,
-    command_line: str,
-    debug: bool = False,
-) -> None:
+def dry_run_sft(plan: Plan) -> None:
     """Print what a run of `sft` would be; the last line is the command that starts it.
 
-    Raises what the run would: UsageError for a model or a function, DataError for the dataset.
+    Raises what the run would before it loads weights: UsageError, DataError, StorageError.
     """
     if rank() > 0:
         return
-    work_offline_if_unreachable(_names(model, data))
-    with quiet_libraries(debug=debug):
-        parts = _parts(model, data, evaluation)
-        graded = _graded(parts.splits, selection, environment.environment)
-        rollout_settings(sampling, environment, seed=training.seed)  # raises where there is no such environment
-        rows, count, lengths = _examples(parts, data, sampling)
-        attempts, test = _attempts(evaluation, parts.splits, "test", graded=graded)
+    work_offline_if_unreachable(_names(plan))
+    with quiet_libraries(debug=plan.debug):
+        parts = _parts(plan, plays=False)
+        rows, count, lengths = _examples(parts, plan)
+        steps = sft_steps(parts.splits, plan.training, count, exact=bool(lengths))
         lines = [
             ("data", str(parts.splits)),
             ("rows", rows),
-            ("steps", f"{_sft_steps(parts.splits, training, count, exact=bool(lengths))}; {_batch(training)}"),
-            ("evaluation", f"test: {test}"),
-            ("", f"before and after training: {2 * attempts:,} attempts"),
-            *_model_lines(parts, model, training, lengths=lengths, held_out_loss=True),
+            ("steps", f"{steps}; {batch(plan.training)}"),
+            *before_and_after(plan.evaluation, parts.splits, graded=parts.graded),
+            *_model_lines(parts, plan, lengths=lengths, held_out_loss=True),
         ]
-    _print(lines, command_line)
+    _print(lines, plan.command_line)
 
 
-def dry_run_filtered(
-    *,
-    model: ModelSettings,
-    data: DataSettings,
-    sampling: SamplingSettings,
-    environment: EnvironmentSettings,
-    selection: SelectionSettings,
-    rounds: RoundSettings,
-    training: TrainingSettings,
-    evaluation: EvaluationSettings,
-    command_line: str,
-    debug: bool = False,
-) -> None:
+def dry_run_filtered(plan: Plan) -> None:
     """Print what a run of `filtered` would be; the last line is the command that starts it.
 
-    Raises what the run would: UsageError for a model or a function, DataError for the dataset.
+    Raises what the run would before it loads weights: UsageError, DataError, StorageError.
     """
     if rank() > 0:
         return
-    work_offline_if_unreachable(_names(model, data))
-    with quiet_libraries(debug=debug):
-        parts = _parts(model, data, evaluation)
-        problems, lengths = _problems(parts, sampling, environment.environment)
-        graded = _graded(parts.splits, selection, environment.environment, scorer=True)
-        rollout_settings(sampling, environment, seed=training.seed)  # raises where there is no such environment
+    work_offline_if_unreachable(_names(plan))
+    with quiet_libraries(debug=plan.debug):
+        parts = _parts(plan, plays=True)
+        problems, lengths = _problems(parts, plan)
+        rounds, samples, limit = plan.rounds, plan.sampling.num_generations, plan.sampling.max_completion_length
         prompts, replay = rounds.prompts_per_round, 0
         if isinstance(parts.splits, Splits):
             prompts = min(prompts, len(parts.splits.problems_to_attempt()))
             replay = len(parts.splits.replay)
-        attempts = prompts * sampling.num_generations
-        tokens = attempts * sampling.max_completion_length
+        attempts = prompts * samples
+        most = round_steps(rounds, plan.selection, plan.training, attempts=attempts, prompts=prompts, replay=replay)
         lines = [
             *problems,
-            ("rounds", f"{rounds.num_rounds} of {prompts:,} prompts x {sampling.num_generations} generations = "
+            *([("", parts.note)] if parts.note else []),
+            ("rounds", f"{rounds.num_rounds} of {prompts:,} prompts x {samples} generations = "
                        f"{attempts:,} attempts each"),
-            ("", f"at most {tokens:,} tokens sampled per round ({sampling.max_completion_length} per attempt)"),
-            ("steps", _round_steps(rounds, selection, training, attempts=attempts, prompts=prompts, replay=replay)),
-            *_evaluations(rounds, evaluation, parts.splits, played=attempts, graded=graded),
-            *_model_lines(parts, model, training, lengths=lengths, held_out_loss=False),
+            ("", f"at most {attempts * limit:,} tokens sampled per round ({limit} per attempt)"),
+            ("steps", most),
+            *evaluations(rounds, plan.evaluation, parts.splits, played=attempts, graded=parts.graded),
+            *_model_lines(parts, plan, lengths=lengths, held_out_loss=False),
         ]  # fmt: skip
-    _print(lines, command_line)
+    _print(lines, plan.command_line)
 
 
 def _print(lines: Sequence[Line], command_line: str) -> None:
@@ -152,180 +149,67 @@ def _print(lines: Sequence[Line], command_line: str) -> None:
     say("\n".join(f"{name:<12}{value}" for name, value in (first, *lines, ("to run it", command_line))), quiet=False)
 
 
-# Data and training
+# Data
 
 
-def _examples(parts: _Parts, data: DataSettings, sampling: SamplingSettings) -> tuple[str, int, Lengths | None]:
+def _examples(parts: _Parts, plan: Plan) -> tuple[str, int, Lengths | None]:
     """Return a description of the training examples, their number, and the lengths.
 
     Without a tokenizer the number is that of the demonstrations, and there are no lengths.
     """
-    if isinstance(parts.splits, Missing):
-        return parts.splits, 0, None
-    if isinstance(parts.renderer, Missing):
-        return parts.renderer, len(parts.splits.train), None
+    splits, renderer, data = parts.splits, parts.renderer, plan.data
+    if isinstance(splits, Missing):
+        return splits, 0, None
+    if isinstance(renderer, Missing):
+        return renderer, len(splits.train), None
+    demonstrations, note = without_special_tokens(splits.train, renderer, special_tokens=data.special_tokens)
     examples, counts = make_examples(
-        parts.splits.train,
-        parts.renderer,
-        max_length=parts.longest,
-        overlength=data.overlength,
-        train_on=data.train_on,
+        demonstrations, renderer, max_length=parts.longest, overlength=data.overlength, train_on=data.train_on
     )
-    prompts = parts.renderer.prompts([d.problem.prompt for d in (*parts.splits.test, *parts.splits.harder)])
-    sampled = max(map(len, prompts), default=0) + sampling.max_completion_length
-    return str(counts), len(examples), Lengths(max(len(example.input_ids) for example in examples), sampled)
+    attempted = [d.problem for d in (*splits.test, *splits.harder)]
+    prompts = renderer.prompts([p.prompt for p in attempted], [p.template_kwargs for p in attempted])
+    sampled = max(map(len, prompts), default=0) + plan.sampling.max_completion_length
+    longest = Lengths(max(len(example.input_ids) for example in examples), sampled)
+    return "; ".join(filter(None, [str(counts), note])), len(examples), longest
 
 
-def _problems(parts: _Parts, sampling: SamplingSettings, environment: str | None) -> tuple[list[Line], Lengths | None]:
+def _problems(parts: _Parts, plan: Plan) -> tuple[list[Line], Lengths | None]:
     """Return the lines about data and prompts, and the lengths; None where the prompts are unknown."""
-    splits, renderer = parts.splits, parts.renderer
+    splits, renderer, environment = parts.splits, parts.renderer, plan.environment.environment
     if isinstance(splits, Missing):
         return [("data", splits)], None
-    problems = {key: problem.prompt for key, problem in splits.problems_to_attempt().items()}
+    problems = list(splits.problems_to_attempt().values())
     line = ("data", f"{len(problems):,} problems to attempt, {splits.held_out_words}")
     if environment:
         return [line, ("prompts", f"unknown: {environment} makes them during the rollout")], None
     if isinstance(renderer, Missing):
         return [line, ("prompts", renderer)], None
-    counts = [len(ids) for ids in renderer.prompts(list(problems.values()))]
-    longest = max(counts + [len(ids) for ids in renderer.prompts([d.problem.prompt for d in splits.held_out])])
-    prompts = f"{sum(counts) / len(counts):.1f} tokens on average, the longest {max(counts)}"
-    limit = sampling.max_completion_length
-    return [line, ("prompts", prompts)], Lengths(max(counts) + limit, longest + limit)
-
-
-def steps(training: TrainingSettings, examples: int) -> int:
-    """Return how many optimizer steps training on so many examples takes, as transformers' Trainer counts them."""
-    if training.max_steps >= 0:
-        return training.max_steps
-    size, whole = training.per_device_train_batch_size, training.dataloader_drop_last
-    batches = examples // size if whole else math.ceil(examples / size)
-    mine = batches // world_size() if whole else math.ceil(batches / world_size())
-    epoch = max(math.ceil(mine / training.gradient_accumulation_steps), 1)
-    return math.ceil(training.num_train_epochs * epoch)
-
-
-def _sft_steps(splits: Splits | Missing, training: TrainingSettings, examples: int, *, exact: bool) -> str:
-    """Return how many optimizer steps the run takes; at most, where the number of examples is not exact."""
-    if training.max_steps < 0 and not examples:
-        return str(splits)
-    word = "" if exact or training.max_steps >= 0 else "at most "
-    return f"{word}{steps(training, examples):,}"
-
-
-def _round_steps(
-    rounds: RoundSettings, rule: RuleSettings, training: TrainingSettings, *, attempts: int, prompts: int, replay: int
-) -> str:
-    """Return the most steps of a round: with all attempts in scope kept, and with the share above the quantile.
-
-    attempts, prompts: of a round; replay: how many demonstrations there are to replay.
-    """
-    span = rounds.num_rounds if rounds.history == "all" else min(rounds.history, rounds.num_rounds)
-    scope = attempts * span
-    most = min(scope, prompts * span * (rule.max_per_problem or scope))
-    share = min(most, round((1 - rule.keep_quantile) * scope))
-    cases = []
-    for kept in dict.fromkeys((most, share)):
-        replayed = min(kept, replay)
-        beside = f" beside {replayed:,} demonstrations" if replayed else ""
-        cases.append(f"{steps(training, kept + replayed):,} if {kept:,} of {scope:,} are kept{beside}")
-    return f"per round at most {', '.join(cases)}; {_batch(training)}"
-
-
-def _batch(training: TrainingSettings) -> str:
-    factors = (training.per_device_train_batch_size, training.gradient_accumulation_steps, world_size())
-    length = f"num_train_epochs {training.num_train_epochs:g}" if training.max_steps < 0 else "max_steps"
-    return "{}, {} rows per step (batch {} x accumulation {} x processes {})".format(
-        length, math.prod(factors), *factors
+    without_special_tokens(splits.replay, renderer, special_tokens=plan.data.special_tokens)
+    both = [problems, [d.problem for d in splits.held_out]]
+    counts, others = (
+        [len(ids) for ids in renderer.prompts([p.prompt for p in part], [p.template_kwargs for p in part])]
+        for part in both
     )
-
-
-# Evaluation
-
-
-def evaluated_rounds(rounds: RoundSettings, *, evaluated: int, played: int) -> int:
-    """Return how many rounds are evaluated on dev if each trains; evaluated, played: attempts of one and of a round."""
-    numbers = range(rounds.warmup_rounds + 1, rounds.num_rounds + 1)
-    return sum(is_due(rounds, number, evaluated=evaluated, played=played) for number in numbers)
-
-
-def _graded(
-    splits: Splits | Missing, selection: SelectionSettings, environment: str | None, *, scorer: bool = False
-) -> bool:
-    """Return whether evaluations can measure success; check functions and references as the run does.
-
-    scorer: whether the run scores trajectories as well.
-    """
-    problems, held_out = [], []
-    if isinstance(splits, Splits):
-        problems, held_out = ([d.problem for d in part] for part in (splits.train, splits.held_out))
-    if scorer:
-        scoring = Scorer.of(selection, held_out, environment=environment)
-        scoring.check(problems)
-        success = scoring.success
-    else:
-        success = success_function(selection, held_out, environment=environment)
-    if isinstance(splits, Missing):
-        return selection.success_func != ""
-    return success is not None or environment is not None
-
-
-def _evaluations(
-    rounds: RoundSettings, evaluation: EvaluationSettings, splits: Splits | Missing, *, played: int, graded: bool
-) -> list[Line]:
-    """Return the lines about evaluations beside rounds; played: attempts of a round."""
-    dev, dev_sum = _attempts(evaluation, splits, "dev", graded=graded)
-    test, test_sum = _attempts(evaluation, splits, "test", graded=graded)
-    times = 1 + evaluated_rounds(rounds, evaluated=dev, played=played)
-    measured, rolled_out = times * dev + 2 * test, rounds.num_rounds * played
-    share = 100 * measured / (measured + rolled_out)
-    return [
-        ("evaluation", f"dev: {dev_sum}, {times} times"),
-        ("", f"test: {test_sum}, twice"),
-        ("", f"{measured:,} attempts beside {rolled_out:,} of rounds: {share:.0f} % of all attempts"),
-    ]
-
-
-def _attempts(evaluation: EvaluationSettings, splits: Splits | Missing, split: str, *, graded: bool) -> tuple[int, str]:
-    """Return the attempts of one evaluation, and the sum they come from; at most so many without the dataset."""
-    from bcft.evaluation.held_out import HARDER_SAMPLES, samples_of  # noqa: PLC0415 - loads torch
-
-    test = split == "test"
-    samples = samples_of(evaluation, split, graded=graded)
-    problems, harder, word = evaluation.eval_test_problems if test else evaluation.eval_dev_problems, 0, "at most "
-    if isinstance(splits, Splits):
-        problems, harder, word = len(splits.test if test else splits.dev), len(splits.harder) if test else 0, ""
-    few = min(samples, HARDER_SAMPLES)
-    total = problems * (1 + samples) + harder * (1 + few)
-    more = f" + {harder:,} harder x (1 + {few})" if harder else ""
-    return total, f"{word}{problems:,} problems x (1 greedy + {samples} sampled){more} = {total:,} attempts"
+    prompts = f"{sum(counts) / len(counts):.1f} tokens on average, the longest {max(counts)}"
+    limit = plan.sampling.max_completion_length
+    return [line, ("prompts", prompts)], Lengths(max(counts) + limit, max(counts + others) + limit)
 
 
 # Model and memory
 
 
-def _model_lines(
-    parts: _Parts, model: ModelSettings, training: TrainingSettings, *, lengths: Lengths | None, held_out_loss: bool
-) -> list[Line]:
+def _model_lines(parts: _Parts, plan: Plan, *, lengths: Lengths | None, held_out_loss: bool) -> list[Line]:
     shape, why = parts.outline, parts.precision.why
     if isinstance(shape, Missing):
         return [("model", shape), ("precision", why), ("memory", shape)]
     if shape.parameters > LARGE and why.startswith("cpu, float32"):
         why = f"{why}; bf16=true plans for a GPU that has it"
-    lines = [("model", f"{model.model_name_or_path}: {shape}"), ("precision", why)]
-    return lines + _memory_lines(
-        shape, parts, model=model, training=training, lengths=lengths, held_out_loss=held_out_loss
-    )
+    lines = [("model", f"{plan.model.model_name_or_path}: {shape}"), ("precision", why)]
+    return lines + _memory_lines(shape, parts, plan, lengths=lengths, held_out_loss=held_out_loss)
 
 
 def _memory_lines(
-    shape: "Outline",
-    parts: _Parts,
-    *,
-    model: ModelSettings,
-    training: TrainingSettings,
-    lengths: Lengths | None,
-    held_out_loss: bool,
+    shape: "Outline", parts: _Parts, plan: Plan, *, lengths: Lengths | None, held_out_loss: bool
 ) -> list[Line]:
     """Return the items and their sums, the largest of which is the peak; unknown lengths count as the longest."""
     from bcft.reporting.memory import free_memory, memory  # noqa: PLC0415 - loads torch
@@ -334,8 +218,8 @@ def _memory_lines(
     items = memory(
         shape,
         parts.precision,
-        model=model,
-        training=training,
+        model=plan.model,
+        training=plan.training,
         trained=longest.trained,
         sampled=longest.sampled,
         held_out_loss=held_out_loss,
@@ -360,34 +244,82 @@ def _bytes(size: float) -> str:
 # What is on this machine
 
 
-def _names(model: ModelSettings, data: DataSettings) -> list[str]:
+def _names(plan: Plan) -> list[str]:
     """Return the names that may be Hub ids."""
-    return [name for name in (model.model_name_or_path, data.dataset_name, data.replay_dataset) if name]
+    dataset = None if plan.rows else plan.data.dataset_name
+    return [name for name in (plan.model.model_name_or_path, dataset, plan.data.replay_dataset) if name]
 
 
-def _parts(model: ModelSettings, data: DataSettings, evaluation: EvaluationSettings) -> _Parts:
-    """Load the data, the tokenizer and the model's configuration."""
+def _parts(plan: Plan, *, plays: bool) -> _Parts:
+    """Load data, functions, tokenizer and the model's configuration, and check them in the order of a run.
+
+    plays: whether training problems are attempted, so that rows need no completion.
+    """
     from bcft.policy.loading import choose_precision, longest_row  # noqa: PLC0415 - reads HF_HUB_OFFLINE
     from bcft.reporting.memory import outline  # noqa: PLC0415 - reads HF_HUB_OFFLINE
+    from bcft.training.checks import check_training  # noqa: PLC0415 - loads torch
 
-    name = model.model_name_or_path
-    splits = available(lambda: load_splits(data, evaluation), data.dataset_name)
-    shape = available(lambda: outline(model), name)
+    name, data = plan.model.model_name_or_path, plan.data
+    splits = available(
+        lambda: load_splits(data, plan.evaluation, train=plan.rows, demonstrations=not plays), data.dataset_name
+    )
+    if plays and isinstance(splits, Splits):
+        splits.require_dev(plan.evaluation.eval_dev_problems)
+    note, graded = _functions(plan, splits, plays=plays)
+    check_training(plan.training)
+    renderer = available(lambda: _renderer(plan.model), name)
+    shape = available(lambda: outline(plan.model), name)
+    if not isinstance(shape, Missing):
+        _check_disk(plan, plays=plays)
+    if isinstance(splits, Splits) and not isinstance(renderer, Missing):
+        problems = [d.problem for d in (*splits.train, *splits.held_out)]
+        check_prompts(problems, renderer, special_tokens=data.special_tokens)
     return _Parts(
         splits=splits,
+        note=note,
+        graded=graded,
         outline=shape,
-        renderer=shape if isinstance(shape, Missing) else available(lambda: _renderer(model), name),
-        precision=choose_precision(name, model),
-        longest=0 if isinstance(shape, Missing) else longest_row(name, model, data.max_length),
+        renderer=renderer,
+        precision=choose_precision(name, plan.model),
+        longest=0 if isinstance(shape, Missing) else longest_row(name, plan.model, data.max_length),
     )
 
 
+def _check_disk(plan: Plan, *, plays: bool) -> None:
+    from bcft.policy.loading import check_disk  # noqa: PLC0415 - reads HF_HUB_OFFLINE
+
+    check_disk(
+        Path(plan.training.output_dir),
+        plan.model.model_name_or_path,
+        plan.model,
+        plan.training,
+        copies=copies_of_rounds(plan.rounds) if plays else copies_of_sft(plan.training),
+        optimizer=not plan.rounds.reset_optimizer if plays else None,
+    )
+
+
+def _functions(plan: Plan, splits: Splits | Missing, *, plays: bool) -> tuple[str, bool]:
+    """Import and check environment and rewards; return a note, and whether evaluations can measure anything."""
+    rollout_settings(plan.sampling, plan.environment, seed=plan.training.seed, make=plan.make_environment)
+    environment, held_out = plan.environment.environment, []
+    if isinstance(splits, Splits):
+        held_out = [d.problem for d in splits.held_out]
+    scorer = Scorer.of(plan.selection, held_out, environment=environment, reward_funcs=plan.reward_funcs)
+    if isinstance(splits, Missing):
+        return "", True
+    if not plays:
+        return "", scorer.measures != "nothing"
+    note = splits.note_conflicts(None if environment else scorer.columns_read)
+    scorer.check(list(splits.problems_to_attempt().values()))
+    return note, scorer.measures != "nothing"
+
+
 def _renderer(model: ModelSettings) -> "Renderer | Missing":
-    """Load the renderer; a directory with only a configuration is a model to plan with, and has none."""
-    from bcft.policy.loading import adapter_base, load_renderer, locate  # noqa: PLC0415 - reads HF_HUB_OFFLINE
+    """Check the model and return its renderer; a directory with only a configuration, to plan with, has none."""
+    from bcft.policy.loading import adapter_base, check_model, locate  # noqa: PLC0415 - reads HF_HUB_OFFLINE
 
     name = locate(model.model_name_or_path)
     places = [Path(place) for place in (name, adapter_base(name)) if place]
     if all(place.is_dir() and not [*place.glob("*token*"), *place.glob("vocab*")] for place in places):
         return Missing(f"unknown: {name} has no tokenizer")
-    return load_renderer(model.model_name_or_path, model)
+    return check_model(model.model_name_or_path, model).renderer

@@ -4,26 +4,18 @@ The model is built without storage, so its counts are exact. Memory is a sum tha
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from peft import PeftConfig, get_peft_model
-from transformers import AutoModelForCausalLM
 
 from bcft.config.schema import ModelSettings, TrainingSettings
-from bcft.errors import UsageError
 from bcft.evaluation.held_out import LOSS_TOKENS
 from bcft.generation.hf import rows_that_fit
 from bcft.generation.kv_cache import cached_numbers_per_token
-from bcft.policy.loading import (
-    Precision,
-    adapter_base,
-    base_config,
-    check_four_bits,
-    locate,
-    lora_config,
-    refuse_pickles,
-)
+from bcft.policy.adapters import trained_parameters
+from bcft.policy.checks import check_four_bits
+from bcft.policy.precision import Precision
+from bcft.policy.shape import build_without_storage, context_length
+from bcft.policy.sources import adapter_base, base_config, check_base, locate, refuse_pickles
 
 TILE = (4096, 32768)
 """Tokens and vocabulary of the largest part of the logits that TRL's loss holds at once."""
@@ -74,16 +66,12 @@ def outline(settings: ModelSettings) -> Outline:
     Raises UsageError for a configuration that does not define a model, and for an adapter that does not fit the model.
     """
     name = locate(settings.model_name_or_path)
+    check_base(name)
     base = adapter_base(name)
     refuse_pickles(base or name)
     check_four_bits(settings.model_name_or_path, settings)
     config = base_config(settings.model_name_or_path, settings)
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=settings.trust_remote_code)
-    except (ValueError, KeyError, ImportError) as error:
-        reason = " ".join(str(error).split())
-        raise UsageError(f"model_name_or_path: {name!r} does not define a model: {reason}") from error
+    model = build_without_storage(base or name, config, settings)
     text, head, adapter = config.get_text_config(), model.get_output_embeddings(), bool(base or settings.use_peft)
     linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
     return Outline(
@@ -92,26 +80,14 @@ def outline(settings: ModelSettings) -> Outline:
         writes=sum(m.out_features for m in linear),
         parameters=model.num_parameters(),
         # Counted last, because PEFT changes the model in place.
-        trainable=_adapter(model, name if base else lora_config(settings)) if adapter else model.num_parameters(),
+        trainable=trained_parameters(model, name if base else "", settings) if adapter else model.num_parameters(),
         adapter=adapter,
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
         vocabulary=text.vocab_size,
         cached=cached_numbers_per_token(config),
-        context=text.max_position_embeddings,
+        context=context_length(config),
     )
-
-
-def _adapter(model: Any, adapter: Any) -> int:
-    """Return how many parameters of an adapter train; adapter: PEFT's settings, or an adapter's directory."""
-    if isinstance(adapter, str):
-        adapter = PeftConfig.from_pretrained(adapter)
-        adapter.inference_mode = False
-    try:
-        adapted = get_peft_model(model, adapter, low_cpu_mem_usage=True)
-    except ValueError as error:
-        raise UsageError(f"lora_target_modules: {' '.join(str(error).split())}") from error
-    return sum(p.numel() for p in adapted.parameters() if p.requires_grad)
 
 
 def memory(

@@ -13,16 +13,18 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from bcft.errors import CheckpointError, UsageError
 from bcft.evaluation.results import Measured, stored
 from bcft.reporting.tables import (
+    FORMS,
     cell,
     conclusion,
     markdown_table,
+    mean,
     percent,
-    returned,
     success_or_reward,
     table_rows,
 )
 from bcft.runs.clock import PHASES
 from bcft.runs.directory import MAY_DIFFER
+from bcft.runs.history import AVERAGES
 from bcft.runs.storage import read_json, read_jsonl, read_yaml, write_bytes, write_text
 from bcft.selection.filter import REASONS
 
@@ -32,8 +34,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 PICTURE = "learning_curve.png"
-FIGURE = {"sampled": "pass@1", "greedy": "success", "return": "mean"}
-"""Part of an evaluation's summary -> its main figure: a share of solved attempts, or the mean return."""
+FIGURE = {"sampled": "pass@1", "greedy": "success", "return": "mean", "reward": "mean"}
+"""Part of an evaluation's summary -> its main figure: a share of solved attempts, or the mean return or reward."""
 OWN, LIGHT, OTHER, QUIET = "#0072B2", "#7FB8DA", "#D55E00", "#767676"
 COLORS = {
     "kept": OWN, "errored": "#882255", "ungraded": "#AA4499", "truncated": "#332288", "failed": "#CC6677",
@@ -96,7 +98,7 @@ class _Run:
         return "random control" if self.config["control"] == "random" else self.path.name
 
     def curve(self, kind: str) -> list[tuple[int, float, list[float]]]:
-        """Return round, solved share or mean return, and interval wherever dev was evaluated."""
+        """Return round, solved share or mean, and interval wherever dev was evaluated."""
         evaluated = [(r["round"], r["eval"][kind]) for r in self.records if kind in r.get("eval", {})]
         return [(number, summary[FIGURE[kind]], summary["ci95"]) for number, summary in evaluated]
 
@@ -173,7 +175,7 @@ def _figure(run: _Run, other: _Run | None) -> "Figure":
     figure = Figure(figsize=(9, 6), dpi=200, layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1))
     above, below = figure.subplots(2, 1, sharex=True)
     last = max(drawn.records[-1]["round"] for drawn in (run, other) if drawn)
-    if run.curve("greedy") or run.curve("return"):
+    if any(map(run.curve, ("greedy", *AVERAGES))):
         _draw_success(above, run, other)
     else:
         _draw_reward(above, run, other)
@@ -190,9 +192,10 @@ def _figure(run: _Run, other: _Run | None) -> "Figure":
 
 
 def _draw_success(axes: "Axes", run: _Run, other: _Run | None) -> None:
-    main = next(kind for kind in ("return", "sampled", "greedy") if run.curve(kind))
-    figure, form = ("Dev return", "{:.2f}".format) if main == "return" else (f"Dev success, {main}", percent)
-    label = "mean return" if main == "return" else main
+    main = next(kind for kind in (*AVERAGES, "sampled", "greedy") if run.curve(kind))
+    figure, label, form = f"Dev success, {main}", main, percent
+    if main in AVERAGES:
+        figure, label, form = f"Dev {main}", f"mean {main}", f"{{:{FORMS[main]}}}".format
     value_of = {number: value for number, value, _ in run.curve(main)}
     _draw_curve(axes, run, main, OWN, label=f"{label}, 95 % interval")
     if main == "sampled":
@@ -209,7 +212,7 @@ def _draw_success(axes: "Axes", run: _Run, other: _Run | None) -> None:
     if run.metrics and not chosen:
         after = ", no round is better"
     _title(axes, f"{figure}: {form(value_of[0])} before training{after}")
-    if main != "return":
+    if main not in AVERAGES:
         axes.set_ylim(0, 1.03)
         axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.0f} %")
     _legend(axes)
@@ -315,7 +318,8 @@ def _rounds(run: _Run) -> list[str]:
         "kept with a wrong step": column("selection", "kept_with_wrong_step"),
         "dev greedy": [cell(record.get("eval", {}), "greedy", "success") for record in run.records],
         "dev sampled": [cell(record.get("eval", {}), "sampled", "pass@1") for record in run.records],
-        "dev return": [returned(record.get("eval", {})) for record in run.records],
+        "dev return": [mean(record.get("eval", {}), "return") for record in run.records],
+        "dev reward": [mean(record.get("eval", {}), "reward") for record in run.records],
         "distinct solutions per problem": column("diversity", "unique_correct_per_problem", "{:.2f}".format),
         "distinct-2": column("diversity", "distinct_2", "{:.3f}".format),
         "entropy": column("diversity", "entropy", "{:.3f}".format),

@@ -13,7 +13,11 @@ from rich.table import Table
 
 from bcft.evaluation.results import Evaluation, Measured, compare
 from bcft.runs.distributed import rank
+from bcft.runs.history import AVERAGES
 from bcft.types import Demonstration
+
+FORMS = {"return": ".2f", "reward": ".4g"}
+"""How a mean return or reward is printed."""
 
 
 def say(text: str, *, quiet: bool) -> None:
@@ -55,7 +59,8 @@ def table_rows(columns: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
         f"solved, sampled x {samples}": [cell(c, "sampled", "pass@1") for c in columns.values()],
         f"pass@{k}": [cell(c, "sampled", "pass@k", interval=False) for c in columns.values()],
         f"maj@{k}": ["" if "return" in c else cell(c, "sampled", "maj@k", interval=False) for c in columns.values()],
-        "mean return": [returned(c) for c in columns.values()],
+        "mean return": [mean(c, "return") for c in columns.values()],
+        "mean reward": [mean(c, "reward") for c in columns.values()],
         "mean turns": [f"{c['return']['turns']:.2f}" if "return" in c else "" for c in columns.values()],
         "solved at the first turn": [_revised(c, "first") for c in columns.values()],
         "solved at the second turn": [_revised(c, "last") for c in columns.values()],
@@ -76,11 +81,12 @@ def conclusion(base: Measured, final: Measured, *, before: str = "before") -> di
     old, new = base.summary, final.summary
     if not new:
         return {"conclusion": "nothing was measured: eval_test_problems is 0, or there are no held-out problems"}
-    if "return" in new and "return" in old:
-        return _compare_returns(base, final, before=before)
+    versus = compare(base.evaluation, final.evaluation)
+    for average in AVERAGES:
+        if f"{average}_delta" in versus:
+            return _compare_averages(old, new, versus, average, before=before)
     if "greedy" not in new or "greedy" not in old:
         return {"conclusion": f"success is unknown, nothing could be graded: {_without_success(old, new, before)}"}
-    versus = compare(base.evaluation, final.evaluation)
     kind, figure = ("sampled", "pass@1") if "sampled" in new and "sampled" in old else ("greedy", "success")
     low, high = versus["ci95"]
     sentence = (
@@ -92,19 +98,22 @@ def conclusion(base: Measured, final: Measured, *, before: str = "before") -> di
     return {"vs_base": versus, "conclusion": sentence}
 
 
-def _compare_returns(base: Measured, final: Measured, *, before: str) -> dict[str, Any]:
-    """Return `vs_base` and `conclusion` of evaluations in an environment that gives rewards."""
-    versus = compare(base.evaluation, final.evaluation)
-    old, new = base.summary, final.summary
-    low, high = versus["return_ci95"]
+def _compare_averages(
+    old: Mapping[str, Any], new: Mapping[str, Any], versus: Mapping[str, Any], average: str, *, before: str
+) -> dict[str, Any]:
+    """Return `vs_base` and `conclusion` of evaluations that are compared by the mean return or reward."""
+    form = FORMS[average]
+    difference, low, high = (f"{value:+{form}}" for value in (versus[f"{average}_delta"], *versus[f"{average}_ci95"]))
     solved = ""
     if "sampled" in new and "sampled" in old:
         shares = (percent(summary["sampled"]["pass@1"]) for summary in (new, old))
         solved = "; {} of attempts solved, {} {}".format(*shares, before)
+    if average == "reward":
+        solved = f", p {_p_value(versus['p_value'])}; success is unknown"
     sentence = (
-        f"{versus['conclusion'].replace('_', ' ')}: a mean return of {new['return']['mean']:.2f} at {new['n']} "
-        f"held-out problems, {old['return']['mean']:.2f} {before}: paired difference {versus['return_delta']:+.2f}, "
-        f"95 % interval {low:+.2f} to {high:+.2f}{solved}"
+        f"{versus['conclusion'].replace('_', ' ')}: a mean {average} of {new[average]['mean']:{form}} at {new['n']} "
+        f"held-out problems, {old[average]['mean']:{form}} {before}: paired difference {difference}, "
+        f"95 % interval {low} to {high}{solved}"
     )
     return {"vs_base": versus, "conclusion": sentence}
 
@@ -124,7 +133,7 @@ ROUNDS = f"{'round':>5} {'played':>7} {'success':>8} {'kept':>6} {'cutoff':>7}  
 def round_line(record: Mapping[str, Any]) -> str:
     """Return the line of a round's metrics; what the round does not have stays blank (round 0 plays nothing).
 
-    The mean return takes the place of dev success in an environment that gives rewards.
+    The mean return or reward takes the place of dev success where policies are compared by it.
     """
     rollout, selection, dev = (record.get(part, {}) for part in ("rollout", "selection", "eval"))
     played = " " * 17
@@ -133,7 +142,7 @@ def round_line(record: Mapping[str, Any]) -> str:
     kept = f"{selection['kept']:>6} {selection['cutoff']:>7.3g}" if selection else " " * 14
     greedy = percent(dev["greedy"]["success"]) if "greedy" in dev else ""
     seconds = sum(record.get("seconds", {}).values())
-    sampled = returned(dev) if "return" in dev else cell(dev, "sampled", "pass@1")
+    sampled = next((mean(dev, part) for part in AVERAGES if part in dev), cell(dev, "sampled", "pass@1"))
     line = f"{record['round']:>5} {played}{kept}  {greedy:>10}  {sampled:<23}"
     line = f"{line}{seconds:.1f} s" if seconds else line.rstrip()
     note = selection.get("note", "")
@@ -151,7 +160,9 @@ def level(measured: Measured) -> str:
     summary = measured.summary
     if "return" in summary:
         turns = f"{summary['return']['turns']:.1f} turns"
-        return f"a mean return of {returned(summary)} in {turns}, at {summary['n']} problems"
+        return f"a mean return of {mean(summary, 'return')} in {turns}, at {summary['n']} problems"
+    if "reward" in summary:
+        return f"a mean reward of {mean(summary, 'reward')} at {summary['n']} problems; success is unknown"
     if "greedy" not in summary:
         return f"{percent(summary['stop_rate'])} of attempts stopped by themselves; success is unknown"
     sampled = f", {cell(summary, 'sampled', 'pass@1')} of sampled attempts" if "sampled" in summary else ""
@@ -161,12 +172,14 @@ def level(measured: Measured) -> str:
 def before_and_after(base: Evaluation, final: Evaluation, demonstrations: Sequence[Demonstration]) -> str:
     """Return the first problem that the policy does better on afterwards, with both greedy attempts; '' if none is.
 
-    Better: solved only afterwards, or with a higher return.
+    Better: solved only afterwards, or with a higher return or reward.
     """
     for demonstration in demonstrations:
         key, prompt = demonstration.problem.id, demonstration.problem.prompt
         first, last = (evaluation.problems[key][0] for evaluation in (base, final))
-        higher = last.get("graded") and first.get("graded") and last["return"] > first["return"]
+        average = base.average if base.average == final.average else ""
+        graded = average and first.get("graded") and last.get("graded")
+        higher = graded and last[average] > first[average]
         if higher or (final.greedy[key] and not base.greedy[key]):
             question = prompt if isinstance(prompt, str) else prompt[-1]["content"]
             answers = (_indented(_transcript(attempt)) for attempt in (first, last))
@@ -190,12 +203,12 @@ def cell(column: Mapping[str, Any], kind: str, figure: str, *, interval: bool = 
     return f"{share} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
-def returned(column: Mapping[str, Any]) -> str:
-    """Return the mean return of an evaluation's summary with its 95 % interval; '' where the summary has none."""
-    if "return" not in column:
+def mean(column: Mapping[str, Any], average: str) -> str:
+    """Return the mean `return` or `reward` of an evaluation's summary with its 95 % interval; '' where it has none."""
+    if average not in column:
         return ""
-    low, high = column["return"]["ci95"]
-    return f"{column['return']['mean']:.2f} [{low:.2f}, {high:.2f}]"
+    figure, low, high = (f"{value:{FORMS[average]}}" for value in (column[average]["mean"], *column[average]["ci95"]))
+    return f"{figure} [{low}, {high}]"
 
 
 def _revised(column: Mapping[str, Any], figure: str) -> str:

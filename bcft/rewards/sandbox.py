@@ -30,6 +30,7 @@ from functools import cache
 from typing import Literal, NoReturn, get_args
 
 from bcft.errors import FaultError
+from bcft.rewards.formulas import compare
 
 Verdict = Literal["right", "wrong", "unparsable", "timeout", "memory", "died", "error"]
 """`unparsable`: the reference cannot be read. The last four say why an answer could not be compared."""
@@ -170,6 +171,7 @@ _WARM_UP = (
     (r"\boxed{(1,2)}", r"\boxed{(1,3)}"),
     (r"\boxed{\text{even}}", r"\boxed{\text{odd}}"),
     (r"\boxed{2\sqrt{3}}", r"$\sqrt{13}\pi$"),
+    (r"\boxed{\pi}", r"\boxed{\frac{22}{7}}"),
     (r"\boxed{[2,5)}", r"$[2,6) \cup \{7\}$"),
     (r"\boxed{x \le 5}", r"\boxed{x = 5}"),
     (r"\boxed{\log_2 3}", r"\boxed{\sin(30^\circ)}"),
@@ -184,7 +186,7 @@ def serve(seconds: float, memory: int, workers: int) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # an inherited handler must not reap the workers
     logging.disable()  # math-verify warns that its own timeouts are off
     for reference, answer in _WARM_UP:
-        _compare(reference, answer)
+        compare(reference, answer)
     gc.freeze()  # a collection in a worker would touch, and so copy, every page
     connection = socket.socket(fileno=0)
     with contextlib.suppress(OSError):
@@ -248,7 +250,7 @@ def _work(reference: str, answer: str, pipe: int, seconds: float, memory: int) -
         os.close(0)  # the server's socket
         gc.disable()
         _confine(seconds, memory)
-        verdict = _compare(reference, answer)
+        verdict = compare(reference, answer)
     except MemoryError:
         verdict = "memory"
     finally:  # anything else that sympy raises (it is not a closed set) is an "error"
@@ -271,13 +273,3 @@ def _confine(seconds: float, memory: int) -> None:
     for resource_kind, limit in limits.items():
         with contextlib.suppress(ValueError, OSError):  # macOS does not limit address space
             resource.setrlimit(resource_kind, (limit, limit))
-
-
-def _compare(reference: str, answer: str) -> Verdict:
-    """Compare in this process. math-verify's own timeouts are off: they are signals, and look like `wrong`."""
-    from math_verify import parse, verify  # noqa: PLC0415 - sympy is for the server alone
-
-    gold = parse(reference, parsing_timeout=None)
-    if all(isinstance(expression, str) for expression in gold):
-        return "unparsable"
-    return "right" if verify(gold, parse(answer, parsing_timeout=None), timeout_seconds=None) else "wrong"

@@ -187,10 +187,13 @@ class _Episode:
             return self._fail(f"reset {answer.reason}")
         try:
             self.history = messages(answer)
+            if self.history[-1]["role"] == "assistant":
+                raise ValueError("the last message is the assistant's: the policy has nothing to answer")
             if self.history != messages(self.attempt.problem.prompt):
                 self.opening = tuple(self.history)
-            if (shown := repr(answer)) not in self.rendered:
-                self.rendered[shown] = tuple(self.renderer.prompts([answer])[0])
+            kwargs = self.attempt.problem.template_kwargs
+            if (shown := repr((answer, kwargs))) not in self.rendered:
+                self.rendered[shown] = tuple(self.renderer.prompts([answer], [kwargs])[0])
             self.context = self.added = self.rendered[shown]
         except (ValueError, DataError) as error:
             self._fail(f"reset's observation cannot be shown: {_one_line(error)}")
@@ -262,7 +265,9 @@ class _Episode:
     def _observe(self, action: Action, observation: Prompt) -> None:
         """Build the next context: the ids so far, the sampled ones and those that the observation adds."""
         try:
-            ids, self.rewritten = self.renderer.continuation(self.history, action.ids, observation)
+            ids, self.rewritten = self.renderer.continuation(
+                self.history, action.ids, observation, template_kwargs=self.attempt.problem.template_kwargs
+            )
         except DataError as error:
             return self._fail(f"step's observation cannot be shown: {_one_line(error)}")
         self.added = tuple(ids)

@@ -73,16 +73,18 @@ def play_journaled(
     directory: Path,
     clock: Clock,
     label: str,
+    phase: str = "rollout",
 ) -> list[Trajectory]:
-    """Play this process's share of the attempts, each chunk written to its journal.
+    """Play this process's share of the attempts, each chunk written to its journal below the directory.
 
+    phase: `rollout`, `dev` or `test`, part of the noise's key; attempts of two phases need directories of their own.
     Returns the trajectories of all processes, in the order of the attempts.
     """
     journal = Journal(directory / "journal" / f"{rank():03d}.jsonl")
     lines = [line for file in sorted(journal.path.parent.glob("*.jsonl")) for line in read_journal(file)]
     known = {line["id"]: Trajectory.from_json(line) for line in lines}
     missing = [attempt for attempt in share(attempts) if attempt.id not in known]
-    for chunk in _chunks(play_attempts(policy, missing, settings, phase="rollout", label=label)):
+    for chunk in _chunks(play_attempts(policy, missing, settings, phase=phase, label=label)):
         with clock.phase("other"):
             journal.append([trajectory.to_json() for trajectory in chunk])
         known |= {trajectory.id: trajectory for trajectory in chunk}

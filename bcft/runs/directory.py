@@ -15,9 +15,20 @@ from typing import Any
 
 import yaml
 
+from bcft.config.keys import KEYS
 from bcft.errors import BcftError, LockedError, Preempted, UsageError
 from bcft.runs.distributed import world_size
-from bcft.runs.storage import plain, read_json, read_yaml, storage, write_json, write_jsonl, write_text
+from bcft.runs.storage import (
+    MANIFEST,
+    finished,
+    plain,
+    read_json,
+    read_yaml,
+    storage,
+    write_json,
+    write_jsonl,
+    write_text,
+)
 from bcft.types import Problem
 
 PACKAGES = ("bcft", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "math-verify")
@@ -29,13 +40,18 @@ MAY_DIFFER = frozenset(
     }
 )
 """Keys that a resumed run may change: they alter no figure and no weight."""
+PATHS = frozenset({"model_name_or_path", "dataset_name", "replay_dataset", "chat_template_path"})
+"""Keys whose value may be a path, which can be spelled in several ways."""
+GRADING = frozenset({"reward_funcs", "reward_weights", "reward_args", "success_func"})
+"""Keys that change what attempts are worth, and no attempt."""
 
 
 class RunDirectory:
     """The directory of a run, held by this process.
 
     recipe: the keys that decide the result. writes: only rank 0 does. allow_drift: a resumed run may differ from what
-    the directory was started with; `drifted` says whether it does.
+    the directory was started with; `drift` holds the keys that do, and words for what else does. `prolonged`: there are
+    more rounds to play than the run was started with.
     """
 
     def __init__(
@@ -46,27 +62,41 @@ class RunDirectory:
         self.recipe = recipe
         self.writes = writes
         self.allow_drift = allow_drift
-        self.drifted = False
+        self.drift: frozenset[str] = frozenset()
+        self.prolonged = False
         self._opened = time.time()
         self._started = False
 
+    @property
+    def finished(self) -> bool:
+        """Whether a run was committed here. Raises CheckpointError when one of its files has changed since."""
+        return finished(self.path)
+
     def check_recipe(self) -> None:
-        """Raise UsageError that lists the keys that differ, if a run was started here with another recipe."""
+        """Raise UsageError that lists the keys that differ, if a run was started here with another recipe.
+
+        More rounds than before prolong a run; fewer would undo some, and are another recipe.
+        """
         file = self.path / "config.yaml"
         if not file.is_file():
             return
         before = read_yaml(file)
         keys = sorted((before.keys() | self.recipe.keys()) - MAY_DIFFER)
-        pairs = [(key, before.get(key), self.recipe.get(key)) for key in keys]
-        self._check_drift(
-            [f"{key} was {old!r}, now {new!r}" for key, old, new in pairs if old != new], "another recipe"
-        )
+        values = {key: (_value(before, key), _value(self.recipe, key)) for key in keys}
+        differing = {key: pair for key, pair in values.items() if not _same(key, *pair)}
+        self.prolonged = _more(*differing.get("num_rounds", (0, 0)))
+        if self.prolonged:
+            del differing["num_rounds"]
+        lines = [f"{key} was {old!r}, now {new!r}" for key, (old, new) in differing.items()]
+        if _more(*reversed(differing.get("num_rounds", (0, 0)))):
+            lines.append("num_rounds may be raised, to prolong the run, and not lowered")
+        self._check_drift(frozenset(differing), lines, "another recipe")
 
     def check_data(self, digest: str) -> None:
         """Raise UsageError if a run was started here with data of another hash."""
         file = self.path / "versions.json"
         if file.is_file() and read_json(file)["data"] != digest:
-            self._check_drift(["the dataset's rows have changed"], "other data")
+            self._check_drift(frozenset({"the data"}), ["the dataset's rows have changed"], "other data")
 
     def check_versions(self) -> None:
         """Raise UsageError if a run was started here with other packages or another number of processes."""
@@ -75,23 +105,27 @@ class RunDirectory:
             return
         old, new = ({**seen["packages"], "processes": seen["world_size"]} for seen in (read_json(file), versions()))
         drift = [f"{name} was {old.get(name, '')}, now {new[name]}" for name in new if old.get(name, "") != new[name]]
-        self._check_drift(drift, "other versions or processes")
+        self._check_drift(frozenset({"versions"} if drift else ()), drift, "other versions or processes")
 
-    def _check_drift(self, drift: Sequence[str], what: str) -> None:
+    def _check_drift(self, drift: frozenset[str], lines: Sequence[str], what: str) -> None:
+        """Raise UsageError with the lines unless drift is allowed; a finished run is not made anew either way."""
+        remedy = "give another output_dir, or remove it"
+        if drift and self.finished:
+            listed = ";\n  ".join(lines)
+            raise UsageError(f"{self.path} was started with {what} ({listed}): it is finished: {remedy}")
         if drift and not self.allow_drift:
-            raise UsageError(
-                f"{self.path} was started with {what} ({'; '.join(drift)}): "
-                f"give another output_dir, or remove it, or pass --allow-drift"
-            )
-        self.drifted = self.drifted or bool(drift)
+            listed = ";\n  ".join(lines)
+            raise UsageError(f"{self.path} was started with {what} ({listed}): {remedy}, or pass --allow-drift")
+        self.drift |= drift
 
     def record(self, problems: Sequence[Problem], digest: str) -> None:
         """Write what the results depend on: recipe, versions, hardware, and the problems that are attempted.
 
-        digest: a hash of the data.
+        digest: a hash of the data. A finished run that goes on is unfinished from here on, and keeps its other files.
         """
         if not self.writes:
             return
+        (self.path / MANIFEST).unlink(missing_ok=True)
         write_text(self.path / "config.yaml", yaml.safe_dump(dict(self.recipe), allow_unicode=True))
         write_json(self.path / "versions.json", {**versions(), "data": digest})
         rows = ({**problem.columns, "problem_id": problem.id, "prompt": problem.prompt} for problem in problems)
@@ -200,6 +234,26 @@ def versions() -> dict[str, Any]:
         "gpus": gpus,
         "world_size": world_size(),
     }
+
+
+def _value(recipe: Mapping[str, Any], key: str) -> Any:
+    """Return a key's value; its default where the recipe leaves it out."""
+    return recipe[key] if key in recipe or key not in KEYS else KEYS[key].default
+
+
+def _same(key: str, old: Any, new: Any) -> bool:
+    """Return whether two values mean the same: a path may be spelled in several ways."""
+    if old == new or key not in PATHS:
+        return bool(old == new)
+    try:
+        return Path(str(old)).samefile(str(new))
+    except OSError:
+        return False
+
+
+def _more(old: Any, new: Any) -> bool:
+    """Return whether both are numbers of rounds and the second is higher."""
+    return isinstance(old, int) and isinstance(new, int) and new > old
 
 
 def _version(name: str) -> str:

@@ -11,6 +11,10 @@ from typing import Any
 from bcft.config.schema import RoundSettings
 from bcft.runs.storage import committed, read_json
 
+AVERAGES = ("return", "reward")
+"""Parts of an evaluation's summary that are a mean per problem: an environment's return, or the reward where success is
+unknown."""
+
 
 class History:
     """The records of the committed rounds; round 0 is before any training and has `eval` alone.
@@ -36,12 +40,16 @@ class History:
 
     def next_round(self) -> int:
         """Return the number of the next round; 0 when all are played or there is a reason to stop."""
-        return 0 if self.last == self.rounds.num_rounds or self.stop_reason() else self.last + 1
+        return 0 if self.last >= self.rounds.num_rounds or self.stop_reason() else self.last + 1
 
     @property
-    def success_known(self) -> bool:
-        """Whether evaluations measure success or a return."""
-        return bool({"greedy", "return"} & self.records[0]["eval"].keys())
+    def measured(self) -> bool:
+        """Whether evaluations measure success, a return or a reward."""
+        return bool({"greedy", *AVERAGES} & self.records[0]["eval"].keys())
+
+    def steps(self, last: int) -> int:
+        """Return the optimizer steps of all rounds up to `last`."""
+        return sum(record["train"]["steps"] for record in self.records[1 : last + 1])
 
     def start(self, base_dev: Mapping[str, Any]) -> None:
         """Set the evaluation of the base on dev, to which later rounds are compared."""
@@ -77,20 +85,23 @@ class History:
     def best(self, last: int) -> int:
         """Return the round up to `last` with the highest sampled pass@1 on dev, the earlier of equals.
 
-        Where an environment gives rewards it is the highest mean return, which is what the filter raises. Without
-        success or a return there is nothing to choose by, and it is the last evaluated round.
+        Where there is a return or a reward in its place it is the highest mean, which is what the filter raises.
+        Where nothing is measured there is nothing to choose by, and it is the last evaluated round.
         """
-
-        def level(number: int) -> float:
-            dev = self.records[number]["eval"]
-            if "return" in dev:
-                return float(dev["return"]["mean"])
-            return float(dev["sampled"]["pass@1"] if "sampled" in dev else dev["greedy"]["success"])
-
         evaluated = [n for n in range(last + 1) if "eval" in self.records[n]]
-        if not self.success_known:
+        if not self.measured:
             return evaluated[-1]
-        return max(evaluated, key=lambda n: (level(n), -n))
+        return max(evaluated, key=lambda n: (self._level(n), -n))
+
+    def _level(self, number: int) -> float:
+        """Return what an evaluated round is chosen by: what the base was measured by."""
+        base, dev = self.records[0]["eval"], self.records[number]["eval"]
+        average = next((part for part in AVERAGES if part in base), "")
+        if average:
+            return float(dev[average]["mean"]) if average in dev else -math.inf
+        if "greedy" not in dev:
+            return -math.inf
+        return float(dev["sampled"]["pass@1"] if "sampled" in dev else dev["greedy"]["success"])
 
     def stop_reason(self) -> str:
         """Return why no further round is played before `num_rounds`; '' while there is no reason."""
@@ -113,12 +124,16 @@ class History:
         return {0, self.weights_round_after(self.last), self.weights_round_after(self.best(self.last))} | carried
 
 
-def is_due(rounds: RoundSettings, number: int, *, evaluated: int, played: int) -> bool:
-    """Return whether a round is one to be evaluated on dev.
+def rounds_between(rounds: RoundSettings, *, evaluated: int, played: int) -> int:
+    """Return the rounds from one evaluation on dev to the next.
 
     evaluated, played: attempts of an evaluation, and of a round; `eval_every: auto` keeps the former under a third.
     """
-    # auto: evaluated / (evaluated + every x played) is at most a third
-    auto = max(1, math.ceil(2 * evaluated / played))
-    every = rounds.eval_every if isinstance(rounds.eval_every, int) else auto
-    return number % every == 0 or number == rounds.num_rounds
+    if isinstance(rounds.eval_every, int):
+        return rounds.eval_every
+    return max(1, math.ceil(2 * evaluated / played))  # evaluated / (evaluated + every x played) is at most a third
+
+
+def is_due(rounds: RoundSettings, number: int, *, evaluated: int, played: int) -> bool:
+    """Return whether a round is one to be evaluated on dev; evaluated, played: as in `rounds_between`."""
+    return number % rounds_between(rounds, evaluated=evaluated, played=played) == 0 or number == rounds.num_rounds

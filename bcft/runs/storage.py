@@ -158,17 +158,23 @@ def write_manifest(
             file.chmod(0o644)  # safetensors leaves 0600, which the rest of a group cannot read
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
-            hashes[file.relative_to(directory).as_posix()] = _sha256(file)
+            hashes[file.relative_to(directory).as_posix()] = file_hash(file)
     write_json(directory / name, {**(about or {}), "files": hashes})
+
+
+def read_manifest(directory: Path, *, name: str = MANIFEST) -> dict[str, Any]:
+    """Return a manifest with its hashes and further facts; {} unless it is there and every file in it is unchanged."""
+    try:
+        manifest = read_json(directory / name)
+        files: dict[str, str] = manifest["files"]
+        return manifest if all(file_hash(directory / file) == digest for file, digest in files.items()) else {}
+    except (OSError, ValueError, KeyError):
+        return {}
 
 
 def committed(directory: Path) -> bool:
     """Return whether the directory's manifest is there and every file in it is unchanged."""
-    try:
-        files: dict[str, str] = read_json(directory / MANIFEST)["files"]
-        return all(_sha256(directory / file) == digest for file, digest in files.items())
-    except (OSError, ValueError, KeyError):
-        return False
+    return bool(read_manifest(directory))
 
 
 def seal(directory: Path, *names: str) -> None:
@@ -193,7 +199,7 @@ def sealed(directory: Path, name: str) -> bool:
     """Return whether a file was sealed, or committed with its round, and is unchanged."""
     for manifest in (MANIFEST, SEAL):
         try:
-            return bool(read_json(directory / manifest)["files"][name] == _sha256(directory / name))
+            return bool(read_json(directory / manifest)["files"][name] == file_hash(directory / name))
         except (OSError, ValueError, KeyError):
             continue
     return False
@@ -211,7 +217,8 @@ def finished(directory: Path) -> bool:
     return (directory / MANIFEST).is_file()
 
 
-def _sha256(path: Path) -> str:
+def file_hash(path: Path) -> str:
+    """Return the SHA-256 of a file."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

@@ -1,20 +1,25 @@
 """From trajectories to scores: rewards weighted and summed, success apart from reward, ungraded apart from 0."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from bcft.config.schema import SelectionSettings
-from bcft.errors import DataError, FaultError, UsageError
-from bcft.rewards.base import REFERENCE_COLUMNS, Answers, Reward, answers_of, ask, import_function, name_of, reference
+from bcft.errors import FaultError, UsageError
+from bcft.rewards.base import Answers, Batch, Reward, answers_of, ask_all, name_of, solved
+from bcft.rewards.signature import named_columns
 from bcft.runs.storage import ROLLOUTS, SCORES, read_jsonl
 from bcft.selection.filter import Candidate
+from bcft.selection.functions import check_columns, check_references, choose_functions, have_references
+from bcft.selection.store import Graded, ScoreStore
 from bcft.types import Message, Problem, Success, Trajectory
 
-DEFAULT_REWARD = "bcft.rewards.math_reward"
-"""The dotted path of the reward function, unless the recipe names others or has an environment."""
+MAX_ERROR_SHARE = 0.05
+"""A command stops when more than this share of environments fails."""
+BATCH = 128
+"""Most attempts that a reward function gets together; more if one problem has more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +33,10 @@ class Score:
     reward: float
     """The weighted sum of the graded rewards and of the environment's; 0.0 when there are none."""
     success: Success
+    logged: Mapping[str, float] = field(default_factory=dict)
+    """What the functions gave to `log_metric`: the means over the batch that it was graded in."""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """What the functions gave to `log_extra` for it."""
 
     @property
     def candidate(self) -> Candidate:
@@ -46,8 +55,8 @@ class Score:
         )
 
     def to_json(self, decision: str, cutoff: float) -> dict[str, Any]:
-        """Return a line of `scores.jsonl`."""
-        return {
+        """Return a line of `scores.jsonl`; `logged` and `extra` are there if a function logged something."""
+        line = {
             "id": self.trajectory.id,
             "graded": self.graded,
             "reward": self.reward,
@@ -59,12 +68,15 @@ class Score:
             "decision": decision,
             "cutoff": cutoff,
         }
+        notes = {"logged": dict(self.logged), "extra": dict(self.extra)}
+        return line | {name: values for name, values in notes.items() if values}
 
     @classmethod
     def from_json(cls, line: Mapping[str, Any], trajectory: Trajectory) -> "Score":
         """Return the score of a trajectory from its line: the reward functions are not called again."""
         rewards = tuple((r["name"], r["value"] if r["graded"] else None) for r in line["rewards"])
-        return cls(trajectory, rewards, line["graded"], line["reward"], line["success"])
+        notes = {name: line.get(name, {}) for name in ("logged", "extra")}
+        return cls(trajectory, rewards, line["graded"], line["reward"], line["success"], **notes)
 
 
 def stored_scores(directory: Path) -> list[Score]:
@@ -81,43 +93,96 @@ def score(
     *,
     weights: Sequence[float],
     success: Reward | None,
+    store: Path | None = None,
+    step: int = 0,
+    arguments: Mapping[str, Any] | None = None,
 ) -> list[Score]:
     """Score trajectories with reward functions in TRL's signature, in the form of each problem's prompt.
 
     weights: one for each function, as in TRL: summed over the functions that did not return None. Success is the last
     known one of the environment, else it follows from the success function: solved at 1.0 or more, unknown at None.
+    store: a journal that gets every answer at once; an attempt that is there is not asked for again. step: optimizer
+    steps so far; arguments: what the functions are bound to, part of the store's keys.
 
     Raises FaultError when a function raises or returns another number of values than it was given completions.
     """
-    finished = [trajectory for trajectory in trajectories if trajectory.ended != "error"]
-    attempted = [problems[trajectory.problem_id] for trajectory in finished]
-    completions = [_completion(trajectory, problem) for trajectory, problem in zip(finished, attempted, strict=True)]
-    columns = [ask(function, attempted, completions) for function in functions]
-    if success in functions:  # a success function that is also a reward is called once
-        solved = columns[functions.index(success)]
-    else:
-        solved = ask(success, attempted, completions) if success else [None] * len(attempted)
+    asked = list(functions)
+    if success and not any(function is success for function in functions):
+        asked.append(success)  # one that is also a reward is called once
+    kept = ScoreStore(store, asked, arguments=arguments or {})
+    attempts = {
+        trajectory.id: (trajectory, _completion(trajectory, problems[trajectory.problem_id]))
+        for trajectory in trajectories
+        if trajectory.ended != "error"
+    }
+    columns = list(dict.fromkeys(key for problem in problems.values() for key in problem.columns))
+    for batch in _batches(list(attempts.values())):
+        missing = [[pair for pair in batch if kept.get(number, *pair) is None] for number in range(len(asked))]
+        numbers = [number for number, pairs in enumerate(missing) if pairs]
+        requests = [(asked[n], _batch(missing[n], problems, columns=columns, step=step)) for n in numbers]
+        for place, returned in ask_all(requests):
+            kept.add(numbers[place], missing[numbers[place]], returned)
     names = [name_of(function) for function in functions]
-    values = {trajectory.id: row for trajectory, *row in zip(finished, solved, *columns, strict=True)}
-    no_values: list[float | None] = [None] * (1 + len(functions))
-    return [_score(trajectory, names, weights, values.get(trajectory.id, no_values)) for trajectory in trajectories]
+    decides = next((number for number, function in enumerate(asked) if function is success), None)
+    scores = []
+    for trajectory in trajectories:
+        pair = attempts.get(trajectory.id)
+        answers = [kept.get(number, *pair) if pair else None for number in range(len(asked))]
+        scores.append(_score(trajectory, names, weights, answers, decides=decides))
+    return scores
+
+
+def _batches(attempts: Sequence[tuple[Trajectory, str | list[Message]]]) -> Iterator[list[tuple[Trajectory, Any]]]:
+    """Yield all attempts in batches of whole problems, because a reward may compare the attempts at a problem."""
+    groups: dict[str, list[tuple[Trajectory, Any]]] = {}
+    for attempt in attempts:
+        groups.setdefault(attempt[0].problem_id, []).append(attempt)
+    batch: list[tuple[Trajectory, Any]] = []
+    for group in groups.values():
+        if batch and len(batch) + len(group) > BATCH:
+            yield batch
+            batch = []
+        batch = [*batch, *group]
+    if batch:
+        yield batch
+
+
+def _batch(
+    attempts: Sequence[tuple[Trajectory, Any]], problems: Mapping[str, Problem], *, columns: Sequence[str], step: int
+) -> Batch:
+    return Batch(
+        problems=[problems[trajectory.problem_id] for trajectory, _ in attempts],
+        completions=[completion for _, completion in attempts],
+        completion_ids=[_completion_ids(trajectory) for trajectory, _ in attempts],
+        columns=columns,
+        step=step,
+    )
 
 
 def _score(
-    trajectory: Trajectory, names: Sequence[str], weights: Sequence[float], values: Sequence[float | None]
+    trajectory: Trajectory,
+    names: Sequence[str],
+    weights: Sequence[float],
+    answers: Sequence[Graded | None],
+    *,
+    decides: int | None,
 ) -> Score:
-    """Return the score of one trajectory; values: of the success function, then of each reward function."""
-    solved, *rewards = values
+    """Return the score of one trajectory; answers: of each reward function; decides: whose is success."""
+    values = [None if answer is None else answer.value for answer in answers]
+    rewards = values[: len(names)]
     named = tuple(zip(names, rewards, strict=True))
     if trajectory.ended == "error":  # it never finished: neither a reward of 0 nor a failure of the policy
         return Score(trajectory, named, graded=False, reward=0.0, success="unknown")
     given = [weight * value for weight, value in zip(weights, rewards, strict=True) if value is not None]
     environment_reward = trajectory.environment_reward
     given += [] if environment_reward is None else [environment_reward]
-    success: Success = "unknown" if solved is None else "yes" if solved >= 1.0 else "no"
+    decided = None if decides is None else values[decides]
+    success: Success = "unknown" if decided is None else "yes" if solved(decided) else "no"
     if trajectory.success != "unknown":
         success = trajectory.success
-    return Score(trajectory, named, bool(given), float(sum(given)), success)
+    logged = {name: value for answer in answers if answer for name, value in answer.logged.items()}
+    extra = {name: value for answer in answers if answer for name, value in answer.extra.items()}
+    return Score(trajectory, named, bool(given), float(sum(given)), success, logged, extra)
 
 
 def _completion(trajectory: Trajectory, problem: Problem) -> str | list[Message]:
@@ -127,8 +192,18 @@ def _completion(trajectory: Trajectory, problem: Problem) -> str | list[Message]
     return list(trajectory.conversation)
 
 
-MAX_ERROR_SHARE = 0.05
-"""A command stops when more than this share of environments fails."""
+def _completion_ids(trajectory: Trajectory) -> list[int]:
+    """Return the token ids after the prompt up to the last action: actions, and the observations between them."""
+    ids: list[int] = []
+    prompt = trajectory.turns[0].ids if trajectory.turns else ()
+    for number, turn in enumerate(trajectory.turns):
+        if turn.rewritten:  # it holds the whole context
+            same = next((n for n, (a, b) in enumerate(zip(prompt, turn.ids, strict=False)) if a != b), len(prompt))
+            ids = list(turn.ids[same:])
+        elif number:
+            ids += turn.ids
+        ids += turn.action_ids
+    return ids
 
 
 @dataclass(frozen=True)
@@ -138,6 +213,12 @@ class Scorer:
     functions: tuple[Reward, ...]
     weights: tuple[float, ...]
     success: Reward | None
+    environment: bool = False
+    """Whether attempts are played in an environment, which may give success and rewards of its own."""
+    unreferenced: bool = False
+    """Whether there is only the default reward, and held-out problems lack the references that it needs."""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    """`reward_args`, which the functions are bound to."""
 
     @classmethod
     def of(
@@ -146,20 +227,49 @@ class Scorer:
         held_out: Sequence[Problem],
         *,
         environment: str | None,
-        reward_funcs: Sequence[Reward] | None = None,
+        reward_funcs: Reward | str | Sequence[Reward | str] | None = None,
     ) -> "Scorer":
         """Return the scorer of a recipe. `reward_funcs` replace the functions that the recipe names.
 
-        Raises UsageError for another number of weights than of functions, or a function that does not exist, and
-        DataError as `success_function` does.
+        Raises UsageError for another number of weights than of functions, and as `choose_functions` does; DataError
+        when the held-out problems lack a column that is needed, or when the success function reads answers and does
+        not accept one of their references as its own solution.
         """
-        names = reward_names(selection, environment=environment)
-        functions = tuple(reward_funcs or (import_function(name, key="reward_funcs") for name in names))
+        functions, success = choose_functions(selection, environment=environment, reward_funcs=reward_funcs)
         weights = selection.reward_weights or (1.0,) * len(functions)
         if len(weights) != len(functions):
             raise UsageError(f"reward_weights: {len(weights)} weights for {len(functions)} reward functions")
-        success = success_function(selection, held_out, environment=environment, rewards=reward_funcs or ())
-        return cls(functions, weights, success)
+        by_default = not reward_funcs and selection.reward_funcs is None and bool(functions)
+        unreferenced = by_default and not have_references(held_out)
+        if unreferenced and selection.success_func is None:
+            success = None
+        scorer = cls(functions, weights, success, bool(environment), unreferenced, dict(selection.reward_args))
+        check_columns(scorer._asked_held_out, held_out, row="held-out row")
+        if success and answers_of(success):
+            check_references(success, held_out)
+        return scorer
+
+    @property
+    def measures(self) -> Literal["success", "reward", "nothing"]:
+        """What held-out attempts are measured by: success, the reward where success cannot be known, or nothing.
+
+        With an environment `reward` means that `success_func` is '': its own success counts where it gives one.
+        """
+        if self.success:
+            return "success"
+        if self.functions and not self.unreferenced:
+            return "reward"
+        return "success" if self.environment else "nothing"
+
+    @property
+    def _asked_held_out(self) -> tuple[Reward, ...]:
+        return (self.success,) if self.success else self.functions if self.measures == "reward" else ()
+
+    @property
+    def columns_read(self) -> frozenset[str]:
+        """The columns that the signatures of the functions name."""
+        functions = (*self.functions, *((self.success,) if self.success else ()))
+        return frozenset(name for function in functions for name in named_columns(function))
 
     @property
     def answers(self) -> Answers | None:
@@ -169,8 +279,9 @@ class Scorer:
     def check(self, problems: Sequence[Problem]) -> str:
         """Grade the references of problems against themselves; return a note if that is not possible, or ''.
 
-        Raises DataError with the first reference that a function does not accept.
+        Raises DataError with the first reference that a function does not accept, and for a column that is missing.
         """
+        check_columns(self.functions, problems, row="row")
         readers = [function for function in self.functions if answers_of(function)]
         for function in readers:
             check_references(function, problems)
@@ -178,10 +289,42 @@ class Scorer:
             return "references: not graded against themselves, no reward function is known to read them"
         return ""
 
-    def score(self, trajectories: Sequence[Trajectory], problems: Mapping[str, Problem]) -> list[Score]:
-        """Score trajectories. Raises FaultError when too many environments failed, or when a function fails."""
+    def score(
+        self,
+        trajectories: Sequence[Trajectory],
+        problems: Mapping[str, Problem],
+        *,
+        store: Path | None = None,
+        step: int = 0,
+    ) -> list[Score]:
+        """Score trajectories; `store` and `step` are those of `score`.
+
+        Raises FaultError when too many environments failed, or when a function fails.
+        """
         refuse_failures(trajectories)
-        return score(trajectories, problems, self.functions, weights=self.weights, success=self.success)
+        return score(
+            trajectories, problems, self.functions,
+            weights=self.weights, success=self.success, store=store, step=step, arguments=self.arguments,
+        )  # fmt: skip
+
+    def score_held_out(
+        self,
+        trajectories: Sequence[Trajectory],
+        problems: Mapping[str, Problem],
+        *,
+        store: Path | None = None,
+        step: int = 0,
+    ) -> list[Score]:
+        """Score held-out trajectories by what `measures` says: with the success function alone, or with the rewards.
+
+        Raises FaultError as `score` does.
+        """
+        refuse_failures(trajectories)
+        functions, weights = (self.functions, self.weights) if self.measures == "reward" else ((), ())
+        return score(
+            trajectories, problems, functions,
+            weights=weights, success=self.success, store=store, step=step, arguments=self.arguments,
+        )  # fmt: skip
 
 
 def refuse_failures(trajectories: Sequence[Trajectory]) -> None:
@@ -190,68 +333,3 @@ def refuse_failures(trajectories: Sequence[Trajectory]) -> None:
     if len(errors) > MAX_ERROR_SHARE * len(trajectories):
         first = f"{errors[0].id}: {errors[0].error}"
         raise FaultError(f"{len(errors)} of {len(trajectories)} trajectories failed; {first}")
-
-
-def reward_names(selection: SelectionSettings, *, environment: str | None) -> tuple[str, ...]:
-    """Return the dotted paths of the reward functions: by default `DEFAULT_REWARD`, and none with an environment."""
-    if selection.reward_funcs is not None:
-        return selection.reward_funcs
-    return () if environment else (DEFAULT_REWARD,)
-
-
-def success_function(
-    selection: SelectionSettings,
-    held_out: Sequence[Problem],
-    *,
-    environment: str | None,
-    rewards: Sequence[Reward] = (),
-) -> Reward | None:
-    """Return the function that decides about success: `success_func`, else the first reward function.
-
-    rewards: functions that replace the recipe's `reward_funcs`. Returns None if `success_func` is '', if the
-    environment decides instead, and if the default reward would decide but a held-out problem has no reference answer.
-
-    Raises UsageError when the function does not exist, and DataError when it reads answers and does not accept a
-    held-out reference as its own solution.
-    """
-    name, names = selection.success_func, reward_names(selection, environment=environment)
-    if name == "" or (name is None and not rewards and not names):
-        return None
-    if name is None and rewards:
-        function = rewards[0]
-    else:
-        key = "reward_funcs" if name is None else "success_func"
-        function = import_function(name or names[0], key=key)
-    if answers_of(function):
-        by_default = name is None and not rewards and selection.reward_funcs is None
-        if by_default and not _have_references(held_out):
-            return None
-        check_references(function, held_out)
-    return function
-
-
-def check_references(function: Reward, problems: Sequence[Problem]) -> None:
-    """Grade each reference against itself: a refused one would make every attempt at its problem wrong.
-
-    Raises DataError with the first reference that the function does not accept.
-    """
-    texts = [reference(problem) for problem in problems]
-    names = [name for name in REFERENCE_COLUMNS if any(name in problem.columns for problem in problems)]
-    columns = names or [REFERENCE_COLUMNS[0]]
-    questions = [
-        Problem(problem.id, text, dict.fromkeys(columns, text), problem.where)
-        for problem, text in zip(problems, texts, strict=True)
-    ]
-    grades = ask(function, questions, texts)
-    refused = [question for question, grade in zip(questions, grades, strict=True) if grade != 1.0]
-    if refused:
-        more = f" (nor those of {len(refused) - 1} more rows)" if len(refused) > 1 else ""
-        raise DataError(
-            f"{refused[0].where}: {name_of(function)} does not accept the reference {reference(refused[0])[-60:]!r} "
-            f"as its own solution{more}: correct or remove it, or name other reward functions"
-        )
-
-
-def _have_references(problems: Sequence[Problem]) -> bool:
-    """Return whether there are problems, and every one has a reference answer."""
-    return bool(problems) and all(any(name in problem.columns for name in REFERENCE_COLUMNS) for problem in problems)

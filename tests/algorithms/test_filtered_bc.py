@@ -223,10 +223,11 @@ def test_attempts_of_the_sanity_check_are_not_played_again(tmp_path, monkeypatch
     counts = []
     original = sample.play_attempts
 
-    def counting(policy, attempts, *args, **kwargs):
-        counts.append(len(attempts))
-        return original(policy, attempts, *args, **kwargs)
+    def counting(policy, attempts, *args, phase, **kwargs):
+        counts.append((phase, len(attempts)))
+        return original(policy, attempts, *args, phase=phase, **kwargs)
 
     monkeypatch.setattr(sample, "play_attempts", counting)
     run(tmp_path, num_rounds=1, prompts_per_round=20)
-    assert counts == [16 * 3, 4 * 3]
+    assert [count for phase, count in counts if phase == "rollout"] == [16 * 3, 4 * 3]
+    assert counts[0][0] == "rollout"  # it costs less than the evaluation of the base, and comes before it

@@ -9,6 +9,8 @@ import pytest
 from helpers.runs import LLAMA, LOOP, ROOT
 from helpers.tiny import gsm8k, llama_tokenizer, save_llama, write_jsonl
 
+from bcft.runs.storage import read_json, read_jsonl
+
 TINY = {
     "model_name_or_path": "bcft:tiny-math", "dataset_name": "bcft:arithmetic", "dataset_train_split": "train[:200]",
     "num_rounds": 2, "prompts_per_round": 20, "num_generations": 3, "learning_rate": 2e-4, "num_train_epochs": 1,
@@ -17,24 +19,39 @@ TINY = {
 }  # fmt: skip
 
 
-def digests(path, recipe, keys):
-    """Return what every point of tests/helpers/killed.py left behind."""
+def killed(path, recipe, keys):
+    """Return what every point of tests/helpers/killed.py left behind, and how many attempts were paid for."""
     found = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "helpers" / "killed.py"), str(path), str(recipe), json.dumps(keys)],
+        [sys.executable, "-m", "helpers.killed", str(path), str(recipe), json.dumps(keys)],
         cwd=ROOT, capture_output=True, text=True, check=False,
         env=os.environ | {
             "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
         },
     )  # fmt: skip
     assert found.returncode == 0, found.stderr[-3000:]
-    return json.loads(found.stdout)
+    printed = json.loads(found.stdout)
+    return printed["digests"], printed["asked"]
 
 
 @pytest.mark.slow
 def test_a_run_killed_at_any_point_ends_in_the_same_files_and_weights(tmp_path):
-    found = digests(tmp_path, "-", TINY)
-    assert len(found) > 15
+    found, _ = killed(tmp_path, "-", TINY)
+    assert len(found) > 25
     assert {point for point, digest in found.items() if digest != found["alone"]} == {"another seed"}
+
+
+@pytest.mark.slow
+def test_of_a_run_killed_at_any_point_every_attempt_is_paid_for_once(tmp_path):
+    """The reward answers differently each time: one question more would change what is kept from there on."""
+    found, asked = killed(tmp_path, "-", TINY | {"success_func": "", "paid": True})
+    assert len(found) > 25
+    assert {point for point, digest in found.items() if digest != found["alone"]} == {"another seed"}
+    metrics = read_json(tmp_path / "alone" / "metrics.json")
+    rounds = [read_json(file)["rollout"]["played"] for file in tmp_path.glob("alone/round_*/metrics.json")]
+    evaluated = [len(read_jsonl(file)) for file in tmp_path.glob("alone/round_*/**/evaluation.jsonl")]
+    harder = metrics["base"]["harder"]["n"] * (1 + 2) * len(list(tmp_path.glob("alone/round_*/test")))
+    assert rounds == [60, 60]
+    assert asked == sum(rounds) + sum(evaluated) + harder
 
 
 @pytest.mark.slow
@@ -47,6 +64,6 @@ def test_a_run_of_lora_on_4_bits_killed_at_any_point_ends_in_the_same_files_and_
         "dataset_name": write_jsonl(tmp_path / "rows.jsonl", pages), "prompts_per_round": 20, "num_generations": 3,
         "reset_optimizer": False,
     }  # fmt: skip
-    found = digests(tmp_path, ROOT / "recipes" / "llama-3.2-3b" / "filtered_bc_qlora.yaml", keys)
-    assert len(found) > 15
+    found, _ = killed(tmp_path, ROOT / "recipes" / "llama-3.2-3b" / "filtered_bc_qlora.yaml", keys)
+    assert len(found) > 25
     assert {point for point, digest in found.items() if digest != found["alone"]} == {"another seed"}

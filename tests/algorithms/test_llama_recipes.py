@@ -10,7 +10,7 @@ from helpers.tiny import gsm8k, llama_tokenizer, save_llama, write_jsonl
 from safetensors.torch import load_file
 
 from bcft import filtered, sft
-from bcft.algorithms import filtered_bc, rounds
+from bcft.algorithms import filtered_bc, opening
 from bcft.config.loader import load
 from bcft.errors import UsageError
 from bcft.policy.loading import load_policy, with_adapter
@@ -47,7 +47,7 @@ def state(module):
 @pytest.mark.parametrize("recipe", [pytest.param("filtered_bc.yaml", marks=pytest.mark.slow), "filtered_bc_qlora.yaml"])
 def test_two_rounds_train_one_fp32_adapter_and_leave_the_base_as_it_was(tmp_path, small, monkeypatch, recipe):
     held = []
-    monkeypatch.setattr(rounds, "load_policy", lambda *given: held.append(load_policy(*given)) or held[-1])
+    monkeypatch.setattr(opening, "load_policy", lambda *given: held.append(load_policy(*given)) or held[-1])
     play(recipe, tmp_path, small)
     (policy,) = held
     config = load("filtered", RECIPES / recipe, small)
@@ -70,7 +70,7 @@ def test_the_shipped_adapter_loads_with_peft_and_computes_what_the_run_did(tmp_p
     from peft import AutoPeftModelForCausalLM
 
     held = []
-    monkeypatch.setattr(rounds, "load_policy", lambda *given: held.append(load_policy(*given)) or held[-1])
+    monkeypatch.setattr(opening, "load_policy", lambda *given: held.append(load_policy(*given)) or held[-1])
     play("filtered_bc.yaml", tmp_path, small)
     ids = torch.tensor([[1, 5, 9, 20]])
     with torch.no_grad():

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from helpers.runs import ROOT, torchrun
+from helpers.runs import torchrun
 
 from bcft import filtered, sft
 from bcft.runs.storage import committed, read_json
@@ -55,7 +55,7 @@ def test_two_processes_have_the_same_weights_after_every_round(tmp_path, adapter
         "per_device_train_batch_size": 4,
     }  # fmt: skip
     keys |= {"use_peft": True, "lora_target_modules": ["all-linear"]} if adapter else {}
-    torchrun(str(ROOT / "tests" / "helpers" / "ranks.py"), str(tmp_path), json.dumps(keys), directory=tmp_path)
+    torchrun("-m", "helpers.ranks", str(tmp_path), json.dumps(keys), directory=tmp_path)
     one, two = (json.loads((tmp_path / f"rank_{rank}.json").read_text()) for rank in (0, 1))
     assert one == two
     assert len(set(one)) == len(one) == 3

@@ -189,3 +189,52 @@ def test_a_reward_by_name_grades_as_it_does_in_the_run(collected, tmp_path):
         attempt = played[line["id"]]
         said, answer = attempt["turns"][-1]["action"], problems[attempt["problem_id"]]["answer"]
         assert math_reward(prompts=["?"], completions=[said], answer=[answer]) == [line["reward"]]
+
+
+# Nothing that was paid for is lost
+
+
+@pytest.fixture
+def bill(tmp_path, monkeypatch):
+    """Return the file in which `paid.grade`, which answers differently each time, counts what it was asked."""
+    (tmp_path / "paid.py").write_text(
+        f"bill = {str(tmp_path / 'bill')!r}\n"
+        "def grade(completions, **_):\n"
+        "    with open(bill, 'a') as file:\n"
+        "        before = file.tell()\n"
+        "        file.write('.' * len(completions))\n"
+        "    return [float((before + n) * 7919 % 101) for n in range(len(completions))]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "paid", raising=False)
+    return tmp_path / "bill"
+
+
+@pytest.mark.parametrize(
+    ("name", "when"), [("apply_filter", "before"), ("apply_filter", "after"), ("tally", "before"),
+                       ("write_json", "before"), ("write_manifest", "before")],
+)  # fmt: skip
+def test_an_interrupted_collection_asks_for_no_attempt_twice(tmp_path, monkeypatch, bill, name, when):
+    keys = KEYS | {"prompts_per_round": 6, "num_generations": 2, "reward_funcs": "paid.grade", "keep_quantile": 0.5}
+    keys |= {"success_func": ""}
+    collect.run(None, output_dir=str(tmp_path / "alone"), **keys)
+    assert len(bill.read_text()) == 12
+    bill.write_text("")
+    interrupted(monkeypatch, tmp_path / "cut", collect, name, when=when, run=collect.run, **keys)
+    collect.run(None, output_dir=str(tmp_path / "cut"), **keys)
+    assert len(bill.read_text()) == 12
+    one, two = ((tmp_path / run / "kept.jsonl").read_bytes() for run in ("alone", "cut"))
+    assert one == two
+
+
+def test_rows_and_flags_are_taken_from_python(tmp_path, capsys):
+    rows = [{"prompt": f"Work out {a} + {b}.", "answer": str(a + b)} for a in range(5, 12) for b in range(5, 12)]
+    keys = {k: v for k, v in KEYS.items() if not k.startswith("dataset")} | {"eval_dev_problems": 2}
+    keys |= {"prompts_per_round": 3, "num_generations": 2, "eval_test_problems": 2}
+    metrics = collect.run(keys, train_dataset=rows, output_dir=str(tmp_path), quiet=True)
+    assert metrics["rollout"]["played"] == 6
+    assert len(capsys.readouterr().out.splitlines()) == 1
+    with pytest.raises(UsageError, match="dataset_name was"):
+        collect.run(keys, train_dataset=rows[1:], output_dir=str(tmp_path))
+    with pytest.raises(DataError, match="another answer"):
+        collect.run(keys, train_dataset=[*rows, rows[0] | {"answer": "0"}], output_dir=str(tmp_path / "other"))

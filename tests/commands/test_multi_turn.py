@@ -149,7 +149,8 @@ def test_an_environment_that_cannot_be_made_is_refused_before_anything_is_loaded
     """Else the directory would record the mistake, and refuse the corrected recipe."""
     monkeypatch.setattr("bcft.policy.loading.load_model", None)
     names = ("model_name_or_path", "dataset_name", "dataset_train_split", "eval_test_problems", "eval_dev_problems")
-    keys = {key: KEYS[key] for key in names} | {"learning_rate": 1e-4, "output_dir": str(tmp_path)}
+    keys = {key: KEYS[key] for key in names} | {"output_dir": str(tmp_path)}
+    keys |= {"learning_rate": 1e-4} if command in (sft.run, filtered.run) else {}
     for wrong, told in (
         ({"environment": "helpers.functions.Nobody"}, "has no function 'Nobody'"),
         ({"environment": "helpers.functions.Coin", "environment_args": {"side": 1}}, "environment_args: .*side"),
@@ -164,8 +165,9 @@ def test_an_environment_that_breaks_ends_any_command_by_name(tmp_path, command):
     """An evaluation of nothing but errors would else say that success cannot be told."""
     names = ("model_name_or_path", "dataset_name", "dataset_train_split", "eval_test_problems", "eval_dev_problems")
     keys = {key: KEYS[key] for key in names} | {"environment": "helpers.functions.Broken"}
+    keys |= {"learning_rate": 1e-4} if command in (sft.run, filtered.run) else {}
     with pytest.raises(FaultError, match=r"trajectories failed; .* the game server is down"):
-        command(None, output_dir=str(tmp_path), learning_rate=1e-4, max_completion_length=8, **keys)
+        command(None, output_dir=str(tmp_path), max_completion_length=8, **keys)
 
 
 @pytest.mark.slow

@@ -7,9 +7,10 @@ from functools import partial
 import pytest
 from helpers.recipes import BASE_KEYS, findings
 
+from bcft.config.declare import LIBRARY, LIBRARY_FIELDS
 from bcft.config.keys import KEYS, PASSED_THROUGH, REFUSED, REFUSED_VALUES, RENAMED
 from bcft.config.loader import load
-from bcft.config.schema import LIBRARY, LIBRARY_FIELDS, REQUIRED, SECTIONS
+from bcft.config.schema import REQUIRED, SECTIONS
 
 OTHER_TYPES = {
     "model_name_or_path": "str",  # required, as are the next two

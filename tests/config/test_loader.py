@@ -85,7 +85,13 @@ def test_the_sections_have_the_values_of_the_keys(write: Write) -> None:
 
 
 def test_the_command_line_that_a_run_shows_gives_the_same_recipe_again(write: Write) -> None:
-    values = {"run_name": "null", "project": '"x"', "success_func": "", "report_to": ["a", "b"], "warmup_steps": 0.5}
+    values = {
+        "run_name": "null",
+        "project": '"x"',
+        "success_func": "",
+        "report_to": ["wandb", "trackio"],
+        "warmup_steps": 0.5,
+    }
     path = write(BASE + "seed: 1\nlr_scheduler_kwargs: {a: [1, {b: null}]}\n")
     for recipe in (load("sft", path, values), load("sft", None, BASE_KEYS | values)):
         _, command, *tokens = shlex.split(recipe.command_line)
@@ -94,23 +100,26 @@ def test_the_command_line_that_a_run_shows_gives_the_same_recipe_again(write: Wr
     assert "seed" not in load("sft", path, values).command_line
 
 
-def test_names_of_python_objects_are_recorded() -> None:
-    recipe = load("filtered", None, BASE_KEYS)
-    named = recipe.naming(reward_funcs=["m.f@0a1b2c3d"], environment="m.<lambda>")
-    assert named.resolved["reward_funcs"] == ["m.f@0a1b2c3d"]
-    assert named.resolved["environment"] == "m.<lambda>"
-    assert recipe.resolved["reward_funcs"] is None
+def test_names_of_python_objects_are_recorded(write: Write) -> None:
+    objects = {"reward_funcs": ["m.f@0a1b2c3d"], "environment": "m.<lambda>", "dataset_name": "train_dataset@0a1b2c3d"}
+    for recipe in (None, write(BASE), BASE_KEYS):
+        named = load("filtered", recipe, {"model_name_or_path": "bcft:tiny-init"}, objects=objects)
+        assert {key: named.resolved[key] for key in objects} == objects
+        assert named.selection.reward_funcs == ("m.f@0a1b2c3d",)
+        assert (named.environment.environment, named.data.dataset_name) == ("m.<lambda>", "train_dataset@0a1b2c3d")
+    assert load("filtered", None, BASE_KEYS).resolved["reward_funcs"] is None
 
 
 def test_the_command_line_leaves_out_python_objects_and_parses(write: Write) -> None:
     path = write(BASE + "reward_funcs: [m.f]\n")
-    recipe = load("filtered", path, {"environment": "m.C", "seed": 7})
-    named = recipe.naming(reward_funcs=["m.f@0a1b2c3d"], environment="m.<lambda>")
+    functions = {"reward_funcs": ["m.f@0a1b2c3d"]}
+    named = load("filtered", path, {"seed": 7}, objects=functions | {"environment": "m.<lambda>"})
     assert named.python_objects == {"reward_funcs", "environment"}
     _, command, *tokens = shlex.split(named.command_line)
     assert tokens == [path, "seed=7"]
     assert parse(command, tokens).selection.reward_funcs == ("m.f",)
-    assert recipe.naming(reward_funcs=["m.f@0a1b2c3d"]).command_line == f"bcft filtered {path} environment=m.C seed=7"
+    named = load("filtered", path, {"environment": "m.C", "seed": 7}, objects=functions)
+    assert named.command_line == f"bcft filtered {path} environment=m.C seed=7"
 
 
 def test_importing_the_configuration_imports_no_framework() -> None:
@@ -149,7 +158,7 @@ BAD_LINES = [
     ("hub_token: hf_abc", "set HF_TOKEN in the environment"),
     ("deepspeed: x.json", "accelerate launch --config_file"),
     ("use_vllm: true", "this version samples with its own engine only"),
-    ("reward_args: x", "this version does not have it"),
+    ("reward_args: x", "reward_args: wants a mapping {name: value}, not 'x'"),
     ("train_sampling_strategy: group_by_length", "its sampler is not seeded"),
     ("loss_type: chunked_nll", "old name of nll"),
     ("allow_drift: true", "a flag, not a key: give --allow-drift on the command line"),
@@ -168,7 +177,18 @@ BAD_LINES = [
     ("learning_rate: 12:30:45", "not '12:30:45'"),
     ("learning_rate: true", "not 'true'"),
     ("learning_rate: 1_0", "not '1_0'"),
-    ("seed: 010", "seed: wants an integer >= 0, not '010'"),
+    ("seed: 010", "seed: wants an integer >= 0 and < 4294967296, not '010'"),
+    ("seed: 4294967296", "seed: wants an integer >= 0 and < 4294967296, not 4294967296"),
+    ("seed: -1", "seed: wants an integer >= 0 and < 4294967296, not -1"),
+    ("seed: 1000000000000", "not 1000000000000"),
+    ("data_seed: 4294967296", "data_seed: wants an integer >= 0 and < 4294967296 or null, not 4294967296"),
+    ("lr_scheduler_type: cosin", "lr_scheduler_type: wants one of linear, cosine, "),
+    ("lr_scheduler_type: cosine_with_min_lrs", "did you mean cosine_with_min_lr?"),
+    ("optim: adamw_torch_fusd", "did you mean adamw_torch_fused?"),
+    ("report_to: wanb", "report_to: wants a list [a, b] or one of none, all, azure_ml, "),
+    ("report_to: wanb", "not 'wanb'; did you mean wandb?"),
+    ("report_to: [wandb, tensorbord]", "not 'tensorbord'; did you mean tensorboard?"),
+    ("report_to: WANDB", "not 'WANDB'; did you mean wandb?"),
     ("seed: 0x10", "not '0x10'"),
     ("seed: 1.0", "not '1.0'"),
     ("seed: 1e3", "not '1e3'"),
@@ -189,7 +209,7 @@ BAD_LINES = [
     ("optim: adamw", "wants one of adamw_torch,"),
     ("overlength: cut", "wants one of drop, raise, not 'cut'"),
     ("overlength: true", "wants one of drop, raise, not 'true'"),
-    ("success_func: math_reward", "wants a dotted path such as package.module.function"),
+    ("success_func: math reward", "wants a dotted path such as package.module.function, or the name of one of"),
     ("success_func: a.b:c", "wants a dotted path"),
     ("environment: GridWalk", "environment: wants a dotted path such as package.module.Class, not 'GridWalk'"),
     ("pass_rate: [0.9, 0.1]", "pass_rate: wants two numbers in [0, 1], the lower first, such as [0.1, 0.9], not [0.9,"),
@@ -216,7 +236,10 @@ BAD_LINES = [
     ("lr_scheduler_kwargs: 3", "wants a mapping {name: value} or null, not '3'"),
     ("lr_scheduler_kwargs: [a]", "wants a mapping"),
     ("lr_scheduler_kwargs: '{a: '", "is not readable"),
-    ("gradient_checkpointing_kwargs: {use_reentrant: no}", "'no' can be read in two ways here"),
+    (
+        "gradient_checkpointing_kwargs: {use_reentrant: no}\ngradient_checkpointing: true",
+        "'no' can be read in two ways here",
+    ),
     ("lr_scheduler_kwargs: {a: 010}", "'010' can be read in two ways here"),
     ("lr_scheduler_kwargs: {a: 1, a: 2}", "'a' is given twice"),
     ("trust_remote_code: true", "it needs --allow-remote-code on the command line and a model_revision of 40 hex"),
@@ -305,8 +328,8 @@ def test_an_empty_recipe_lacks_its_required_keys(write: Write, content: str) -> 
 
 
 def test_a_few_aliases_of_single_values_are_fine(write: Write) -> None:
-    recipe = load("sft", write(BASE + "per_device_train_batch_size: &b 4\nper_device_eval_batch_size: *b\n"), {})
-    assert recipe.values["per_device_eval_batch_size"] == 4
+    recipe = load("sft", write(BASE + "per_device_train_batch_size: &b 4\ngradient_accumulation_steps: *b\n"), {})
+    assert recipe.values["gradient_accumulation_steps"] == 4
 
 
 def test_a_byte_order_mark_and_windows_line_ends_are_fine(write: Write) -> None:
@@ -322,7 +345,7 @@ BAD_TOKENS = [
     (["-lr", "1"], "-lr: unknown key"),
     (["--seed"], "--seed: wants a value"),
     (["--seed", "--debug"], "--seed: wants a value"),
-    (["--seed="], "seed: wants an integer >= 0, not ''"),
+    (["--seed="], "seed: wants an integer >= 0 and < 4294967296, not ''"),
     (["--seed", "1", "seed=1"], "seed: given twice, first at command line"),
     (["--allow-drif"], "allow-drif: unknown key; did you mean --allow-drift?"),
     (["--debug=true"], "--debug: takes no value"),
@@ -331,7 +354,7 @@ BAD_TOKENS = [
     (["--config", "other.yaml"], "'other.yaml': one recipe is enough"),
     (["--config"], "--config: wants a value"),
     (["--use_peft", "ture"], "use_peft: wants true or false, not 'ture'"),
-    (["--report_to", "a", "b"], "'b': one recipe is enough; keys are --key value or key=value, lists '[a, b]'"),
+    (["--report_to", "wandb", "b"], "'b': one recipe is enough; keys are --key value or key=value, lists '[a, b]'"),
     (["--report_to", "[a"], "'[a' is not readable"),
     (["--against", "x"], "against: not used here; it is a key of bcft evaluate and filtered"),
     (["--preview_rows", "2"], "preview_rows: not used here; it is a key of bcft preview"),

@@ -5,14 +5,13 @@ from collections.abc import Callable
 
 import pytest
 
+from bcft.config.declare import SettingError, Settings
 from bcft.config.keys import KEYS, PASSED_THROUGH
 from bcft.config.schema import (
     ModelSettings,
     RoundSettings,
     RuleSettings,
     SelectionSettings,
-    SettingError,
-    Settings,
 )
 
 NO_DIRECTION = {"seed", "preview_rows", "reward_weights"}

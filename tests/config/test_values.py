@@ -17,11 +17,15 @@ from bcft.errors import UsageError
 Write = Callable[[str | bytes], str]
 
 
+NEEDED = {"lora_": "use_peft", "gradient_checkpointing_kwargs": "gradient_checkpointing"}
+"""The beginning of a key -> the key without which it is refused."""
+
+
 @pytest.mark.parametrize(("key", "text", "value"), SAME)
 def test_a_value_means_the_same_in_a_file_on_the_command_line_and_in_python(
     write: Write, key: str, text: str, value: Any
 ) -> None:
-    base = f"{BASE}use_peft: true\n" if key.startswith("lora_") else BASE
+    base = BASE + next((f"{needed}: true\n" for prefix, needed in NEEDED.items() if key.startswith(prefix)), "")
     path = write(base)
     recipes = [
         parse("sft", [path, f"--{key}", text]),
@@ -47,7 +51,7 @@ def test_every_float_comes_back_as_python_and_yaml_write_it(value: float) -> Non
 @settings(max_examples=50, deadline=None)
 @given(st.integers(min_value=0, max_value=10**18 - 1))
 def test_every_integer_comes_back(value: int) -> None:
-    assert parse("sft", [*BASE_TOKENS, "--seed", str(value)]).values["seed"] == value
+    assert parse("sft", [*BASE_TOKENS, "--max_steps", str(value)]).values["max_steps"] == value
 
 
 @settings(max_examples=60, deadline=None)
@@ -67,7 +71,8 @@ def test_every_default_is_a_value_its_own_key_accepts() -> None:
     assert {key.name for key in KEYS.values() if key.default == ""} == {*REQUIRED, "output_dir"}
     for key in KEYS.values():
         if key.default not in (None, ""):
-            recipe = load(key.commands[0], None, {**BASE_KEYS, "use_peft": False, key.name: key.default})
+            adapter = {"use_peft": False} if key.name.startswith(("lora_", "use_")) else {}
+            recipe = load(key.commands[0], None, {**BASE_KEYS, **adapter, key.name: key.default})
             assert recipe.values[key.name] == key.default
 
 
@@ -76,6 +81,15 @@ def test_every_word_of_a_choice_stays_the_word(write: Write) -> None:
         for word in key.choices:
             if (key.name, word) not in REFUSED_VALUES:
                 assert load("preview", write(f"{BASE}{key.name}: {word}\n"), {}).values[key.name] == word
+
+
+@pytest.mark.parametrize("text", ['"x"', "'x'", ' "x"', '"x" ', " x", "x  ", "x"])
+def test_quotes_and_spaces_around_a_value_mean_on_the_command_line_what_they_mean_in_a_file(
+    write: Write, text: str
+) -> None:
+    for tokens in ([f"run_name={text}"], [f"--run_name={text}"], ["--run_name", text]):
+        assert parse("sft", [*BASE_TOKENS, *tokens]).values["run_name"] == "x"
+    assert load("sft", write(f"{BASE}run_name: {text}\n"), {}).values["run_name"] == "x"
 
 
 def test_quotation_marks_of_a_python_string_are_part_of_it() -> None:

@@ -1,16 +1,20 @@
 """Datasets to splits: every source, and splits that cannot overlap."""
 
 import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
 import yaml
+from helpers.rows import everything, many, shared_prompts, splits
 from helpers.tiny import write_jsonl
 
-from bcft.config.schema import DataSettings, EvaluationSettings
-from bcft.data import loading
-from bcft.data.loading import SOURCE, load_splits
+from bcft.data import sources
+from bcft.data.loading import HELD_OUT
 from bcft.errors import BcftError, DataError
 from bcft.types import TrainingExample, bucket, problem_id
 
@@ -20,30 +24,55 @@ DIGESTS = {
 }
 
 
-def splits(dataset, *, dev=0, test=0, **keys):
-    data = DataSettings(dataset_name=str(dataset), **keys)
-    return load_splits(data, EvaluationSettings(eval_dev_problems=dev, eval_test_problems=test))
-
-
-def everything(parts):
-    """Return all demonstrations of a dataset, sorted by their prompts."""
-    return sorted((*parts.train, *parts.dev, *parts.test), key=lambda d: str(d.problem.prompt))
-
-
-def shared_prompts(parts):
-    """Return the ids of training problems that are also held out."""
-    return {d.problem.id for d in parts.train} & {d.problem.id for d in parts.held_out}
-
-
-def many(n=400):
-    return [{"prompt": f"{i} + {i}?", "completion": str(2 * i), "answer": str(2 * i)} for i in range(n)]
-
-
 def test_a_dataset_that_does_not_exist_is_an_error_of_one_line(tmp_path):
     for name in (tmp_path, "nobody/no-such-dataset", "bcft:chess"):
         with pytest.raises(DataError) as caught:
             splits(name)
         assert "\n" not in str(caught.value)
+
+
+class HubError(OSError):
+    """An error of the Hub as its library names it; the class's name is what is recognized."""
+
+    def __init__(self, status):
+        super().__init__(f"{status} Client Error. (Request ID: x)\n\nmore lines")
+        self.response = SimpleNamespace(status_code=status)
+
+
+@pytest.mark.parametrize(
+    ("kind", "status", "says"),
+    [
+        (
+            "GatedRepoError",
+            403,
+            "it is gated, and this account has no access yet: ask at https://hugging",
+        ),
+        (
+            "GatedRepoError",
+            401,
+            "it is gated: ask for access at https://huggingface.co/datasets/owner/name, then",
+        ),
+        ("RepositoryNotFoundError", 404, "the Hub has no such dataset repository: check the spelling"),
+        ("RepositoryNotFoundError", 401, "the Hub shows no such repository to this machine: check the spelling"),
+        ("HfHubHTTPError", 429, "the Hub answers 429, too many requests: wait some minutes"),
+        ("HfHubHTTPError", 503, "the Hub answers 503: try again later"),
+        ("OSError", 0, "0 Client Error. (Request ID: x)"),
+    ],
+)
+def test_an_error_of_the_hub_is_one_line_that_says_what_to_do(kind, status, says, monkeypatch):
+    def load_dataset(*_):
+        cause = type(kind, (HubError,), {})(status)
+        raise datasets.exceptions.DatasetNotFoundError("Dataset 'owner/name' is not\nthere") from cause
+
+    if kind == "OSError":
+        monkeypatch.setattr(datasets, "load_dataset", lambda *_: (_ for _ in ()).throw(HubError(status)))
+    else:
+        monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(DataError) as caught:
+        splits("owner/name")
+    start = "dataset_name: cannot load 'owner/name' as a file, a directory or a Hub dataset: "
+    assert str(caught.value).startswith(start + says)
+    assert "\n" not in str(caught.value)
 
 
 def test_every_format_gives_the_same_demonstrations(tmp_path):
@@ -64,19 +93,6 @@ def test_every_format_gives_the_same_demonstrations(tmp_path):
         for r in rows
     ]
     assert all(other == first for other in others)
-
-
-def test_splits_by_hash_do_not_overlap_lose_nothing_and_ignore_the_order(tmp_path):
-    rows = many()
-    forward = splits(write_jsonl(tmp_path / "a.jsonl", rows), dev=10_000, test=10_000)
-    backward = splits(write_jsonl(tmp_path / "b.jsonl", rows[::-1]), dev=10_000, test=10_000)
-    parts = [{d.problem.id for d in part} for part in (forward.train, forward.dev, forward.test)]
-    assert sum(map(len, parts)) == len(set.union(*parts)) == len(rows)
-    assert all(5 <= len(part) <= 40 for part in parts[1:])
-    assert all(bucket(key) < 0.05 for key in parts[2])
-    assert all(0.05 <= bucket(key) < 0.10 for key in parts[1])
-    assert [d.problem.id for d in forward.test] == [d.problem.id for d in backward.test]
-    assert [d.problem.id for d in forward.dev] == [d.problem.id for d in backward.dev]
 
 
 def test_the_same_problem_with_other_white_space_is_the_same_problem():
@@ -128,11 +144,6 @@ def test_training_prompts_that_are_also_held_out_are_refused_unless_allowed(tmp_
     assert len(shared_prompts(splits(tmp_path, test=5, allow_overlap=True))) == 2
 
 
-def test_the_held_out_problems_do_not_depend_on_how_many_are_evaluated(tmp_path):
-    path = write_jsonl(tmp_path / "a.jsonl", many())
-    assert splits(path).train == splits(path, dev=500, test=500).train
-
-
 def test_the_embedded_splits_share_no_problem():
     parts = splits("bcft:arithmetic", dev=128, test=500, dataset_train_split="train[:500]")
     ids = [{d.problem.id for d in part} for part in (parts.train, parts.dev, parts.test, parts.harder)]
@@ -150,7 +161,7 @@ def run(tmp_path):
     write_jsonl(tmp_path / "test.jsonl", many(120)[100:])
     directory = tmp_path / "run"
     directory.mkdir()
-    values = dict(zip(SOURCE, (str(tmp_path), None, "train[:80]", None), strict=True))
+    values = dict(zip(HELD_OUT, (str(tmp_path), None, "train[:80]", None, 99, 99), strict=True))
     (directory / "config.yaml").write_text(yaml.safe_dump(values))
     (directory / "manifest.json").write_text('{"tokenizer": "abc"}')
     examples = [
@@ -207,6 +218,32 @@ def test_kept_rows_without_their_run_and_malformed_ones_are_refused(run):
         splits(run)
 
 
+def test_kept_rows_of_a_run_whose_rows_were_given_in_python_are_refused_with_the_remedy(run):
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    (run / "config.yaml").write_text(yaml.safe_dump(config | {"dataset_name": "train_dataset@1a2b3c4d"}))
+    with pytest.raises(DataError, match=r"config\.yaml: the run was given its rows in Python.* write the rows to"):
+        splits(run)
+
+
+def test_kept_rows_hold_out_the_share_of_their_run_whatever_is_asked_for_now(run, tmp_path):
+    """The run's own numbers decide which problems of a small dataset are held out."""
+    (tmp_path / "test.jsonl").unlink()
+    source = splits(tmp_path, dev=99, test=99, dataset_train_split="train[:80]")
+    for asked in (0, 1, 5, 16, 500):
+        parts = splits(run, dev=asked, test=asked, allow_overlap=True)
+        assert parts.dev == source.dev[:asked]
+        assert parts.test == source.test[:asked]
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    (run / "config.yaml").write_text(yaml.safe_dump(config | {"eval_dev_problems": 1, "eval_test_problems": 2}))
+    parts = splits(run, dev=500, test=500, allow_overlap=True)
+    assert {d.problem.id for d in parts.held_out} <= {d.problem.id for d in source.held_out}
+
+
+def test_the_source_of_kept_rows_may_be_prompts_alone(run, tmp_path):
+    write_jsonl(tmp_path / "train.jsonl", [{"prompt": row["prompt"], "answer": row["answer"]} for row in many(100)])
+    assert len(splits(run, dev=9, test=9, allow_overlap=True).train) == 10
+
+
 def test_replay_takes_the_training_split_without_held_out_problems(tmp_path):
     for name in ("main", "other"):
         (tmp_path / name).mkdir()
@@ -217,9 +254,11 @@ def test_replay_takes_the_training_split_without_held_out_problems(tmp_path):
     replayed = {d.problem.id for d in parts.replay}
     shares = {problem_id(row["prompt"]) for row in many(100)[40:] if bucket(problem_id(row["prompt"])) >= 0.1}
     assert replayed == shares - {d.problem.id for d in parts.test}
-    assert splits("bcft:arithmetic", replay_dataset="bcft:arithmetic-apprentice").replay[0].problem.where == (
-        "bcft:arithmetic-apprentice train row 0"
-    )
+    # Beside a test split, the share of test by hash belongs to training.
+    own = splits(tmp_path / "main", test=99, dataset_test_split="exam", replay_dataset=str(tmp_path / "main"))
+    assert {d.problem.id for d in own.replay} == {d.problem.id for d in own.train}
+    keys = {"dataset_train_split": "train[:50]", "replay_dataset": "bcft:arithmetic-apprentice"}
+    assert splits("bcft:arithmetic", **keys).replay[0].problem.where == ("bcft:arithmetic-apprentice train row 0")
 
 
 def test_the_configuration_of_a_dataset_is_not_that_of_another_one_to_replay(monkeypatch):
@@ -229,7 +268,7 @@ def test_the_configuration_of_a_dataset_is_not_that_of_another_one_to_replay(mon
         asked.append((source.dataset_name, source.dataset_config, source.dataset_train_split))
         return {"train": many(60)}
 
-    monkeypatch.setattr(loading, "_hub", hub)
+    monkeypatch.setattr(sources, "load_hub", hub)
     keys = {"dataset_config": "main", "dataset_train_split": "train[:40]"}
     other = splits("owner/main", replay_dataset="owner/other", **keys)
     assert {*asked} == {("owner/main", "main", "train[:40]"), ("owner/other", None, "train[:40]")}
@@ -255,13 +294,14 @@ def test_the_digest_changes_with_any_data_that_is_trained_or_evaluated(tmp_path)
     rows, replay = many(100), write_jsonl(tmp_path / "b.jsonl", many(3))
     reply = {"role": "assistant", "content": "4"}
     other_prompt = [{"role": "user", "content": "Hi"}, reply]
+    row = rows[0] | {"completion": None}
     digests = {
         digest(rows),
         digest(rows[:-1]),
         digest([rows[0] | {"completion": "x"}, *rows[1:]]),
         digest([rows[0] | {"answer": "x"}, *rows[1:]]),
-        digest([rows[0] | {"messages": other_prompt}, *rows[1:]]),
-        digest([rows[0] | {"messages": [*other_prompt, other_prompt[0], reply]}, *rows[1:]]),
+        digest([row | {"messages": other_prompt}, *rows[1:]]),
+        digest([row | {"messages": [*other_prompt, other_prompt[0], reply]}, *rows[1:]]),
         digest(rows, replay_dataset=replay),
     }
     assert len(digests) == 7
@@ -273,3 +313,15 @@ def test_the_digest_of_the_same_data_never_changes():
     for name, expected in DIGESTS.items():
         keys = {"replay_dataset": "bcft:arithmetic"} if name == "bcft:grid-walk" else {}
         assert splits(name, dev=20, test=20, dataset_train_split="train[:50]", **keys).digest == expected
+
+
+@pytest.mark.skipif("BCFT_TEST_DATA" not in os.environ, reason="BCFT_TEST_DATA does not name the large data")
+def test_gsm8k_has_the_splits_and_the_digest_that_it_always_had():
+    directory = Path(os.environ["BCFT_TEST_DATA"]) / "gsm8k"
+    parts = splits(directory, dev=128, test=500)
+    assert (len(parts.train), len(parts.dev), len(parts.test)) == (7122, 128, 500)
+    assert parts.digest == "092523838bcf0c81e5300aa516b3b6c96081e4e7dc43030456304ce47f6f91d9"
+    assert parts.note_conflicts(None) == ""
+    file = splits(directory / "train.jsonl", dev=128, test=300)
+    assert (len(file.train), len(file.dev), len(file.test)) == (6757, 128, 300)
+    assert file.digest == "e5bc59c58ca775510398161a1fc62c59b32a6a2672fed41d4aec6b16031d838c"

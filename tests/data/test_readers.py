@@ -8,8 +8,9 @@ import pytest
 from helpers.tiny import write_jsonl
 
 from bcft.config.schema import DataSettings, EvaluationSettings
+from bcft.data.files import read_json_rows, read_rows
 from bcft.data.loading import load_splits
-from bcft.data.readers import READERS, demonstration, read_json_rows
+from bcft.data.readers import demonstration
 from bcft.errors import DataError
 from bcft.types import TrainingExample, problem_id
 
@@ -96,7 +97,7 @@ def test_every_format_gives_the_same_rows_with_their_places(tmp_path):
     places = {"a.jsonl": ":2", "b.json": ": row 1", "c.csv": ":5", "d.parquet": ": row 1"}
     for name, place in places.items():
         path = tmp_path / name
-        read = list(READERS[path.suffix](path))
+        read = read_rows(path)
         assert [row for row, _ in read] == rows
         assert read[1][1] == f"{path}{place}"
 
@@ -157,7 +158,7 @@ def test_a_kept_row_is_a_demonstration_with_the_ids_that_were_sampled(tmp_path):
         ({"input_ids": 5}, "not a row of kept.jsonl: 'int' object is not iterable"),
         ({"reward": None}, "not a row of kept.jsonl: float"),
         ({"turn": ...}, "not a row of kept.jsonl: no turn"),
-        ({"completion": "4"}, "completion: expected a string or a list of messages"),
+        ({"completion": "4"}, "completion: expected a list of messages, not '4'"),
         ({"completion": [USER]}, "completion: the last message is the user's"),
         ({"prompt": [REPLY]}, "prompt: the last message is the assistant's"),
     ],

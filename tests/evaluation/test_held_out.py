@@ -1,5 +1,9 @@
 """Evaluation: paired, counted honestly, and the same one by one as in batches."""
 
+import copy
+from dataclasses import replace
+from functools import partial
+
 import pytest
 import torch
 from helpers.tiny import llama_tokenizer
@@ -9,14 +13,17 @@ from bcft.config.schema import EvaluationSettings
 from bcft.data.examples import make_examples
 from bcft.data.loading import Splits
 from bcft.environments.single_turn import SingleTurn
+from bcft.errors import FaultError
 from bcft.evaluation import held_out
-from bcft.evaluation.held_out import evaluate, held_out_loss, measure, samples_of
+from bcft.evaluation.held_out import evaluate, evaluation_key, held_out_loss, measure, samples_of
 from bcft.evaluation.results import stored
 from bcft.generation import hf
 from bcft.policy.chat_template import Renderer
 from bcft.policy.loading import Policy, Precision
+from bcft.rollout import sample
 from bcft.runs.storage import read_json, read_jsonl
-from bcft.selection.scoring import score
+from bcft.selection import scoring
+from bcft.selection.scoring import Scorer, score
 from bcft.types import IGNORED, Demonstration, Feedback, Problem, RolloutSettings, Sampling, Trajectory, Turn
 
 
@@ -43,9 +50,22 @@ def rollout_settings(make=SingleTurn, max_turns=1):
     return RolloutSettings(make, Sampling(), max_new_tokens=12, max_turns=max_turns, step_timeout=60.0, seed=0)
 
 
-def evaluated(policy, settings=None, **changes):
-    values = {"success": None, "samples": 3, "phase": "test", "label": "x"} | changes
-    return evaluate(policy, demonstrations(), settings or rollout_settings(), **values)
+def graded(*functions, success=None):
+    """Return a scorer of functions; success: the one that decides about it."""
+    return Scorer(functions, (1.0,) * len(functions), success)
+
+
+@pytest.fixture
+def evaluated(policy, tmp_path):
+    """Return a function that evaluates the policy, each time in a directory of its own unless it is given one."""
+    numbers = iter(range(1000))
+
+    def evaluated(settings=None, *, success=None, scorer=None, **changes):
+        values = {"samples": 3, "phase": "test", "label": "x", "directory": tmp_path / str(next(numbers))} | changes
+        asked = scorer or graded(success=success)
+        return evaluate(policy, demonstrations(), settings or rollout_settings(), scorer=asked, **values)
+
+    return evaluated
 
 
 def always(completions, **_):
@@ -53,21 +73,21 @@ def always(completions, **_):
     return [1.0] * len(completions)
 
 
-def test_problems_one_by_one_are_attempted_as_in_batches(policy, monkeypatch):
-    together = evaluated(policy)
+def test_problems_one_by_one_are_attempted_as_in_batches(evaluated, monkeypatch):
+    together = evaluated()
     monkeypatch.setattr(hf, "_MOST_ROWS", 1)
-    assert evaluated(policy).attempts == together.attempts
+    assert evaluated().attempts == together.attempts
 
 
-def test_every_problem_has_one_greedy_attempt_and_the_requested_samples(policy):
-    evaluation = evaluated(policy)
+def test_every_problem_has_one_greedy_attempt_and_the_requested_samples(evaluated):
+    evaluation = evaluated()
     assert len(evaluation.attempts) == 6 * (1 + 3)
     assert all([a["sample"] for a in attempts] == [-1, 0, 1, 2] for attempts in evaluation.problems.values())
 
 
-def test_dev_and_test_draw_different_noise_and_the_same_phase_the_same(policy):
+def test_dev_and_test_draw_different_noise_and_the_same_phase_the_same(evaluated):
     one, two, dev = (
-        {(a["problem_id"], a["sample"]): a["completion"] for a in evaluated(policy, phase=phase).attempts}
+        {(a["problem_id"], a["sample"]): a["completion"] for a in evaluated(phase=phase).attempts}
         for phase in ("test", "test", "dev")
     )
     assert one == two
@@ -75,8 +95,8 @@ def test_dev_and_test_draw_different_noise_and_the_same_phase_the_same(policy):
     assert all(one[key] == dev[key] for key in one if key[1] == -1)
 
 
-def test_an_attempt_that_never_stops_is_not_solved(policy):
-    stops = [(a["stop"] == "stop_token", a["success"]) for a in evaluated(policy, success=always).attempts]
+def test_an_attempt_that_never_stops_is_not_solved(evaluated):
+    stops = [(a["stop"] == "stop_token", a["success"]) for a in evaluated(success=always).attempts]
     assert {solved for stopped, solved in stops if not stopped} == {"no"}
     assert {solved for stopped, solved in stops if stopped} <= {"yes"}
 
@@ -101,8 +121,8 @@ def test_the_success_function_gets_trls_arguments_in_the_form_of_the_prompt():
     }
 
 
-def test_without_success_function_nothing_is_called_solved(policy):
-    summary = evaluated(policy).summary(None)
+def test_without_success_function_nothing_is_called_solved(evaluated):
+    summary = evaluated().summary(None)
     assert "greedy" not in summary
     assert summary["ungraded"] == 24
 
@@ -140,8 +160,8 @@ class Doubtful:
         return Feedback(None, float(len(action)), done=True, success=True)
 
 
-def test_attempts_in_an_environment_have_returns_turns_and_a_first_success(policy):
-    evaluation = evaluated(policy, rollout_settings(Doubtful, max_turns=2))
+def test_attempts_in_an_environment_have_returns_turns_and_a_first_success(evaluated):
+    evaluation = evaluated(rollout_settings(Doubtful, max_turns=2))
     assert len(evaluation.attempts) == 24
     for attempt in evaluation.attempts:
         _, observation, last = (message["content"] for message in attempt["messages"])
@@ -161,7 +181,7 @@ def test_measure_writes_its_result_and_samples_harder_problems_less(policy, tmp_
     directory = tmp_path / "base"
     assert stored(directory) is None
     measured = measure(
-        policy, splits, rollout_settings(), split="test", samples=6, success=always, examples=examples,
+        policy, splits, rollout_settings(), split="test", samples=6, scorer=graded(success=always), examples=examples,
         directory=directory, quiet=False,
     )  # fmt: skip
     again = stored(directory)
@@ -170,10 +190,172 @@ def test_measure_writes_its_result_and_samples_harder_problems_less(policy, tmp_
     assert (measured.summary["sampled"]["n"], measured.summary["harder"]["sampled"]["n"]) == (6, 4)
     assert len(read_jsonl(directory / "evaluation.jsonl")) == 6 * 7
     assert read_json(directory / "evaluation.json") == measured.summary
+    assert sorted(file.name for file in directory.iterdir()) == ["evaluation.json", "evaluation.jsonl"]
     assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == ["base", "base, harder"]
     nothing = measure(
-        policy, splits, rollout_settings(), split="dev", samples=6, success=always, examples=[],
+        policy, splits, rollout_settings(), split="dev", samples=6, scorer=graded(success=always), examples=[],
         directory=tmp_path / "dev", quiet=True,
     )  # fmt: skip
     assert (nothing.evaluation.attempts, nothing.summary, stored(tmp_path / "dev")) == ((), {}, None)
     assert capsys.readouterr().out == ""
+
+
+# Nothing is played or asked twice
+
+
+class Counted:
+    """A success function that counts the attempts it is asked for, and raises from a given one on."""
+
+    def __init__(self, raises_from=10**9):
+        self.asked = 0
+        self.raises_from = raises_from
+
+    def __call__(self, completions, **_):
+        if self.asked + len(completions) > self.raises_from:
+            raise RuntimeError("the service is down")
+        self.asked += len(completions)
+        return [float(len(text) % 2) for text in completions]
+
+
+@pytest.fixture
+def played(monkeypatch):
+    """The attempts that were played."""
+    played, play = [], sample.play_attempts
+
+    def counting(policy, attempts, *rest, **keys):
+        played.extend(attempts)
+        return play(policy, attempts, *rest, **keys)
+
+    monkeypatch.setattr(sample, "play_attempts", counting)
+    return played
+
+
+def measured_at(policy, directory, success, *, split="test", samples=3, settings=None, harder=2):
+    splits = Splits(
+        train=(), dev=tuple(demonstrations()), test=tuple(demonstrations()),
+        harder=tuple(demonstrations(harder, start=6)),
+    )  # fmt: skip
+    return measure(
+        policy, splits, settings or rollout_settings(), split=split, samples=samples, scorer=graded(success=success),
+        examples=[], directory=directory, quiet=True,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("raises_from", [0, 1, 7, 12, 24])
+@pytest.mark.parametrize("split", ["dev", "test"])
+def test_a_failed_evaluation_is_repeated_without_playing_or_asking_again(
+    policy, tmp_path, monkeypatch, played, split, raises_from
+):
+    monkeypatch.setattr(scoring, "BATCH", 4)
+    alone = measured_at(policy, tmp_path / "alone", Counted(), split=split)
+    everything = len(played)
+    assert everything == (24 + 8 * (split == "test"))
+    success = Counted(raises_from)
+    if everything > raises_from:
+        with pytest.raises(FaultError, match="the service is down"):
+            measured_at(policy, tmp_path / "run", success, split=split)
+        assert not (tmp_path / "run" / "evaluation.json").exists()
+    success.raises_from = 10**9
+    again = measured_at(policy, tmp_path / "run", success, split=split)
+    assert (again.evaluation, again.summary) == (alone.evaluation, alone.summary)
+    assert len(played) == 2 * everything
+    assert success.asked == everything
+
+
+OTHER_WORK = {
+    "weights": lambda policy: {"policy": nudged(policy)},
+    "sampling": lambda _: {"settings": replace(rollout_settings(), sampling=Sampling(temperature=0.5))},
+    "length": lambda _: {"settings": replace(rollout_settings(), max_new_tokens=8)},
+    "seed": lambda _: {"settings": replace(rollout_settings(), seed=1)},
+    "split": lambda _: {"split": "dev"},
+}
+
+
+def nudged(policy):
+    """Return the policy with one weight changed a little."""
+    network = copy.deepcopy(policy.model)
+    with torch.no_grad():
+        network.lm_head.weight[3, 3] += 1e-3
+    return replace(policy, model=network)
+
+
+@pytest.mark.parametrize("what", OTHER_WORK)
+def test_attempts_of_other_weights_or_settings_are_never_taken_for_these(policy, tmp_path, played, what):
+    given = {"policy": policy, "directory": tmp_path / "run", "success": Counted(0), "harder": 0}
+    with pytest.raises(FaultError):
+        measured_at(**given)
+    other = given | {"success": Counted()} | OTHER_WORK[what](policy)
+    before = len(played)
+    found = measured_at(**other)
+    assert len(played) - before == 24
+    assert found.evaluation == measured_at(**other | {"directory": tmp_path / "alone"}).evaluation
+    assert sorted(file.name for file in (tmp_path / "run").iterdir()) == ["evaluation.json", "evaluation.jsonl"]
+
+
+def test_the_spelling_of_a_factory_or_a_timeout_is_not_another_evaluation(policy):
+    problems = [d.problem for d in demonstrations()]
+    keys = {
+        evaluation_key(policy, rollout_settings(partial(make, size=size)), problems)
+        for make, size in ((Doubtful, 1), (Doubtful, 1), (Doubtful, 2), (lambda size: size, 1))
+    }
+    assert len(keys) == 3
+    slower = replace(rollout_settings(), step_timeout=1e6)
+    assert evaluation_key(policy, slower, problems) == evaluation_key(policy, rollout_settings(), problems)
+
+
+# The reward in the place of success
+
+
+def length(completions, **_):
+    """Reward length."""
+    return [float(len(text)) for text in completions]
+
+
+def seldom(completions, **_):
+    """Grade one of three lengths only."""
+    return [float(len(text)) if len(text) % 3 == 0 else None for text in completions]
+
+
+@pytest.mark.parametrize(
+    ("functions", "weights", "value"),
+    [
+        ([length], (1.0,), lambda n: n),
+        ([length], (-0.5,), lambda n: -0.5 * n),
+        ([length, always], (1.0, 2.0), lambda n: n + 2),
+        ([seldom], (1.0,), lambda n: n if n % 3 == 0 else None),
+        ([seldom, always], (1.0, 1.0), lambda n: n + 1 if n % 3 == 0 else 1),
+    ],
+)
+def test_where_success_cannot_be_known_the_mean_reward_is_measured(evaluated, functions, weights, value):
+    evaluation = evaluated(scorer=Scorer(tuple(functions), weights, None))
+    wanted = [value(len(a["completion"])) for a in evaluation.attempts]
+    assert [a["reward"] if a["graded"] else None for a in evaluation.attempts] == wanted
+    assert {a["success"] for a in evaluation.attempts} == {"unknown"}
+    means = []
+    for attempts in evaluation.problems.values():
+        given = [value(len(a["completion"])) for a in attempts[1:]]
+        given = [reward for reward in given if reward is not None]
+        means += [sum(given) / len(given)] if given else []
+    summary = evaluation.summary(None)
+    assert summary["reward"]["mean"] == pytest.approx(sum(means) / len(means))
+    assert summary["ungraded"] == wanted.count(None)
+    assert not {"greedy", "sampled", "return"} & summary.keys()
+
+
+def test_a_reward_that_grades_nothing_measures_nothing(evaluated):
+    summary = evaluated(scorer=graded(lambda completions, **_: [None] * len(completions))).summary(None)
+    assert "reward" not in summary
+    assert summary["ungraded"] == 24
+
+
+def test_of_an_environment_the_reward_adds_to_the_return_where_success_is_unknown(evaluated):
+    class Paying(Doubtful):
+        def step(self, action):
+            return replace(super().step(action), success=None)
+
+    scorer = Scorer((length,), (1.0,), None, environment=True)
+    alone = evaluated(rollout_settings(Paying, max_turns=2)).attempts
+    both = evaluated(rollout_settings(Paying, max_turns=2), scorer=scorer).attempts
+    assert all(b["return"] > a["return"] for a, b in zip(alone, both, strict=True) if b["completion"])
+    known = evaluated(rollout_settings(Doubtful, max_turns=2), scorer=scorer).attempts
+    assert [a["return"] for a in known] == [a["return"] for a in alone]

@@ -8,7 +8,7 @@ from bcft.types import Action, Feedback, Problem, RolloutSettings, Sampling, pro
 # A template that drops everything before the last `>` of every action but the newest, as those of thinking models do.
 FORGETFUL = (
     "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>"
-    "{{ m.content.split('>')[-1] if m.role == 'assistant' else m.content }}<|eot_id|>{% endfor %}"
+    "{{ m.content.split('>')[-1] if m.role == 'assistant' and not loop.last else m.content }}<|eot_id|>{% endfor %}"
     "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>{% endif %}"
 )
 

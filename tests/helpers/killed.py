@@ -1,10 +1,11 @@
 """Runs of `bcft.filtered` that die by SIGKILL and are started again; a script, so that it imports once and forks.
 
-    python tests/helpers/killed.py DIRECTORY RECIPE_OR_- KEYS_JSON
+    PYTHONPATH=tests python -m helpers.killed DIRECTORY RECIPE_OR_- KEYS_JSON
 
 One run is left alone. For each point in POINTS a child runs until it is killed there, another runs the same to its
-end, and what they leave is hashed. Prints one JSON object: point -> hash of all that must not depend on kills; that of
-`another seed` shows that the hash can differ.
+end, and what they leave is hashed. Prints a JSON object: `digests`, point -> hash of all that must not depend on kills,
+where that of `another seed` shows that the hash can differ; `asked`: how many attempts the paid reward was asked for in
+the run left alone.
 """
 
 import hashlib
@@ -20,7 +21,9 @@ from helpers.functions import odd
 
 from bcft import filtered
 from bcft.algorithms import filtered_bc, learner, rounds
+from bcft.evaluation import held_out
 from bcft.rollout import sample
+from bcft.selection import scoring, store
 from bcft.training import trainer
 
 # What a run imports when it needs it: children do not import it again.
@@ -28,11 +31,18 @@ import bcft.generation.hf  # noqa: F401 isort: skip
 import peft  # noqa: F401 isort: skip
 
 POINTS: dict[str, tuple[Any, str, str, int]] = {
-    "before any rollout": (filtered_bc, "evaluate_base", "after", 1),
+    "before any rollout": (filtered_bc, "start", "after", 1),
+    "in the sanity check, between score batches": (store.ScoreStore, "add", "after", 1),
+    "after the sanity check": (filtered_bc, "try_first_problems", "after", 1),
+    "after playing the base's test": (held_out, "play_journaled", "after", 1),
+    "after grading the base's test": (held_out, "write_jsonl", "before", 1),
+    "after the evaluation of the base": (filtered_bc, "evaluate_base", "after", 1),
     "after a chunk": (sample.Journal, "append", "after", 3),
     "in a chunk": (sample.Journal, "append", "torn", 3),
     "before the rollouts are sealed": (sample, "seal", "before", 2),
     "after the rollouts are sealed": (sample, "seal", "after", 2),
+    "between score batches": (store.ScoreStore, "add", "after", -12),
+    "in storing answers": (store.ScoreStore, "add", "torn score", -12),
     "after scoring": (filtered_bc, "score_round", "after", 2),
     "before the selection is sealed": (rounds, "seal", "before", 2),
     "after the selection": (filtered_bc, "select_round", "after", 2),
@@ -40,21 +50,37 @@ POINTS: dict[str, tuple[Any, str, str, int]] = {
     "after training": (trainer, "fit", "after", 2),
     "in saving": (learner, "save_policy", "after", -1),
     "after saving": (filtered_bc, "train_round", "after", 2),
-    "after evaluation": (rounds, "measure", "after", 4),
+    "after playing an evaluation": (held_out, "play_journaled", "after", -2),
+    "between two files of an evaluation": (held_out, "write_json", "before", -2),
+    "before the next round": (filtered_bc, "evaluate_round", "after", 1),
+    "after evaluation": (filtered_bc, "evaluate_round", "after", 2),
     "before the round is committed": (rounds, "commit_round", "before", 2),
     "after the round is committed": (rounds, "commit_round", "after", 1),
     "before the test": (filtered_bc, "conclude", "before", 1),
     "in writing the best round": (rounds, "save_policy", "after", -1),
     "before the run is committed": (rounds, "write_best", "inside", 1),
 }
-"""Name -> whose function dies, when, and at which of its calls; -1 is the last call of a whole run."""
+"""Name -> whose function dies, when, and at which of its calls; -1 is the last call of a whole run, -2 that before."""
+UNSTORED = "in storing answers"
+"""The one moment at which an answer can be lost: the function has given it, and it is not on the disk yet."""
+
+
+def paid(completions: list[str], **_: Any) -> list[float]:
+    """Answer differently each time, and put every answer on the bill: a file beside the run."""
+    bill = Path(os.environ["BILL"])
+    before = bill.stat().st_size if bill.exists() else 0
+    with bill.open("a") as file:
+        file.write("." * len(completions))
+    return [float((before + number) * 7919 % 101) for number in range(len(completions))]
 
 
 def run(path: Path, recipe: str, keys: dict[str, Any]) -> None:
-    """Run to the end."""
-    sample.CHUNK = 7
-    rewards = [odd] if keys.get("success_func") == "" else None
-    filtered.run(None if recipe == "-" else recipe, output_dir=str(path), reward_funcs=rewards, **keys)
+    """Run to the end; with the key `paid`, with a reward that is paid for."""
+    sample.CHUNK = scoring.BATCH = 7
+    os.environ["BILL"] = str(path.with_suffix(".bill"))
+    own = {key: value for key, value in keys.items() if key != "paid"}
+    rewards = [paid if "paid" in keys else odd] if own.get("success_func") == "" else None
+    filtered.run(None if recipe == "-" else recipe, output_dir=str(path), reward_funcs=rewards, **own)
 
 
 def forked(action: Callable[[], None]) -> int:
@@ -101,12 +127,13 @@ def killed(holder: Any, name: str, when: str, times: int, path: Path, recipe: st
     def dying(*args: Any, **kwargs: Any) -> Any:
         left[0] -= 1
         last = left[0] == 0
-        if last and when == "torn":
-            with args[0].path.open("ab") as journal:
-                journal.write(b'{"sha256": "0123", "rows": [{"id": ')
+        if last and when.startswith("torn"):
+            journal = args[0] if when == "torn" else args[0].journal
+            with journal.path.open("ab") as file:
+                file.write(b'{"sha256": "0123", "rows": [{"id": ')
         if last and when == "inside":
             rounds.write_manifest = lambda *_, **__: die()  # type: ignore[assignment]
-        if last and when in ("torn", "before"):
+        if last and when != "after" and when != "inside":
             die()
         answer = original(*args, **kwargs)
         if last:
@@ -118,13 +145,19 @@ def killed(holder: Any, name: str, when: str, times: int, path: Path, recipe: st
 
 
 def digest(path: Path) -> str:
-    """Hash what was played, scored and kept in every round, the weights at the end, and the conclusion."""
+    """Hash what was played, scored, kept and paid in every round, the weights at the end, and the conclusion."""
     files = [*path.glob("round_*/*.jsonl"), *path.glob("round_*/evaluation.json"), *path.glob("best/*.safetensors")]
     files += [*path.glob("round_*/model/*.safetensors"), path / "metrics.json"]
-    found = hashlib.sha256()
+    found = hashlib.sha256(str(asked(path)).encode())
     for file in sorted(files):
         found.update(str(file.relative_to(path)).encode() + b"\0" + file.read_bytes())
     return found.hexdigest()
+
+
+def asked(path: Path) -> int:
+    """Return for how many attempts the paid reward was asked."""
+    bill = path.with_suffix(".bill")
+    return bill.stat().st_size if bill.exists() else 0
 
 
 def main() -> int:
@@ -134,6 +167,8 @@ def main() -> int:
     assert forked(lambda: run(root / "other", recipe, keys | {"seed": 1})) == 0
     found = {"alone": digest(root / "alone"), "another seed": digest(root / "other")}
     for number, (point, (holder, name, when, times)) in enumerate(POINTS.items()):
+        if point == UNSTORED and "paid" in keys:
+            continue
         path = root / f"{number:02d}"
         if times < 0:
             times += 1 + calls(holder, name, root / f"{number:02d}-counted", recipe, keys)
@@ -142,7 +177,7 @@ def main() -> int:
         assert not (path / "manifest.json").exists(), f"{point}: the run is committed although it was killed"
         assert forked(lambda: run(path, recipe, keys)) == 0, f"{point}: the same command did not resume"  # noqa: B023
         found[point] = digest(path)
-    print(json.dumps(found))
+    print(json.dumps({"digests": found, "asked": asked(root / "alone")}))
     return 0
 
 

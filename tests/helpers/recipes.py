@@ -54,6 +54,7 @@ SAME: list[tuple[str, str, Any]] = [
     ("report_to", "[wandb, trackio]", ["wandb", "trackio"]),
     ("lora_target_modules", "all-linear", ["all-linear"]),
     ("lora_target_modules", '["q_proj", v_proj]', ["q_proj", "v_proj"]),
+    ("gradient_checkpointing", "true", True),
     ("gradient_checkpointing_kwargs", '{"use_reentrant": false}', {"use_reentrant": False}),
     ("lr_scheduler_kwargs", "{min_lr: 1e-7, n: 3, kind: cos}", {"min_lr": 1e-7, "n": 3, "kind": "cos"}),
     ("lr_scheduler_kwargs", "{a: [1, {b: null}]}", {"a": [1, {"b": None}]}),

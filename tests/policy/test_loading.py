@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from bcft.config.schema import ModelSettings
 from bcft.errors import UsageError
-from bcft.policy import loading
+from bcft.policy import tokenizer as tokenizers
 from bcft.policy.loading import (
     adapter_base,
     check_four_bits,
@@ -187,10 +187,10 @@ def test_only_a_missing_generation_config_is_the_default_and_a_network_error_is_
     def download(*_, **__):
         raise not_found(error)
 
-    monkeypatch.setattr(loading, "load_tokenizer", lambda *_: AutoTokenizer.from_pretrained(llama))
-    monkeypatch.setattr(loading, "hf_hub_download", download)
-    monkeypatch.setattr(loading, "try_to_load_from_cache", lambda *_, **__: cached)
-    monkeypatch.setattr(loading, "is_offline_mode", lambda: offline)
+    monkeypatch.setattr(tokenizers, "load_tokenizer", lambda *_: AutoTokenizer.from_pretrained(llama))
+    monkeypatch.setattr(tokenizers, "hf_hub_download", download)
+    monkeypatch.setattr(tokenizers, "try_to_load_from_cache", lambda *_, **__: cached)
+    monkeypatch.setattr(tokenizers, "is_offline_mode", lambda: offline)
     if refused:
         with pytest.raises(UsageError, match=r"cannot load generation_config\.json of 'someone/model'"):
             load_renderer("someone/model", ModelSettings())
@@ -206,8 +206,8 @@ def test_the_generation_config_of_a_model_on_the_hub_is_read_from_its_download(l
         asked.append((*arguments, revision))
         return str(Path(llama, "generation_config.json"))
 
-    monkeypatch.setattr(loading, "load_tokenizer", lambda *_: AutoTokenizer.from_pretrained(llama))
-    monkeypatch.setattr(loading, "hf_hub_download", download)
+    monkeypatch.setattr(tokenizers, "load_tokenizer", lambda *_: AutoTokenizer.from_pretrained(llama))
+    monkeypatch.setattr(tokenizers, "hf_hub_download", download)
     assert 7 in load_renderer("someone/model", ModelSettings(model_revision="v1")).stop_ids
     assert asked == [("someone/model", "generation_config.json", "v1")]
 

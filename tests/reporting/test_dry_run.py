@@ -11,9 +11,11 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from bcft import sft
 from bcft.config.loader import load
-from bcft.config.schema import RoundSettings
+from bcft.config.schema import EvaluationSettings, RoundSettings
 from bcft.errors import DataError, UsageError
-from bcft.reporting.dry_run import dry_run_filtered, dry_run_sft, evaluated_rounds, steps
+from bcft.evaluation.budget import Budget
+from bcft.reporting.costs import steps
+from bcft.reporting.dry_run import Plan, dry_run_filtered, dry_run_sft
 from bcft.runs.history import is_due
 
 ROOT = Path(__file__).parents[2]
@@ -33,14 +35,8 @@ def llama(tmp_path_factory):
 
 
 def dry_run(config):
-    sections = {
-        "model": config.model, "data": config.data, "sampling": config.sampling, "environment": config.environment,
-        "selection": config.selection, "training": config.training, "evaluation": config.evaluation,
-    }  # fmt: skip
-    if config.command == "sft":
-        dry_run_sft(**sections, command_line=config.command_line)
-    else:
-        dry_run_filtered(**sections, rounds=config.rounds, command_line=config.command_line)
+    plan = Plan(**config.sections, command_line=config.command_line)
+    (dry_run_sft if config.command == "sft" else dry_run_filtered)(plan)
 
 
 def printed(capsys, config):
@@ -104,7 +100,8 @@ def test_steps_and_attempts_are_those_of_a_real_run(tmp_path, capsys):
 def test_the_rounds_that_train_are_evaluated_where_they_are_due(every, warmup):
     rounds = RoundSettings(eval_every=every, num_rounds=10, warmup_rounds=warmup)
     due = [is_due(rounds, number, evaluated=640, played=512) for number in range(warmup + 1, 11)]
-    assert evaluated_rounds(rounds, evaluated=640, played=512) == sum(due)
+    sizes = {"dev": 128, "test": 0, "harder": 0, "played": 512, "graded": True}
+    assert Budget.of(rounds, EvaluationSettings(eval_test_samples=16), **sizes).times == 1 + sum(due)
     expected = {"auto": [3, 6, 9, 10], 1: range(1, 11), 3: [3, 6, 9, 10], 5: [5, 10]}[every]
     assert sum(due) == sum(number > warmup for number in expected)
 

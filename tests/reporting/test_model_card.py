@@ -36,6 +36,11 @@ def test_the_figures_before_and_after_stand_in_a_table():
     assert "| solved, greedy | 25.0 % [10.0, 50.0] | 25.0 % [10.0, 50.0] |" in text
 
 
+def test_a_mean_reward_is_called_that():
+    rewarded = {"n": 8, "stop_rate": 1.0, "reward": {"mean": 0.5, "ci95": [0.25, 0.75]}}
+    assert "| mean reward | 0.5 [0.25, 0.75] |" in card({"base": rewarded, "conclusion": ""})
+
+
 def test_a_run_without_held_out_problems_has_no_table():
     assert "|" not in card({"base": {}, "final": {}, "conclusion": "nothing was measured"})
 

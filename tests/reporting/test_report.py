@@ -278,6 +278,25 @@ def test_where_success_is_unknown_rewards_take_its_place(tmp_path):
     assert list(panels(path)[2]["mean reward"].get_ydata()) == [1 / 7, 2 / 7]
 
 
+def test_a_reward_that_was_measured_on_dev_is_the_curve(tmp_path):
+    def rewarded(mean):
+        attempts = [a | {"success": "unknown", "graded": True, "reward": mean} for a in evaluation(1).attempts]
+        made = Evaluation(tuple(attempts))
+        summary = made.summary(None)
+        return Measured(made, summary | {"reward": summary["reward"] | {"ci95": [mean, mean + 1]}})
+
+    lines = [line(n, dev=rewarded(n / 4)) for n in (1, 2)]
+    path = make(tmp_path / "rewarded", rounds=lines, base=rewarded(0.0), tested=rewarded(0.125), best=2)
+    text = report(path)
+    assert [cells["dev reward"] for cells in rows(text, "Rounds")] == [
+        "0 [0, 1]",
+        "0.25 [0.25, 1.25]",
+        "0.5 [0.5, 1.5]",
+    ]
+    assert "| mean reward | 0 [0, 1] | 0.125 [0.125, 1.125] |" in text
+    assert list(panels(path)[2]["mean reward, 95 % interval"].get_ydata()) == [0.0, 0.25, 0.5]
+
+
 def test_without_samples_greedy_is_the_curve(tmp_path):
     greedy = measured(2)
     del greedy.summary["sampled"]

@@ -25,6 +25,7 @@ SOLVED = {
     "n": 8, "stop_rate": 1.0, "greedy": {"success": 0.25, "ci95": [0.1, 0.5]},
     "sampled": {"n": 4, "k": 2, "pass@1": 0.5, "ci95": [0.4, 0.6], "pass@k": 0.75, "maj@k": 0.625},
 }  # fmt: skip
+REWARDED = {"n": 8, "stop_rate": 1.0, "reward": {"greedy": 0.5, "mean": -0.125, "ci95": [-0.25, 0.0625]}}
 RETURNED = SOLVED | {"return": {"mean": -4.0, "ci95": [-5.0, -3.0], "turns": 4.25}}
 UNGRADED = {"n": 8, "stop_rate": 0.5, "loss": 0.25}
 REVISED = SOLVED | {"revision": {"first": 0.5, "last": 0.75, "wrong_to_right": 3, "right_to_wrong": 1}}
@@ -145,6 +146,49 @@ def test_rewards_and_returns_take_the_place_of_an_unknown_success():
     assert success_or_reward(rollout) == "r 0.125"
     assert success_or_reward(rollout | {"unknown": 3, "success": 0.25}) == "25.0 %"
     assert line.endswith("-4.00 [-5.00, -3.00]")
+    assert round_line({"round": 1, "rollout": rollout, "eval": REWARDED}).endswith("-0.125 [-0.25, 0.0625]")
+    assert ["mean reward", "-0.125 [-0.25, 0.0625]"] in table_rows({"base": REWARDED})
+
+
+def rewarded(rewards):
+    """Return the evaluation of as many problems, each attempted three times with the same reward."""
+    attempts = [
+        {
+            "problem_id": f"p{i:02}", "sample": sample, "prompt": "?", "completion": f"reply {reward}",
+            "success": "unknown", "stop": "stop_token", "graded": reward is not None, "reward": reward or 0.0,
+        }
+        for i, reward in enumerate(rewards)
+        for sample in (-1, 0, 1)
+    ]  # fmt: skip
+    evaluation = Evaluation(tuple(attempts))
+    return Measured(evaluation, evaluation.summary(None))
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "verdict", "difference"),
+    [
+        ([0.1 * i for i in range(20)], [0.1 * i + 0.5 + 0.01 * (i % 2) for i in range(20)], "better", "+0.505"),
+        ([float(i) for i in range(20)], [i - 3.0 - i % 2 for i in range(20)], "worse", "-3.5"),
+        ([float(i % 5) for i in range(20)], [float((i + 2) % 5) for i in range(20)], "not distinguishable", "+0"),
+        ([None, *[1.0] * 16], [7.0, *([1.5, 2.5] * 8)], "better", "+1"),
+        ([0.0] * 4, [1.0] * 4, "not distinguishable", "+1"),
+    ],
+)
+def test_where_success_is_unknown_the_conclusion_tests_the_paired_reward(before, after, verdict, difference):
+    found = conclusion(rewarded(before), rewarded(after))
+    assert found["conclusion"].startswith(f"{verdict}: a mean reward of ")
+    assert f"paired difference {difference}, 95 % interval" in found["conclusion"]
+    assert found["conclusion"].endswith("; success is unknown")
+    assert found["vs_base"].keys() == {"reward_delta", "reward_ci95", "p_value", "conclusion"}
+    assert found["vs_base"]["reward_delta"] == pytest.approx(float(difference))
+
+
+def test_a_problem_with_a_higher_reward_is_shown_with_both_attempts():
+    problem = Demonstration(Problem("p00", "How?"), "How?")
+    shown = before_and_after(rewarded([0.1]).evaluation, rewarded([0.2]).evaluation, [problem])
+    assert shown == "How?\n  before: reply 0.1\n  after:  reply 0.2\n"
+    assert before_and_after(rewarded([0.2]).evaluation, rewarded([0.1]).evaluation, [problem]) == ""
+    assert before_and_after(rewarded([None]).evaluation, rewarded([0.1]).evaluation, [problem]) == ""
 
 
 @pytest.mark.parametrize(
@@ -155,6 +199,7 @@ def test_rewards_and_returns_take_the_place_of_an_unknown_success():
             "solved 25.0 % [10.0, 50.0] of 8 problems by greedy decoding, 50.0 % [40.0, 60.0] of sampled attempts",
         ),
         (RETURNED, "a mean return of -4.00 [-5.00, -3.00] in 4.2 turns, at 8 problems"),
+        (REWARDED, "a mean reward of -0.125 [-0.25, 0.0625] at 8 problems; success is unknown"),
         (UNGRADED, "50.0 % of attempts stopped by themselves; success is unknown"),
     ],
 )

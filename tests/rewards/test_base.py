@@ -1,11 +1,24 @@
 """Reward functions: how one is called, named and imported."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 
 from bcft.errors import FaultError, UsageError
 from bcft.rewards import math_reward
-from bcft.rewards.base import Answers, answers_of, ask, described, import_function, reference
+from bcft.rewards.base import (
+    TRL_ARGUMENTS,
+    Answers,
+    answers_of,
+    ask,
+    described,
+    import_function,
+    name_of,
+    reference,
+    reward_functions,
+    solved,
+)
 from bcft.types import Problem
 
 
@@ -43,7 +56,7 @@ def test_a_column_that_some_problems_lack_is_none_for_them_in_any_order(order):
     columns = {}
 
     def reward(prompts, completions, **others):  # noqa: ARG001
-        columns.update(others)
+        columns.update({name: values for name, values in others.items() if name not in TRL_ARGUMENTS})
         return [0.0] * len(completions)
 
     ask(reward, problems, [""] * 3)
@@ -87,6 +100,7 @@ def test_the_reference_is_the_first_column_that_a_problem_has():
     assert reference(Problem("a", "?", {"ground_truth": 3, "solution": 2})) == "2"
     assert reference(Problem("a", "?", {"answer": "", "solution": 2})) == ""
     assert reference(Problem("a", "?", {"gold": 1})) == ""
+    assert reference(Problem("a", "?", {"answer": None, "solution": 2})) == "2"
 
 
 @pytest.mark.parametrize(
@@ -149,3 +163,53 @@ def test_functions_of_one_name_and_different_source_are_described_differently():
     assert described(first) == described(make("b"))
     assert described(first) != described(reward)
     assert described(first).split("@")[0] == described(reward).split("@")[0] == f"{__name__}.reward"
+
+
+@pytest.mark.parametrize(
+    ("reward", "success"),
+    [
+        (sum([1 / 10] * 10), True),
+        (0.7 + 0.2 + 0.1, True),
+        (1 - 1e-10, True),
+        (1.0, True),
+        (2, True),
+        (1 - 1e-8, False),
+        (0.999, False),
+        (-1.0, False),
+    ],
+)
+def test_success_is_1_or_more_to_9_decimals(reward, success):
+    assert solved(reward) is success
+
+
+def test_the_name_and_the_answers_of_a_function_survive_its_binding():
+    bound = partial(partial(math_reward, scale=2), other=1)
+    assert name_of(bound) == "math_reward"
+    assert answers_of(bound) is math_reward.answers
+    assert described(bound) == f"{described(math_reward)}(other=1, scale=2)"
+    assert described(partial(math_reward, key=object())) == described(partial(math_reward, key=object()))
+
+
+def test_one_function_or_several_are_given_as_objects_and_as_dotted_paths():
+    def mine(**_):
+        return []
+
+    path = "bcft.rewards.math_reward"
+    assert reward_functions(mine) == [mine]
+    assert reward_functions(path) == [math_reward]
+    assert reward_functions([path, mine]) == [math_reward, mine]
+    assert reward_functions((mine, path, mine)) == [mine, math_reward, mine]
+    assert reward_functions([]) == []
+
+
+@pytest.mark.parametrize("given", [3, [3], [math_reward, None], {"f": math_reward}, [["bcft.rewards.math_reward"]]])
+def test_what_is_neither_a_function_nor_a_dotted_path_is_refused_with_its_key(given):
+    with pytest.raises(UsageError, match=r"^reward_funcs: .* is neither a function nor a dotted path"):
+        reward_functions(given)
+
+
+def test_a_module_that_loads_its_parts_on_demand_and_fails_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "lazy_rewards.py").write_text("def __getattr__(name):\n    raise ImportError('no such\\nlibrary')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UsageError, match=r"^reward_funcs: cannot import 'lazy_rewards': ImportError: no such library"):
+        import_function("lazy_rewards.length", key="reward_funcs")

@@ -308,6 +308,20 @@ BLOCKS += [
     "\x00",
     "\ud800",
 ]
+BLOCKS += [
+    "<answer>",
+    "<think></think>",
+    "</think>",
+    "</s>",
+    "<<",
+    "\\boxed{1}, ",
+    "\\boxed{1}" + " " * 70,
+    "$a$ ",
+    "$ ",
+    "\\(",
+    "0.1",
+]
+BLOCKS += ["\\begin{pmatrix}", "\\overline{", "_{", "9:", "\\sin 9", "=", "x=", "\\text{ and }", "±", "not "]
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=repr)

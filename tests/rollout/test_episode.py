@@ -228,8 +228,12 @@ def test_environments_that_raise_hang_or_answer_nonsense_do_not_affect_the_other
     ("fault", "error"),
     [
         (lambda: 7, "reset's observation cannot be shown: ValueError: expected a string or a list of messages"),
-        (lambda: [{"role": "user"}], "reset's observation cannot be shown: ValueError: a message is {role, content}"),
-        (lambda: "\ud800", "reset's observation cannot be shown: UnicodeEncodeError"),
+        (lambda: [{"role": "user"}], "reset's observation cannot be shown: ValueError: message 0: a message is {role"),
+        (
+            lambda: [{"role": "assistant", "content": "4"}],
+            "reset's observation cannot be shown: ValueError: the last message is the assistant's",
+        ),
+        (lambda: "\ud800", "reset's observation cannot be shown: ValueError: half of a surrogate pair"),
         (lambda: 1 / 0, "reset raised ZeroDivisionError: division by zero"),
         (lambda: exit(3), "reset raised SystemExit: 3"),
         (lambda: Feedback("x", float("nan"), done=False), "reset raised ValueError: reward must be a finite number"),

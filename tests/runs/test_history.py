@@ -30,6 +30,33 @@ def test_where_an_environment_gives_rewards_the_best_round_has_the_highest_retur
     assert made.best(1) == 1
 
 
+@pytest.mark.parametrize(
+    ("base", "rewards", "best"),
+    [
+        (0.5, [0.4, 0.6, 0.55], 2), (0.5, [0.4, 0.3], 0), (-9.0, [-8.0, -8.0], 1), (0.0, [None, 0.1, None], 2),
+        (0.5, [0.5, 0.5], 0), (0.2, ["ungraded", 0.3], 2), (0.2, ["ungraded", 0.1], 0),
+    ],
+)  # fmt: skip
+def test_where_success_is_unknown_the_best_round_has_the_highest_reward(tmp_path, base, rewards, best):
+    made = history(tmp_path, [])
+    made.start({"n": 4, "reward": {"mean": base}})
+    for number, reward in enumerate(rewards, 1):
+        dev = {"n": 4} if reward == "ungraded" else {"n": 4, "reward": {"mean": reward}}
+        evaluated = {} if reward is None else {"eval": dev}
+        made.append({"round": number, "train": {"steps": 1}, **evaluated})
+    assert made.measured
+    assert made.best(len(rewards)) == best
+
+
+def test_optimizer_steps_add_up(tmp_path):
+    made = history(tmp_path, [0.1, 0.2, 0.3], trained={1, 3})
+    assert [made.steps(last) for last in range(4)] == [0, 1, 1, 2]
+
+
+def test_fewer_rounds_than_were_played_play_none(tmp_path):
+    assert history(tmp_path, [0.5] * 4, num_rounds=3).next_round() == 0
+
+
 def test_without_success_or_return_the_last_evaluated_round_is_taken(tmp_path):
     made = history(tmp_path, [])
     made.start({"n": 4, "stop_rate": 1.0})

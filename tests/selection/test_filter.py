@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from helpers.candidates import binary, candidate, kept_of, of_levels, of_rewards
 
-from bcft.config.schema import RuleSettings, SelectionSettings, SettingError
+from bcft.config.declare import SettingError
+from bcft.config.schema import RuleSettings, SelectionSettings
 from bcft.selection.filter import Candidate, Rule, select
 
 

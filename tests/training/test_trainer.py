@@ -9,9 +9,10 @@ from helpers.tiny import llama_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 from trl import SFTConfig
 
+from bcft.config.declare import LIBRARY
 from bcft.config.keys import PASSED_THROUGH
 from bcft.config.loader import load
-from bcft.config.schema import LIBRARY, TrainingSettings
+from bcft.config.schema import TrainingSettings
 from bcft.errors import DivergedError, Preempted
 from bcft.training.trainer import BCTrainer, fit, newest_checkpoint, to_dataset, training_arguments
 from bcft.types import IGNORED, TrainingExample

@@ -1,168 +1,19 @@
-"""The values that flow through the package, frozen and checked when made, and the protocols between its layers.
+"""What is played: requests to an engine, an environment's answers, and the trajectories that they make."""
 
-Plain behavior cloning goes from a Problem to a Demonstration to a TrainingExample. Filtered behavior cloning makes its
-own demonstrations: Problem, Request, Action, Feedback, Turn, Trajectory, TrainingExample.
-"""
-
-import hashlib
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from numbers import Real
-from typing import Any, Literal, Protocol, TypeAlias, TypedDict, get_args
+from typing import Any, Literal, Protocol, TypeAlias, get_args
 
+from bcft.types.data import Problem
+from bcft.types.text import Message, Prompt, messages, with_type
 
-ROLES = ("system", "user", "assistant", "tool")
-"""Whose message it is; `tool` is an observation, as `user` is."""
-
-
-class Message(TypedDict):
-    """One chat message; `role` is one of `ROLES`."""
-
-    role: str
-    content: str
-
-
-Prompt = str | Sequence[Message]
 Stop = Literal["stop_token", "max_tokens", "context_full"]
 Success: TypeAlias = Literal["yes", "no", "unknown"]
 Ended = Literal["done", "turn_limit", "error"]
 """`done`: the environment ended it; `turn_limit`: the loop did, after the last turn allowed or with a full context (the
 last turn's `stop` says which); `error`: the environment failed, so the trajectory is never data."""
-
-Source = Literal["self", "demonstration", "teacher"]
-"""Whose trajectory an example is made from."""
-IGNORED = -100
-"""The label of a token that carries no loss, as in `torch.nn.CrossEntropyLoss`."""
-
-
-def problem_id(prompt: Prompt) -> str:
-    """Return 16 hex digits that depend on the prompt's canonical text alone."""
-    messages = [("user", prompt)] if isinstance(prompt, str) else [(m["role"], m["content"]) for m in prompt]
-    words = [(role, " ".join(content.split())) for role, content in messages]
-    # A string is one user message, and its id that of its words alone.
-    canonical = words[0][1] if [role for role, _ in words] == ["user"] else json.dumps(words, ensure_ascii=False)
-    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
-
-
-def bucket(identity: str) -> float:
-    """Map a problem id to a number in [0, 1). The number decides the split."""
-    return int(identity[:8], 16) / 2**32
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """Something to solve: a prompt, and the columns that a reward needs to grade an attempt."""
-
-    id: str
-    """`problem_id(prompt)`: equal texts are one problem, in every dataset."""
-    prompt: Prompt
-    """As given: a string or a list of messages."""
-    columns: Mapping[str, Any] = field(default_factory=dict)
-    """All other columns of the row, such as `answer`."""
-    where: str = ""
-    """`file:line` or `dataset row N`, for messages."""
-
-    @property
-    def template_kwargs(self) -> Mapping[str, Any]:
-        """The arguments that its column `chat_template_kwargs` gives to the chat template."""
-        return self.columns.get("chat_template_kwargs") or {}
-
-
-@dataclass(frozen=True, slots=True)
-class TrainingExample:
-    """One row to train on: token ids, and labels that are `IGNORED` for tokens without loss.
-
-    `to_json` is a line of `kept.jsonl`; `from_json` reads one. Raises ValueError when ids and labels differ in length
-    or a label is neither `IGNORED` nor its token.
-    """
-
-    id: str
-    """The trajectory it is made from, or `demonstration-N`; several examples of one trajectory share it."""
-    problem_id: str
-    input_ids: tuple[int, ...]
-    """(T,) prompt and completion."""
-    labels: tuple[int, ...]
-    """(T,)"""
-    turn: int = 0
-    """The first turn of the trajectory that it holds."""
-    source: Source = "demonstration"
-    prompt: tuple[Message, ...] = ()
-    """To read, and for another tokenizer: the messages before the first action that is trained."""
-    completion: tuple[Message, ...] = ()
-    """To read: the messages from that action to the last one that is trained."""
-    reward: float = 0.0
-    weight: float = 1.0
-    """Always 1.0: part of the file format, and ignored by the trainer."""
-    where: str = ""
-    """`file:line` or the like, for messages."""
-
-    def __post_init__(self) -> None:
-        where = self.where or self.id
-        if len(self.input_ids) != len(self.labels):
-            raise ValueError(f"{where}: {len(self.input_ids)} input_ids but {len(self.labels)} labels")
-        for position, (token, label) in enumerate(zip(self.input_ids, self.labels, strict=True)):
-            if label not in (IGNORED, token):
-                raise ValueError(f"{where}: label {label} at position {position} is not its token {token}")
-
-    @property
-    def supervised(self) -> int:
-        """How many tokens carry loss."""
-        return sum(label != IGNORED for label in self.labels)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return a line of `kept.jsonl`."""
-        return {
-            "id": self.id,
-            "problem_id": self.problem_id,
-            "turn": self.turn,
-            "source": self.source,
-            "prompt": [dict(message) for message in self.prompt],
-            "completion": [dict(message) for message in self.completion],
-            "input_ids": list(self.input_ids),
-            "labels": list(self.labels),
-            "reward": self.reward,
-            "weight": self.weight,
-        }
-
-    @classmethod
-    def from_json(cls, line: Mapping[str, Any], *, where: str = "") -> "TrainingExample":
-        """Return the example of a line. Raises ValueError, TypeError or KeyError for another kind of line."""
-        return cls(
-            id=str(line["id"]),
-            problem_id=str(line["problem_id"]),
-            input_ids=tuple(map(int, line["input_ids"])),
-            labels=tuple(map(int, line["labels"])),
-            turn=int(line["turn"]),
-            source=line["source"],
-            prompt=tuple(messages(line["prompt"])),
-            completion=tuple(messages(line["completion"])),
-            reward=float(line["reward"]),
-            weight=float(line["weight"]),
-            where=where,
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Demonstration:
-    """A problem and a demonstrator's solution, as text."""
-
-    problem: Problem
-    prompt: Prompt
-    """The first text that the policy reads: mostly the problem's prompt, as given."""
-    completion: tuple[Message, ...] = ()
-    """The messages after it, from the first action to the last, with the observations between them; empty for a problem
-    without a solution."""
-    sampled: TrainingExample | None = None
-    """For a policy's own text, the sampled ids: a model with the same tokenizer trains on them as they are."""
-    tokenizer: str = ""
-    """The fingerprint of the tokenizer that `sampled` is made with."""
-
-    @property
-    def answered(self) -> bool:
-        """Whether the last action says anything."""
-        return bool(self.completion and self.completion[-1]["content"].strip())
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,23 +61,6 @@ class Engine(Protocol):
         ...
 
 
-def messages(prompt: Prompt) -> list[Message]:
-    """Return a prompt or an observation as messages of its own: a string is one user message.
-
-    Raises ValueError for anything but a string or a list of messages with `role` and `content` alone, both text.
-    """
-    if isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
-    if not isinstance(prompt, list | tuple) or not prompt:
-        raise ValueError(f"expected a string or a list of messages, not {_with_type(prompt)}")
-    for message in prompt:
-        texts = isinstance(message, dict) and all(isinstance(value, str) for value in message.values())
-        if not texts or message.keys() != {"role", "content"}:
-            raise ValueError(f"a message is {{role, content}}, both text, not {_with_type(message)}")
-        "".join(message.values()).encode()  # half a surrogate pair raises UnicodeEncodeError, a ValueError
-    return [{"role": message["role"], "content": message["content"]} for message in prompt]
-
-
 @dataclass(frozen=True, slots=True)
 class Feedback:
     """The answer of an environment to an action. Raises ValueError for a field of a wrong type."""
@@ -240,17 +74,28 @@ class Feedback:
     """Whether the problem is solved so far; None: not known. The last known value counts."""
 
     def __post_init__(self) -> None:
+        # A scalar of NumPy or torch (`np.bool_`, `np.float32`) is kept as the Python value that it holds.
+        for name in ("reward", "done", "success"):
+            object.__setattr__(self, name, _python(getattr(self, name)))
         number = isinstance(self.reward, Real) and not isinstance(self.reward, bool) and math.isfinite(self.reward)
         if not (self.reward is None or number):
-            raise ValueError(f"reward must be a finite number or None, not {_with_type(self.reward)}")
+            raise ValueError(f"reward must be a finite number or None, not {with_type(self.reward)}")
         if not isinstance(self.done, bool):
-            raise ValueError(f"done must be True or False, not {_with_type(self.done)}")
+            raise ValueError(f"done must be True or False, not {with_type(self.done)}")
         if not (self.success is None or isinstance(self.success, bool)):
-            raise ValueError(f"success must be True, False or None, not {_with_type(self.success)}")
-        if self.observation is not None:
-            messages(self.observation)
-        elif not self.done:
-            raise ValueError("observation is None but done is False: the policy has nothing to answer")
+            raise ValueError(f"success must be True, False or None, not {with_type(self.success)}")
+        if self.observation is None:
+            if not self.done:
+                raise ValueError("observation is None but done is False: the policy has nothing to answer")
+        elif any(message["role"] == "assistant" for message in messages(self.observation)):
+            raise ValueError("an observation holds no assistant message: these are the policy's own")
+
+
+def _python(value: Any) -> Any:
+    """Return the Python value of a scalar of NumPy or torch or of another kind of number; anything else as it is."""
+    if getattr(value, "shape", None) == () and hasattr(value, "item"):
+        return value.item()
+    return float(value) if isinstance(value, Real) and not isinstance(value, int | float) else value
 
 
 class Environment(Protocol):
@@ -437,13 +282,3 @@ class Trajectory:
         if trajectory.id != identity:
             raise ValueError(f"trajectory {trajectory.id} is filed under the id {identity!r}")
         return trajectory
-
-
-def show(value: object) -> str:
-    """Return a value for an error message: its `repr` on one line, at most 60 characters."""
-    text = " ".join(repr(value).splitlines())
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _with_type(value: object) -> str:
-    return f"{type(value).__name__} {show(value)}"

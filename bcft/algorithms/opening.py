@@ -1,0 +1,150 @@
+"""Filtered behavior cloning before its first round: checks, the policy, the sanity check, the base's evaluation."""
+
+import shutil
+
+from bcft.algorithms.learner import Learner
+from bcft.algorithms.run import Run
+from bcft.data.examples import check_prompts, replay_examples, without_special_tokens
+from bcft.errors import FaultError
+from bcft.evaluation.held_out import UNFINISHED
+from bcft.evaluation.results import Measured, stored
+from bcft.policy.loading import check_disk, check_model, load_policy, longest_row, with_adapter
+from bcft.reporting.sanity_check import PROBLEMS, SanityCheck, sanity_check
+from bcft.rollout.sample import play_journaled
+from bcft.runs.directory import GRADING
+from bcft.runs.disk import copies_of_rounds
+from bcft.runs.distributed import barrier, rank
+from bcft.runs.history import History
+from bcft.runs.storage import KEPT, ROLLOUTS, SCORES, seal, sealed
+from bcft.training.checks import check_training
+from bcft.types import TrainingExample
+
+
+def start(run: Run, history: History) -> tuple[Learner, list[TrainingExample]]:
+    """Load the policy as it was after the last committed round, and record what the run depends on.
+
+    Returns the learner, and the demonstrations to replay. What can be refused without weights is refused before they
+    are loaded.
+    """
+    config, splits, session = run.config, run.splits, run.session
+    notes = [run.scorer.check(list(run.problems.values()))]
+    replay, note = _check(run, history)
+    notes.append(note)
+    if session.directory.drift and rank() == 0:
+        discard_stale(history, played=not session.directory.drift <= GRADING)
+    loaded = load_policy(history.weights_path(history.weights_round_after(history.last)), config.model)
+    policy = with_adapter(loaded, config.model, seed=config.training.seed)
+    learner = Learner(config, policy, session.path)
+    if policy is not loaded and rank() == 0:  # a new adapter is saved as round 0
+        learner.save(history.path(0) / "model", {})
+    session.say(f"model: {history.base_model} on {policy.precision.why}")
+    session.say(f"data: {len(run.problems):,} problems to attempt, {splits.held_out_words}")
+    session.say(f"evaluation: {run.budget}")
+    if config.environment.environment:
+        session.say(f"environment: {config.environment.environment}, at most {config.environment.max_turns} turns")
+    for note in filter(None, (policy.note, *notes)):
+        session.say(note)
+    barrier()  # every process has read the directory before it is written
+    session.directory.record([d.problem for d in (*splits.train, *splits.held_out)], splits.digest)
+    return learner, replay
+
+
+def _check(run: Run, history: History) -> tuple[list[TrainingExample], str]:
+    """Refuse what can be refused without weights; return the demonstrations to replay, and a note about them."""
+    config, splits = run.config, run.splits
+    check_training(config.training)
+    renderer = check_model(history.base_model, config.model).renderer
+    problems = [*run.problems.values(), *(d.problem for d in splits.held_out)]
+    check_prompts(problems, renderer, special_tokens=config.data.special_tokens)
+    demonstrations, note = without_special_tokens(splits.replay, renderer, special_tokens=config.data.special_tokens)
+    limit = longest_row(history.base_model, config.model, config.data.max_length)
+    replay = replay_examples(demonstrations, renderer, max_length=limit, train_on=config.data.train_on)
+    check_disk(
+        run.session.path,
+        history.base_model,
+        config.model,
+        config.training,
+        copies=copies_of_rounds(config.rounds),
+        optimizer=not config.rounds.reset_optimizer,
+    )
+    return replay, note
+
+
+def discard_stale(history: History, *, played: bool) -> None:
+    """Delete what another recipe left and this one would read: an unfinished round and the evaluations to compare with.
+
+    played: whether its attempts would differ too; else only what they are worth does, and they are kept.
+    It happens before the new recipe is recorded: an interruption in between leaves a directory that still differs.
+    """
+    unfinished = history.path(history.last + 1)
+    if played or not unfinished.is_dir():
+        shutil.rmtree(unfinished, ignore_errors=True)
+    else:
+        whole = sealed(unfinished, ROLLOUTS)
+        for name in (SCORES, KEPT):
+            (unfinished / name).unlink(missing_ok=True)
+        if whole:
+            seal(unfinished, ROLLOUTS)
+        for name in ("model", UNFINISHED):
+            shutil.rmtree(unfinished / name, ignore_errors=True)
+    for directory in history.directory.glob("round_*/test"):
+        for file in directory.glob("evaluation.json*"):
+            file.unlink()
+    for file in [*history.path(0).glob("evaluation.json*"), *unfinished.glob("evaluation.json*")]:
+        file.unlink()
+
+
+def try_first_problems(run: Run, learner: Learner, history: History) -> SanityCheck | None:
+    """Play and score the first problems of round 1, and check that there is something to learn.
+
+    Attempts and answers stay in the round's journal. It costs little, so it comes before the evaluation of the base: a
+    reward function that raises does it here. None once a round is committed. Raises FaultError when nothing can be
+    learned from the attempts.
+    """
+    run.clock.lap()
+    if history.last:
+        return None
+    config, directory = run.config, history.path(1)
+    attempts = run.attempts(1)[: PROBLEMS * config.sampling.num_generations]
+    with run.clock.phase("rollout"):
+        trajectories = play_journaled(
+            learner.policy, attempts, run.rollouts, directory=directory, clock=run.clock, label=run.label
+        )
+    with run.clock.phase("score"):
+        scores = run.score(trajectories, directory, step=0)
+    check = sanity_check(
+        scores,
+        run.problems,
+        answers=run.scorer.answers,
+        environment=config.environment.environment,
+        max_completion_length=config.sampling.max_completion_length,
+    )
+    run.session.say("\n".join(check.lines))
+    _refuse(check.reason)
+    return check
+
+
+def evaluate_base(run: Run, learner: Learner, history: History, check: SanityCheck | None) -> tuple[Measured, Measured]:
+    """Evaluate the policy as it is, on test and on dev, unless its results are there; start the history with dev.
+
+    check: of the first problems. Raises FaultError when dev says too that there is nothing to learn.
+    """
+    directory = history.path(0)
+    test, dev = stored(directory / "test"), stored(directory)
+    trained = history.weights_round_after(history.last) if not (test and dev) else 0
+    if trained:  # another recipe, whose evaluations are missing, goes on with these rounds
+        learner.restore(history.weights_path(0))
+    with run.clock.left_out():
+        test = test or run.measure(learner, directory / "test", "test", step=0)
+        dev = dev or run.measure(learner, directory, "dev", step=0)
+    if trained:
+        learner.restore(history.weights_path(trained))
+    history.start(dev.summary)
+    if check:
+        _refuse(check.reason_on_dev(dev.summary, require_success=run.config.selection.require_success))
+    return test, dev
+
+
+def _refuse(reason: str) -> None:
+    if reason:
+        raise FaultError(f"nothing can be learned: {reason}")

@@ -1,0 +1,91 @@
+"""What all rounds of filtered behavior cloning share, and what they do with it: play, score and measure."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from bcft.algorithms.learner import Learner
+from bcft.algorithms.session import Session
+from bcft.config.loader import Config
+from bcft.data.loading import Splits
+from bcft.evaluation.budget import Budget, samples_of
+from bcft.evaluation.held_out import measure
+from bcft.evaluation.results import Measured
+from bcft.rollout.episode import Attempt
+from bcft.rollout.sample import draw
+from bcft.runs.clock import Clock
+from bcft.runs.distributed import broadcast, rank
+from bcft.selection.scoring import Score, Scorer
+from bcft.types import Problem, RolloutSettings, Trajectory
+
+
+@dataclass(frozen=True)
+class Run:
+    """What all rounds share."""
+
+    config: Config
+    splits: Splits
+    session: Session
+    problems: Mapping[str, Problem]
+    rollouts: RolloutSettings
+    scorer: Scorer
+    clock: Clock
+
+    @cached_property
+    def budget(self) -> Budget:
+        """How often and with how many attempts the run is evaluated."""
+        config, splits = self.config, self.splits
+        return Budget.of(
+            config.rounds,
+            config.evaluation,
+            dev=len(splits.dev),
+            test=len(splits.test),
+            harder=len(splits.harder),
+            played=min(config.rounds.prompts_per_round, len(self.problems)) * config.sampling.num_generations,
+            graded=self.scorer.measures != "nothing",
+        )
+
+    @property
+    def label(self) -> str:
+        """The label of the progress bar of rollouts; '' for none."""
+        return "" if self.session.quiet else "roll out"
+
+    def attempts(self, number: int) -> list[Attempt]:
+        """Return a round's attempts: training problems, drawn without replacement."""
+        return draw(
+            self.problems.values(),
+            number,
+            seed=self.config.training.seed,
+            prompts=self.config.rounds.prompts_per_round,
+            samples=self.config.sampling.num_generations,
+        )
+
+    def score(self, trajectories: Sequence[Trajectory], directory: Path, *, step: int) -> list[Score]:
+        """Ask the reward functions on one process, once for each attempt: again they might answer differently.
+
+        directory: of the round, where the answers are kept; step: optimizer steps so far.
+        """
+        store = directory / "journal" / "rewards" / "000.jsonl"
+        scores: list[Score] = broadcast(
+            self.scorer.score(trajectories, self.problems, store=store, step=step) if rank() == 0 else []
+        )
+        return scores
+
+    def measure(
+        self, learner: Learner, directory: Path, split: str, *, step: int, samples: int | None = None
+    ) -> Measured:
+        """Evaluate the policy on `dev` or `test`; samples: of each problem, None: as the recipe says."""
+        graded = self.scorer.measures != "nothing"
+        return measure(
+            learner.policy,
+            self.splits,
+            self.rollouts,
+            split=split,
+            samples=samples_of(self.budget.evaluation, split, graded=graded) if samples is None else samples,
+            scorer=self.scorer,
+            examples=[],
+            directory=directory,
+            quiet=self.session.quiet or split == "dev",
+            step=step,
+        )

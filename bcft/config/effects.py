@@ -1,0 +1,152 @@
+"""Keys that a command would accept and then not use: each is refused, with what it needs.
+
+A key of a file stays allowed when the caller overrides what it depends on: `use_peft=false` runs a LoRA recipe without
+its adapter, and `save_strategy=no` saves nothing whatever the file's `save_total_limit` is.
+"""
+
+import json
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bcft.config.declare import TRAINING
+from bcft.config.keys import KEYS
+
+Finding = tuple[str, str]
+"""A key and the reason why it is refused."""
+
+
+class _Needs(NamedTuple):
+    """Keys that act only with some values of another key."""
+
+    keys: tuple[str, ...]
+    other: str
+    values: Collection[Any]
+    words: str
+
+
+_GIVEN = {
+    "use_peft": (
+        (
+            "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_modules_to_save", "use_rslora",
+            "use_dora",
+        ),
+        "use_peft: true",
+    ),
+    "load_in_4bit": (("bnb_4bit_quant_type", "use_bnb_nested_quant"), "load_in_4bit: true"),
+    "environment": (("environment_args", "max_turns", "step_timeout"), "an environment"),
+    "gradient_checkpointing": (("gradient_checkpointing_kwargs",), "gradient_checkpointing: true"),
+}  # fmt: skip
+"""A key -> those that act only where it is given, and what they need."""
+
+_PLAIN_OPTIMIZERS = ("sgd", "adafactor", "adagrad", "rmsprop")
+_NO_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")
+_VALUES = (
+    _Needs(("eval_steps",), "eval_strategy", ("steps",), "without eval_strategy: steps"),
+    _Needs(
+        ("eval_delay", "eval_on_start", "per_device_eval_batch_size"), "eval_strategy", ("steps", "epoch"),
+        "without eval_strategy: steps or epoch",
+    ),
+    _Needs(("save_steps",), "save_strategy", ("steps",), "without save_strategy: steps"),
+    _Needs(
+        ("save_total_limit", "save_on_each_node"), "save_strategy", ("steps", "epoch"),
+        "without save_strategy: steps or epoch",
+    ),
+    _Needs(("logging_steps",), "logging_strategy", ("steps",), "without logging_strategy: steps"),
+    _Needs(
+        ("warmup_steps",), "lr_scheduler_type", {*KEYS["lr_scheduler_type"].choices} - {*_NO_WARMUP},
+        "with this lr_scheduler_type; constant_with_warmup is constant after a warm-up",
+    ),
+    _Needs(
+        ("adam_beta1", "adam_beta2", "adam_epsilon"), "optim", {*KEYS["optim"].choices} - {*_PLAIN_OPTIMIZERS},
+        "with this optim, which is not a variant of Adam",
+    ),
+    _Needs(
+        ("project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"), "report_to",
+        ("all", "trackio"), "without report_to: trackio",
+    ),
+)  # fmt: skip
+
+_ADAPTER = {
+    "lora_r": "r",
+    "lora_alpha": "lora_alpha",
+    "lora_dropout": "lora_dropout",
+    "lora_target_modules": "target_modules",
+    "lora_modules_to_save": "modules_to_save",
+    "use_rslora": "use_rslora",
+    "use_dora": "use_dora",
+}
+"""A key -> its name in an adapter's own file."""
+_LISTS = ("lora_target_modules", "lora_modules_to_save")
+
+
+def without_effect(
+    command: str, values: Mapping[str, Any], *, in_file: Collection[str], overrides: Collection[str]
+) -> Iterator[Finding]:
+    """Yield the keys that the command would not use, each with the reason.
+
+    in_file, overrides: the keys that the recipe and the caller set.
+    """
+    for key, reason in (*_missing(values, in_file, overrides), *_unsuited(values, in_file, overrides)):
+        if command in KEYS[key].commands:
+            yield key, f"has no effect {reason}"
+    if command == "evaluate":
+        split = values["eval_split"]
+        other = "eval_dev_samples" if split == "test" else "eval_test_samples"
+        if other in overrides:
+            yield other, f"has no effect with eval_split: {split}"
+    if command in TRAINING:
+        yield from _continued_adapter(values, {*in_file, *overrides})
+
+
+def _missing(values: Mapping[str, Any], in_file: Collection[str], overrides: Collection[str]) -> Iterator[Finding]:
+    given = {*in_file, *overrides}
+    for other, (keys, words) in _GIVEN.items():
+        if other in given:
+            continue
+        for key in keys:
+            # A default is what a run has anyway; but whoever writes any key of an adapter wants one.
+            if key in given and (other == "use_peft" or values[key] != KEYS[key].default):
+                yield key, f"without {words}"
+
+
+def _unsuited(values: Mapping[str, Any], in_file: Collection[str], overrides: Collection[str]) -> Iterator[Finding]:
+    for keys, other, suited, words in _VALUES:
+        value = values[other]
+        if any(word in suited for word in (value if isinstance(value, list) else [value])):
+            continue
+        for key in keys:
+            only_in_file = key in in_file and key not in overrides and other in overrides
+            if (key in in_file or key in overrides) and values[key] != KEYS[key].default and not only_in_file:
+                yield key, words
+
+
+def _continued_adapter(values: Mapping[str, Any], given: Collection[str]) -> Iterator[Finding]:
+    """Yield the keys of an adapter that differ from those of the adapter directory that is trained further."""
+    name = values["model_name_or_path"]
+    own = adapter_keys(name)
+    for key, theirs in own.items():
+        ours = values[key]
+        if key not in given or ours == ["all-linear"]:  # its modules are listed by name in the adapter's file
+            continue
+        if isinstance(ours, list) and isinstance(theirs, list):
+            ours, theirs = sorted(ours), sorted(theirs)
+        if ours != theirs:
+            yield (
+                key,
+                f"has no effect: {name} is an adapter with {_ADAPTER[key]} {theirs}, which is trained further as it "
+                f"is: leave {key} out, or give the adapter's base model to begin a new one",
+            )
+
+
+def adapter_keys(name: str) -> dict[str, Any]:
+    """Return the keys of a recipe that an adapter directory decides, with its values; {} for any other model."""
+    file = Path(name) / "adapter_config.json"
+    try:
+        own = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # not an adapter, or one whose damage is reported where it is loaded
+        return {}
+    if not isinstance(own, dict):
+        return {}
+    values = {key: own[its_name] for key, its_name in _ADAPTER.items() if its_name in own}
+    return {key: [value] if key in _LISTS and isinstance(value, str) else value for key, value in values.items()}

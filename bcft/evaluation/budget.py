@@ -1,0 +1,132 @@
+"""What evaluation costs, counted in attempts before the run starts; without a framework, for dry runs too.
+
+Left to itself (`auto`), evaluation takes at most a third of all attempts of a run: dev in some of the rounds, test
+twice.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from bcft.config.schema import EvaluationSettings, RoundSettings
+from bcft.runs.history import is_due, rounds_between
+
+HARDER_SAMPLES = 4
+"""The most sampled attempts at each harder problem."""
+TEST_SAMPLES = (16, 8, 4, 2)
+"""Sampled attempts at each test problem that `auto` chooses from; the first where there are no rounds."""
+FEWEST = 4
+"""Into so many parts the evaluations on dev divide a run at least, if `auto` may choose them to give test more."""
+
+
+@dataclass(frozen=True)
+class Problems:
+    """How many held-out problems there are, and whether success or a reward can be measured on them."""
+
+    dev: int
+    test: int
+    harder: int
+    graded: bool
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The attempts of a run of `filtered`."""
+
+    rounds: RoundSettings
+    """Without `auto`."""
+    evaluation: EvaluationSettings
+    """Without `auto`."""
+    dev: int
+    """Attempts of one evaluation on dev."""
+    test: int
+    """Attempts of one evaluation on test, harder problems included."""
+    times: int
+    """Evaluations on dev if every round trains, the one before training included."""
+    rolled_out: int
+    """Attempts of all rounds."""
+
+    @classmethod
+    def of(
+        cls,
+        rounds: RoundSettings,
+        evaluation: EvaluationSettings,
+        *,
+        dev: int,
+        test: int,
+        harder: int,
+        played: int,
+        graded: bool,
+    ) -> "Budget":
+        """Return the budget with every `auto` resolved.
+
+        dev, test, harder: problems held out; played: attempts of a round; graded: as in `samples_of`.
+        """
+        problems = Problems(dev, test, harder, graded)
+        plans = [
+            _count(
+                replace(rounds, eval_every=between), replace(evaluation, eval_test_samples=samples), problems, played
+            )
+            for samples, between in _choices(rounds, evaluation, problems, played)
+        ]
+        # Where even the last choice is dearer, the recipe's own numbers or a short run leave no other.
+        return next((plan for plan in plans if 3 * plan.evaluated <= plan.evaluated + plan.rolled_out), plans[-1])
+
+    @property
+    def evaluated(self) -> int:
+        """Attempts of all evaluations."""
+        return self.times * self.dev + 2 * self.test
+
+    @property
+    def share(self) -> float:
+        """The share of evaluations in all attempts."""
+        return self.evaluated / (self.evaluated + self.rolled_out)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.evaluated:,} attempts beside {self.rolled_out:,} of rounds: {100 * self.share:.0f} % of all "
+            f"attempts"
+        )
+
+
+def samples_of(evaluation: EvaluationSettings, split: str, *, graded: bool) -> int:
+    """Return how many sampled attempts each problem of `dev` or `test` gets.
+
+    graded: whether success, a return or a reward can be measured; without, samples show nothing: 0.
+    """
+    if not graded:
+        return 0
+    if split == "dev":
+        return evaluation.eval_dev_samples
+    return TEST_SAMPLES[0] if evaluation.eval_test_samples == "auto" else int(evaluation.eval_test_samples)
+
+
+def _choices(
+    rounds: RoundSettings, evaluation: EvaluationSettings, problems: Problems, played: int
+) -> Iterator[tuple[int, int]]:
+    """Yield the samples of a test problem and the rounds between evaluations on dev, what is wanted most first."""
+    dev = problems.dev * (1 + samples_of(evaluation, "dev", graded=problems.graded))
+    every = rounds_between(rounds, evaluated=dev, played=played)
+    if evaluation.eval_test_samples != "auto":
+        yield int(evaluation.eval_test_samples), every
+        return
+    longest = every if rounds.eval_every != "auto" else max(every, rounds.num_rounds // FEWEST)
+    for samples in TEST_SAMPLES:
+        for between in range(every, longest + 1):
+            yield samples, between
+
+
+def _count(rounds: RoundSettings, evaluation: EvaluationSettings, problems: Problems, played: int) -> Budget:
+    """Return the budget of settings without `auto`."""
+    samples = samples_of(evaluation, "test", graded=problems.graded)
+    harder = problems.harder * (1 + min(samples, HARDER_SAMPLES))
+    dev = problems.dev * (1 + samples_of(evaluation, "dev", graded=problems.graded))
+    trained = range(rounds.warmup_rounds + 1, rounds.num_rounds + 1)
+    due = sum(is_due(rounds, number, evaluated=dev, played=played) for number in trained)
+    return Budget(
+        rounds=rounds,
+        evaluation=evaluation,
+        dev=dev,
+        test=problems.test * (1 + samples) + (harder if problems.test else 0),
+        times=1 + due,
+        rolled_out=rounds.num_rounds * played,
+    )

@@ -1,0 +1,122 @@
+"""LoRA adapters before weights are loaded: the settings, what they would train, whether a saved one fits its base."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from bcft.config.schema import ModelSettings
+from bcft.errors import UsageError
+from bcft.policy.sources import adapter_errors, refuse_pickles
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+def lora_config(settings: ModelSettings) -> Any:
+    """Return the LoRA settings as peft's `LoraConfig`."""
+    from peft import LoraConfig  # noqa: PLC0415 - peft takes seconds to import, and most runs have no adapter
+
+    # peft takes lists, not tuples, and reads `all-linear` or a regular expression from a string only; it would read one
+    # module's name as an expression for whole paths, which matches nothing.
+    targets, saved = (
+        None if words is None else list(words)
+        for words in (settings.lora_target_modules, settings.lora_modules_to_save)
+    )
+    alone = targets is not None and len(targets) == 1 and not re.fullmatch(r"[\w.]+", targets[0])
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=settings.lora_r,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        target_modules=targets[0] if targets and alone else targets,
+        modules_to_save=saved,
+        use_rslora=settings.use_rslora,
+        use_dora=settings.use_dora,
+    )
+
+
+def adapt_without_storage(model: Any, settings: ModelSettings) -> Any:
+    """Add the adapter of the settings to a model without storage, which it changes in place; return the whole.
+
+    Raises UsageError when a name in `lora_target_modules` or `lora_modules_to_save` matches no module.
+    """
+    from peft import get_peft_model  # noqa: PLC0415 - as in lora_config
+
+    names, config = [name for name, _ in model.named_modules()], lora_config(settings)
+    targets, saved = config.target_modules, config.modules_to_save
+    # A string is `all-linear` or a regular expression; peft itself refuses it when it matches nothing.
+    for key, words in (
+        ("lora_target_modules", () if isinstance(targets, str) else targets),
+        ("lora_modules_to_save", saved),
+    ):
+        for word in sorted(words or ()):
+            if not any(name == word or name.endswith(f".{word}") for name in names):
+                raise UsageError(f"{key}: no module of the model is named {word!r}: {_choices(model)}")
+    try:
+        return get_peft_model(model, config, low_cpu_mem_usage=True)
+    except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"lora_target_modules: {reason[:240].rstrip('.')}: {_choices(model)}") from error
+
+
+def trained_parameters(model: Any, adapter: str, settings: ModelSettings) -> int:
+    """Return how many parameters of an adapter train, on a model without storage, which it changes in place.
+
+    adapter: a saved adapter's directory; '' for a new one by the settings.
+    """
+    if not adapter:
+        adapted = adapt_without_storage(model, settings)
+    else:
+        from peft import PeftConfig, get_peft_model  # noqa: PLC0415 - as in lora_config
+
+        with adapter_errors(adapter):
+            saved = PeftConfig.from_pretrained(adapter)
+            saved.inference_mode = False
+            adapted = get_peft_model(model, saved, low_cpu_mem_usage=True)
+    return sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+
+
+def check_adapter(name: str, model: Any) -> None:
+    """Raise UsageError when a saved adapter is damaged or does not fit its base; model: the base without storage.
+
+    Only the header of its weights is read.
+    """
+    from peft import PeftConfig  # noqa: PLC0415 - as in lora_config
+
+    refuse_pickles(name, stem="adapter_model")
+    with adapter_errors(name):
+        config = PeftConfig.from_pretrained(name)
+        with safe_open(Path(name) / WEIGHTS, "pt") as weights:
+            shapes = {key: tuple(weights.get_slice(key).get_shape()) for key in weights.keys()}  # noqa: SIM118
+        modules = dict(model.named_modules())
+        for key, shape in shapes.items():
+            place, found, which = key.removeprefix("base_model.model.").partition(".lora_")
+            if not found:
+                continue
+            module = modules.get(place)
+            if module is None:
+                raise ValueError(f"its base {config.base_model_name_or_path!r} has no module {place}")
+            across = {"A.weight": 1, "B.weight": 0}.get(which)
+            if (
+                across is not None
+                and isinstance(module, torch.nn.Linear)
+                and shape[across] != module.weight.shape[across]
+            ):
+                raise ValueError(
+                    f"its lora_{which[0]} of {place} is {shape[0]} x {shape[1]}, and the layer of its base "
+                    f"{config.base_model_name_or_path!r} is {module.out_features} x {module.in_features}"
+                )
+
+
+def _choices(model: Any) -> str:
+    """Return the names that linear layers have, for an error."""
+    names = sorted(
+        {
+            name.rpartition(".")[2]
+            for name, module in model.named_modules()
+            if type(module).__name__ in ("Linear", "Conv1D") and not name.rpartition(".")[2].isdigit()
+        }
+    )
+    return f"use all-linear, or names among {', '.join(names[:12])}"

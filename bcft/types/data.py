@@ -1,0 +1,126 @@
+"""Problems, demonstrations and the rows to train on."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from bcft.types.text import Message, Prompt, messages
+
+Source = Literal["self", "demonstration", "teacher"]
+"""Whose trajectory an example is made from."""
+IGNORED = -100
+"""The label of a token that carries no loss, as in `torch.nn.CrossEntropyLoss`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something to solve: a prompt, and the columns that a reward needs to grade an attempt."""
+
+    id: str
+    """`problem_id(prompt)`: equal texts are one problem, in every dataset."""
+    prompt: Prompt
+    """As given: a string or a list of messages."""
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    """All other columns of the row, such as `answer`."""
+    where: str = ""
+    """`file:line` or `dataset row N`, for messages."""
+
+    @property
+    def template_kwargs(self) -> Mapping[str, Any]:
+        """The arguments that its column `chat_template_kwargs` gives to the chat template."""
+        return self.columns.get("chat_template_kwargs") or {}
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingExample:
+    """One row to train on: token ids, and labels that are `IGNORED` for tokens without loss.
+
+    `to_json` is a line of `kept.jsonl`; `from_json` reads one. Raises ValueError when ids and labels differ in length
+    or a label is neither `IGNORED` nor its token.
+    """
+
+    id: str
+    """The trajectory it is made from, or `demonstration-N`; several examples of one trajectory share it."""
+    problem_id: str
+    input_ids: tuple[int, ...]
+    """(T,) prompt and completion."""
+    labels: tuple[int, ...]
+    """(T,)"""
+    turn: int = 0
+    """The first turn of the trajectory that it holds."""
+    source: Source = "demonstration"
+    prompt: tuple[Message, ...] = ()
+    """To read, and for another tokenizer: the messages before the first action that is trained."""
+    completion: tuple[Message, ...] = ()
+    """To read: the messages from that action to the last one that is trained."""
+    reward: float = 0.0
+    weight: float = 1.0
+    """Always 1.0: part of the file format, and ignored by the trainer."""
+    where: str = ""
+    """`file:line` or the like, for messages."""
+
+    def __post_init__(self) -> None:
+        where = self.where or self.id
+        if len(self.input_ids) != len(self.labels):
+            raise ValueError(f"{where}: {len(self.input_ids)} input_ids but {len(self.labels)} labels")
+        for position, (token, label) in enumerate(zip(self.input_ids, self.labels, strict=True)):
+            if label not in (IGNORED, token):
+                raise ValueError(f"{where}: label {label} at position {position} is not its token {token}")
+
+    @property
+    def supervised(self) -> int:
+        """How many tokens carry loss."""
+        return sum(label != IGNORED for label in self.labels)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a line of `kept.jsonl`."""
+        return {
+            "id": self.id,
+            "problem_id": self.problem_id,
+            "turn": self.turn,
+            "source": self.source,
+            "prompt": [dict(message) for message in self.prompt],
+            "completion": [dict(message) for message in self.completion],
+            "input_ids": list(self.input_ids),
+            "labels": list(self.labels),
+            "reward": self.reward,
+            "weight": self.weight,
+        }
+
+    @classmethod
+    def from_json(cls, line: Mapping[str, Any], *, where: str = "") -> "TrainingExample":
+        """Return the example of a line. Raises ValueError, TypeError or KeyError for another kind of line."""
+        return cls(
+            id=str(line["id"]),
+            problem_id=str(line["problem_id"]),
+            input_ids=tuple(map(int, line["input_ids"])),
+            labels=tuple(map(int, line["labels"])),
+            turn=int(line["turn"]),
+            source=line["source"],
+            prompt=tuple(messages(line["prompt"])),
+            completion=tuple(messages(line["completion"])),
+            reward=float(line["reward"]),
+            weight=float(line["weight"]),
+            where=where,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Demonstration:
+    """A problem and a demonstrator's solution, as text."""
+
+    problem: Problem
+    prompt: Prompt
+    """The first text that the policy reads: mostly the problem's prompt, as given."""
+    completion: tuple[Message, ...] = ()
+    """The messages after it, from the first action to the last, with the observations between them; empty for a problem
+    without a solution."""
+    sampled: TrainingExample | None = None
+    """For a policy's own text, the sampled ids: a model with the same tokenizer trains on them as they are."""
+    tokenizer: str = ""
+    """The fingerprint of the tokenizer that `sampled` is made with."""
+
+    @property
+    def answered(self) -> bool:
+        """Whether the last action says anything."""
+        return bool(self.completion and self.completion[-1]["content"].strip())
