@@ -88,8 +88,9 @@ def _refuse_trained(config: Config, splits: Splits, name: str, rows: Rows | None
     How many problems of a small dataset are held out depends on how many are asked for: a later evaluation that asks
     for more would take training problems of the run.
     """
-    places = (Path(name), Path(name).parent, Path(name).parent.parent)  # a run, its best/, a model of a round
-    file = next((place / "config.yaml" for place in places if (place / "config.yaml").is_file()), None)
+    # A run, its best/, or a model of a round; versions.json shows that a config.yaml is a run's.
+    places = (Path(name), Path(name).parent, Path(name).parent.parent) if Path(name).is_dir() else ()
+    file = next((place / "config.yaml" for place in places if (place / "versions.json").is_file()), None)
     asked = ("eval_dev_problems", "eval_test_problems")
     made = read_yaml(file) if file else {}
     if made.get("dataset_name") != config.data.dataset_name or not all(isinstance(made.get(key), int) for key in asked):

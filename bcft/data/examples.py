@@ -133,6 +133,7 @@ def _tokenized(
                 labels=segment.labels,
                 prompt=prompt,
                 completion=d.completion,
+                template_kwargs=d.problem.template_kwargs,
                 where=where,
             )
             for segment in _segments(turns, train_on)
@@ -230,15 +231,16 @@ def check_prompts(problems: Sequence[Problem], renderer: Renderer, *, special_to
 def without_special_tokens(
     demonstrations: Sequence[Demonstration], renderer: Renderer, *, special_tokens: str
 ) -> tuple[list[Demonstration], str]:
-    """Return the demonstrations, their actions without a stop token's letters at the end, and a note with the count.
+    """Return the demonstrations, their actions without what a template writes around them, and a note with the count.
 
-    special_tokens: what to do with such actions: `raise` DataError with the first place and the count, `strip` the
-    letters (the note says how many rows), or leave them as `text`. Rows with the ids that were sampled stay.
+    That is the letters of stop tokens at the end, and of the generation prompt at the beginning. special_tokens: what
+    to do with such actions: `raise` DataError with the first place and the count, `strip` the letters (the note says
+    how many rows), or leave them as `text`. Rows with the ids that were sampled stay.
     """
     ending: list[Demonstration] = []
     kept: list[Demonstration] = []
     for demonstration in demonstrations:
-        bare = tuple(_without_stop(message, renderer) for message in demonstration.completion)
+        bare = tuple(_bare(message, renderer) for message in demonstration.completion)
         spelled = bare != demonstration.completion and not _is_usable(demonstration, renderer)
         if spelled:
             ending.append(demonstration)
@@ -247,20 +249,26 @@ def without_special_tokens(
         return list(demonstrations), ""
     stops = " or ".join(renderer.stop_texts)
     if special_tokens == "raise":
+        opening = renderer.opening_text
+        begins = opening and any(m["content"].lstrip().startswith(opening) for m in ending[0].completion)
+        which = f"begins with the generation prompt, {opening!r}" if begins else f"ends in a stop token, {stops}"
         raise DataError(
-            f"{ending[0].problem.where}: the completion ends in the letters of a stop token, {stops} ({len(ending)} of "
-            f"{len(demonstrations)} rows): the template adds the token itself: set special_tokens: strip to take the "
-            f"letters off, or special_tokens: text to train them"
+            f"{ending[0].problem.where}: the completion {which}, in letters ({len(ending)} of {len(demonstrations)} "
+            f"rows): the template adds the tokens itself: set special_tokens: strip to take the letters off, or "
+            f"special_tokens: text to train them"
         )
     counts = f"{len(ending):,} of {len(demonstrations):,} rows"
-    return kept, f"special_tokens: strip took the letters of {stops} off the completions of {counts}"
+    return kept, f"special_tokens: strip took a template's letters, such as {stops}, off the completions of {counts}"
 
 
-def _without_stop(message: Message, renderer: Renderer) -> Message:
-    """Return an action without the letters of stop tokens at its end and the whitespace around them."""
-    text, bare = message["content"], message["content"].rstrip()
+def _bare(message: Message, renderer: Renderer) -> Message:
+    """Return an action without the letters of the generation prompt before it, and of stop tokens after it."""
+    text = message["content"]
     if message["role"] != "assistant":
         return message
+    if (opening := renderer.opening_text) and text.lstrip().startswith(opening):
+        text = text.lstrip().removeprefix(opening).removeprefix("\n")
+    bare = text.rstrip()
     while ending := next((stop for stop in renderer.stop_texts if bare.endswith(stop)), ""):
         text = bare = bare.removesuffix(ending).rstrip()
     return Message(role=message["role"], content=text)
@@ -321,6 +329,7 @@ def trajectory_examples(
                 prompt=tuple(conversation[:first]),
                 completion=tuple(conversation[first : starts[segment.last] + 1]),
                 reward=reward,
+                template_kwargs=problem.template_kwargs,
             )
         )
     return examples

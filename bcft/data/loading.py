@@ -33,6 +33,8 @@ EMBEDDED_ROWS = 20_000
 """Length of the `train` split of an embedded dataset; a slice such as `train[:2000]` takes fewer."""
 GIVEN = "train_dataset"
 """How the name of rows that were given in Python begins in a run's config.yaml."""
+_OTHER_NAMES = ("dev", "val", "valid", "eval")
+"""What people call the split that is `validation` here."""
 SMALL = 5
 """One problem in so many may be dev, and one in so many test, where the share of `SHARES` is too small."""
 
@@ -244,6 +246,9 @@ def _own_splits(dataset: Dataset, *, required: bool) -> dict[Split, list[Demonst
     # A recipe may train on `validation`, or call it its test split.
     if "validation" not in (test_split, dataset.train_split) and dataset.has("validation"):
         own["dev"] = _problems(dataset.read("validation"))
+    for name in _OTHER_NAMES:
+        if dataset.path.is_dir() and name not in (test_split, dataset.train_split) and dataset.has(name):
+            raise DataError(f"dataset_name: {dataset.name}: its split {name!r} is not read: rename it to validation")
     return own
 
 

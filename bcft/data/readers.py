@@ -20,15 +20,19 @@ SAMPLED_COLUMNS = {"prompt", "completion", "input_ids", "labels", "problem_id"}
 TEMPLATE_COLUMN = "chat_template_kwargs"
 _TEXT_ALONE = "only text is trained: remove the column, or leave such rows out"
 _SYSTEM = "write it into the prompt, as a first message of the role system"
+_TOOLS = "write the tools into the system message as the model's template prints them, or remove the column"
 _REFUSED = {
     **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), _TEXT_ALONE),
     **dict.fromkeys(("system", "system_prompt"), _SYSTEM),
-    "tools": "write the tools into the system message as the model's template prints them, or remove the column",
+    **dict.fromkeys(("tools", "functions"), _TOOLS),
     **dict.fromkeys(TRL_ARGUMENTS, "reward functions have an argument of that name: rename the column"),
 }
 """Column -> what to do about it: it would change what the policy reads or how a reward is called."""
 _WHICH_TOKENS = "which tokens carry loss follows from the messages: remove the column"
+_THOUGHT = "write it into the completion as the model's template does, such as <think>…</think>, or remove the column"
 _UNTRAINED = {
+    **dict.fromkeys(("reasoning_content", "reasoning", "thinking"), _THOUGHT),
+    **dict.fromkeys(("tool_calls", "function_call"), "this version trains no tool calls: leave such rows out"),
     "label": "an example not to follow, as in KTO: leave such rows out; rename the column if it says something else",
     "weight": "every row has the weight 1: leave rows out or repeat them, and remove the column",
     "train": "leave such rows out",
@@ -41,7 +45,7 @@ _RENAME = {
     "problem": "rename problem to prompt",
     "instruction": "write instruction and input into prompt, and rename output to completion",
     "chosen": "a preference pair: make prompt and completion of it",
-    "text": "cut text into prompt and completion",
+    "text": "split text into prompt and completion",
 }
 """Column of another format -> how to make it one of these."""
 
@@ -49,7 +53,8 @@ _RENAME = {
 def demonstration(row: Mapping[str, Any], where: str, *, problem_only: bool = False) -> Demonstration:
     """Return the demonstration of a row.
 
-    A row has `prompt` and `completion`, `messages`, or `question` and `answer`; all other columns are the problem's.
+    A row has `prompt` or `question` with `completion`, `messages`, or `question` and `answer`, which is the completion
+    if there is no other; all other columns are the problem's.
     A row of `kept.jsonl` has token ids as well, which become `Demonstration.sampled`.
     where: the row's place; problem_only: accept a row without a completion, and columns that say how to train it.
     Raises DataError that names the place for a row of another shape, and for what cannot be trained.
@@ -58,7 +63,7 @@ def demonstration(row: Mapping[str, Any], where: str, *, problem_only: bool = Fa
     sampled = given.keys() >= SAMPLED_COLUMNS
     _refuse_columns(given, where, demonstrates=not problem_only and not sampled)
     keys = [key for key in ("messages", "prompt", "question") if key in given]
-    if not keys or (keys == ["question"] and "answer" not in given and not problem_only):
+    if not keys or (keys == ["question"] and {"answer", "completion"}.isdisjoint(given) and not problem_only):
         raise DataError(_other_shape(given, where, problem_only=problem_only))
     columns = {key: value for key, value in given.items() if key not in SHAPE}
     if "question" in given and keys != ["question"]:
@@ -66,7 +71,7 @@ def demonstration(row: Mapping[str, Any], where: str, *, problem_only: bool = Fa
     _check_columns(columns, where)
     if "messages" in given:
         return _conversation(given, columns, where, problem_only=problem_only)
-    completion_key = "completion" if keys[0] == "prompt" else "answer"
+    completion_key = "completion" if keys[0] == "prompt" or "completion" in given else "answer"
     if completion_key not in given and not problem_only:
         raise DataError(
             f"{where}: no completion: a demonstration is a prompt and a completion (only filtered, collect and "
@@ -157,7 +162,8 @@ def _sampled(row: Mapping[str, Any], prompt: Prompt, where: str) -> Demonstratio
         raise DataError(f"{where}: not a row of kept.jsonl: {reason}") from error
     if example.weight != 1.0:
         raise DataError(f"{where}: weight {example.weight:g}: {_UNTRAINED['weight']}")
-    return Demonstration(Problem(example.problem_id, prompt, {}, where), prompt, tuple(completion), example)
+    columns = {TEMPLATE_COLUMN: dict(example.template_kwargs)} if example.template_kwargs else {}
+    return Demonstration(Problem(example.problem_id, prompt, columns, where), prompt, tuple(completion), example)
 
 
 def _prompt(value: Any, where: str) -> Prompt:

@@ -18,6 +18,8 @@ from bcft.types import Message, Prompt, messages
 
 __all__ = ["DATE", "Renderer", "bos_at_head"]
 
+_HEADS = ("<|im_start|>", "<|start_header_id|>", "<|begin_of_text|>", "<start_of_turn>", "[INST]", "<|user|>")
+"""What templates of other models write before a user's message."""
 _RECENT = 4096
 """Rendered conversations that are remembered: more than are played at once."""
 _Kwargs = Mapping[str, Any] | None
@@ -42,9 +44,13 @@ class Renderer:
         if self.template_kwargs and not self.chat:
             raise UsageError("chat_template_kwargs: the tokenizer has no chat template: set chat_template_path")
         self._recent: dict[tuple[Any, ...], str] = {}
-        self._text = TextIds(tokenizer)
-        self._template = Template(tokenizer, self._text, self.template_kwargs) if self.chat else None
         known = {*stop_ids, tokenizer.eos_token_id} - {None}
+        self._text = TextIds(tokenizer, known)
+        self._template = Template(tokenizer, self._text, self.template_kwargs) if self.chat else None
+        if self._template and (unread := self._template.unread(self.template_kwargs)):
+            raise UsageError(
+                f"chat_template_kwargs: {', '.join(unread)}: the chat template has no such name: remove it"
+            )
         self.tail_ids = self._find_tail(known)
         self.stop_ids: tuple[int, ...] = tuple(sorted(known | {self.tail_ids[-1]}))
         self._lead, self._lead_ids, self._lead_space = self._find_lead()
@@ -178,8 +184,14 @@ class Renderer:
         """
         ids = _behind(list(ids), self._lead_ids)
         if self._text.seamless and not self._lead_space:
-            return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+            known = [token for token in ids if token not in self._text.special]
+            return str(self.tokenizer.decode(known, skip_special_tokens=True))
         return self._text.words(ids).removeprefix(self._lead_space)
+
+    @property
+    def opening_text(self) -> str:
+        """The letters of the generation prompt; '' where they might begin anybody's text."""
+        return next(iter(self._template.marks[1]), "") if self._template else ""
 
     @cached_property
     def stop_texts(self) -> tuple[str, ...]:
@@ -190,10 +202,12 @@ class Renderer:
     def rendered_mark(self, prompt: Prompt) -> str:
         """Return what shows that a prompt is already rendered by a template; '' if nothing does.
 
-        It begins with a control token or with what this template writes before a user's message, or it ends with the
-        generation prompt.
+        It begins with a control token or with what this or a well-known template writes before a user's message, or it
+        ends with the generation prompt or a stop token.
         """
-        starts, ends = self._template.marks if self._template else ([*self._text.special.values()], [])
+        starts, ends = [*self._text.special.values()], [*self.stop_texts]
+        if self._template:
+            starts, ends = [*self._template.marks[0], *_HEADS], [*self._template.marks[1], *ends]
         conversation = as_messages(prompt)
         first, last = conversation[0]["content"].lstrip(), conversation[-1]["content"].rstrip()
         shown = [mark for mark in starts if first.startswith(mark)] + [mark for mark in ends if last.endswith(mark)]
@@ -213,9 +227,11 @@ class Renderer:
                 stop = self._text.special.get(token) or str(self.tokenizer.decode([token]))
                 template.tail = template.end.partition(stop)[0] + stop
                 return ids[: position + 1]
+        added = [token.content for token in self.tokenizer.added_tokens_decoder.values()]
+        ending = next((f"eos_token: {token}, or " for token in added if token in template.end), "")
         raise DataError(
             "the chat template emits no stop token after an assistant message, so a policy trained with it would "
-            f"never stop: it ends in {template.end!r}; set chat_template_path to a template that emits one"
+            f"never stop: it ends in {template.end!r}; set {ending}chat_template_path to a template that emits one"
         )
 
     def _find_lead(self) -> tuple[str, list[int], str]:

@@ -6,7 +6,7 @@ earlier messages or drop what it does not know. What belongs to a row is kept; w
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import date
 from functools import cached_property
 from typing import Any
@@ -52,7 +52,8 @@ class Template:
         self._escape, self._special = text.escape, text.pattern
         self._kwargs = {"date_string": DATE} | dict(template_kwargs)
         self._generation: dict[str, str] = {}
-        self._dated = _with_date(tokenizer)
+        self._source = _source(tokenizer)
+        self._dated = _with_date(self._source)
         self.bare, self.answered = self._try_out()
         self.end = self.answered.rpartition(CONTENT)[2]
         """What it writes after an answer."""
@@ -87,10 +88,11 @@ class Template:
         whole = self.render(given, template_kwargs, generate=False)
         if not whole.startswith(context):
             at = _alike(whole, context)
+            remedies = [*self._switch(), "set another chat_template_path"]
+            remedies += [] if "</think>" in content else ["give completions that carry their thought"]
             raise DataError(
                 f"the generation prompt is not a prefix of the rendering: it has {context[at:][:40]!r} where the "
-                f"rendering has {whole[at:][:40]!r}: set chat_template_kwargs (such as enable_thinking), set another "
-                f"chat_template_path, or give completions that carry their thought"
+                f"rendering has {whole[at:][:40]!r}: {', or '.join(remedies)}"
             )
         body = whole.removeprefix(context)
         if self.end and body.endswith(self.end):
@@ -119,12 +121,25 @@ class Template:
         # A broken control token is only text, except at the beginning: there the answer seems to be rendered already.
         opening = _TAG.match(written.replace(BREAK, "").lstrip())
         for tag in (*([opening[0]] if opening else []), *_TAG.findall(written)):
-            if tag in lead:
+            if tag in lead and self._special.match(tag):
                 raise DataError(
-                    f"the completion has a {tag} of its own, and the chat template writes one before it: take it off "
-                    f"the completion, set chat_template_kwargs (such as enable_thinking), or set another "
-                    f"chat_template_path"
+                    f"the completion begins with {tag}, as if a template had rendered it already: set special_tokens: "
+                    f"strip, or take it off"
                 )
+            if tag in lead:
+                remedies = ["take it off the completion", *self._switch(), "set another chat_template_path"]
+                raise DataError(
+                    f"the completion has a {tag} of its own, and the chat template writes one before it: "
+                    f"{', or '.join(remedies)}"
+                )
+
+    def _switch(self) -> list[str]:
+        """Return the remedy that switches thoughts on or off, if the template has it."""
+        return [] if self.unread(["enable_thinking"]) else ["set chat_template_kwargs (such as enable_thinking)"]
+
+    def unread(self, names: Iterable[str]) -> list[str]:
+        """Return the names that the template's text does not hold: as arguments they would have no effect."""
+        return [name for name in names if not re.search(rf"\b{re.escape(name)}\b", self._source)]
 
     def generation_prompt(self, template_kwargs: Mapping[str, Any] | None = None) -> str:
         """Return what the template writes after a user's message for the policy to continue."""
@@ -154,7 +169,10 @@ class Template:
 
         Raises DataError of one line for messages that the template refuses.
         """
-        kwargs = self._kwargs | checked_kwargs(template_kwargs)
+        own = checked_kwargs(template_kwargs)
+        if unread := self.unread(own):
+            raise DataError(f"chat_template_kwargs: {', '.join(unread)}: the chat template has no such name: remove it")
+        kwargs = self._kwargs | own
         if self._dated is not None:
             kwargs["chat_template"] = self._dated
         try:
@@ -185,12 +203,16 @@ class Template:
         return bare, answered
 
 
-def _with_date(tokenizer: Any) -> str | None:
-    """Return the template with a `strftime_now` that always says `DATE`; None if it does not ask for the date."""
+def _source(tokenizer: Any) -> str:
+    """Return the text of the template. Raises DataError if there are several, and none is the default."""
     try:
-        template = str(tokenizer.get_chat_template())
-    except ValueError as error:  # several templates, none of them the default
+        return str(tokenizer.get_chat_template())
+    except ValueError as error:
         raise DataError(f"{_one_line(error)}: set chat_template_path") from error
+
+
+def _with_date(template: str) -> str | None:
+    """Return the template with a `strftime_now` that always says `DATE`; None if it does not ask for the date."""
     if "strftime_now" not in template:
         return None
     forms = {form: _DAY.strftime(form) for form in re.findall(r"""strftime_now\(\s*["']([^"']*)["']""", template)}

@@ -5,7 +5,7 @@ every text that they get: a piece that continues another is tokenized behind it,
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 # Unicode noncharacters, which interchanged text must not contain: they mark places in rendered text.
@@ -18,9 +18,11 @@ _ANCHORS = ("\n", "0", "a", ".", "\x01", "\u2603")
 class TextIds:
     """A tokenizer that gets its text in pieces."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, stop_ids: Collection[int] = ()) -> None:
         self._tokenizer = tokenizer
-        self.special = {i: t.content for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+        added = tokenizer.added_tokens_decoder.items()
+        # Some tokenizers do not mark their stop token as special.
+        self.special = {i: token.content for i, token in added if token.special or i in stop_ids}
         literals = sorted(self.special.values(), key=len, reverse=True)
         self.pattern = re.compile("|".join(map(re.escape, literals)) or r"(?!)")
         self._anchor = self._ids(["a"])[0]

@@ -32,7 +32,7 @@ def start(awaitable: Awaitable[T]) -> "Future[T]":
 
 
 @functools.lru_cache(maxsize=1)
-def _loop(process: int) -> asyncio.AbstractEventLoop:  # noqa: ARG001 - a forked process has not the thread
+def _loop(process: int) -> asyncio.AbstractEventLoop:  # noqa: ARG001 - a forked process does not have the thread
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name="bcft-rewards", daemon=True).start()
     return loop

@@ -1,5 +1,6 @@
 """Reward functions: their signature, which is TRL's, how a recipe names one, and how one is called."""
 
+import asyncio
 import copy
 import functools
 import hashlib
@@ -152,7 +153,8 @@ def ask_all(requests: Sequence[tuple[Reward, Batch]]) -> Iterator[tuple[int, Ret
     functions run after the others and concurrently.
 
     Raises FaultError, with the function's name, when it raises, or returns anything but a list of as many finite
-    numbers or None; DataError when it needs a column that no problem has. The other functions' values come first.
+    numbers or None; DataError when it needs a column that no problem has. Of asynchronous functions, the values of the
+    others come first.
     """
     waiting = {}
     for number, (function, batch) in enumerate(requests):
@@ -234,7 +236,10 @@ class _Call:
     async def awaited(self) -> Any:
         """Return what the function returns when it is awaited."""
         with users_code(f"{self.name} raised", FaultError):
-            return await self.function(**self.arguments)
+            try:
+                return await self.function(**self.arguments)
+            except (asyncio.CancelledError, SystemExit) as error:  # either would end the loop of all functions
+                raise FaultError(f"{self.name} raised {type(error).__name__}: {error}") from error
 
     def log_extra(self, column: str, values: Sequence[Any]) -> None:
         """Take a column of values, one for each attempt."""
@@ -299,7 +304,8 @@ def _plain_numbers(values: Any) -> Any:
 def described(function: Callable[..., Any]) -> str:
     """Return a function's name, and a hash of its source if that can be read: a changed function differs.
 
-    The arguments of a `functools.partial` follow.
+    The arguments of a `functools.partial` follow, and the numbers and texts that a function has from its factory. Of an
+    object with `__call__` it is the class; its state may change with every call.
     """
     bound = ""
     if isinstance(function, functools.partial):
@@ -307,8 +313,12 @@ def described(function: Callable[..., Any]) -> str:
         bound = re.sub(r" at 0x[0-9a-fA-F]+", "", f"({', '.join(arguments)})")  # an address changes from run to run
     inner = inner_function(function)
     name = f"{inner.__module__}.{name_of(inner)}"
+    if inspect.isfunction(inner):
+        held = inspect.getclosurevars(inner).nonlocals.items()
+        plain = [f"{key}={value!r}" for key, value in sorted(held) if isinstance(value, str | int | float | None)]
+        bound += f"[{', '.join(plain)}]" if plain else ""
     try:
-        source = inspect.getsource(inner)
+        source = inspect.getsource(inner if inspect.isroutine(inner) or inspect.isclass(inner) else type(inner))
     except (OSError, TypeError):  # typed into a bare interpreter, or not a function
         return name + bound
     return f"{name}@{hashlib.sha256(source.encode()).hexdigest()[:8]}{bound}"

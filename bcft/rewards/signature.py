@@ -54,7 +54,7 @@ def missing_columns(function: Callable[..., Any], columns: Collection[str], *, i
 def why_missing(
     function: Callable[..., Any], missing: Sequence[str], columns: Collection[str], *, row: str = "row"
 ) -> str:
-    """Return the message for a function whose columns are missing; row: what has them not."""
+    """Return the message for a function whose columns are missing; row: what lacks them."""
     if missing[0] in IDS:
         return f"{name_of(function)} needs {missing[0]}, which are known only after a rollout"
     has = f"the columns are {', '.join(sorted(columns))}" if columns else "there are no columns besides the prompt"

@@ -7,17 +7,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bcft.config.schema import SelectionSettings
-from bcft.errors import FaultError, UsageError
-from bcft.rewards.base import Answers, Batch, Reward, answers_of, ask_all, name_of, solved
-from bcft.rewards.signature import named_columns
+from bcft.errors import UsageError
+from bcft.rewards.base import REFERENCE_COLUMNS, Answers, Batch, Reward, answers_of, ask_all, name_of, solved
+from bcft.rewards.signature import named_columns, takes
+from bcft.rollout.failures import refuse_failures
 from bcft.runs.storage import ROLLOUTS, SCORES, read_jsonl
 from bcft.selection.filter import Candidate
 from bcft.selection.functions import check_columns, check_references, choose_functions, have_references
 from bcft.selection.store import Graded, ScoreStore
 from bcft.types import Message, Problem, Success, Trajectory
 
-MAX_ERROR_SHARE = 0.05
-"""A command stops when more than this share of environments fails."""
 BATCH = 128
 """Most attempts that a reward function gets together; more if one problem has more."""
 
@@ -95,21 +94,20 @@ def score(
     success: Reward | None,
     store: Path | None = None,
     step: int = 0,
-    arguments: Mapping[str, Any] | None = None,
 ) -> list[Score]:
     """Score trajectories with reward functions in TRL's signature, in the form of each problem's prompt.
 
     weights: one for each function, as in TRL: summed over the functions that did not return None. Success is the last
     known one of the environment, else it follows from the success function: solved at 1.0 or more, unknown at None.
     store: a journal that gets every answer at once; an attempt that is there is not asked for again. step: optimizer
-    steps so far; arguments: what the functions are bound to, part of the store's keys.
+    steps so far.
 
     Raises FaultError when a function raises or returns another number of values than it was given completions.
     """
     asked = list(functions)
     if success and not any(function is success for function in functions):
         asked.append(success)  # one that is also a reward is called once
-    kept = ScoreStore(store, asked, arguments=arguments or {})
+    kept = ScoreStore(store, asked, problems)
     attempts = {
         trajectory.id: (trajectory, _completion(trajectory, problems[trajectory.problem_id]))
         for trajectory in trajectories
@@ -217,8 +215,6 @@ class Scorer:
     """Whether attempts are played in an environment, which may give success and rewards of its own."""
     unreferenced: bool = False
     """Whether there is only the default reward, and held-out problems lack the references that it needs."""
-    arguments: Mapping[str, Any] = field(default_factory=dict)
-    """`reward_args`, which the functions are bound to."""
 
     @classmethod
     def of(
@@ -243,7 +239,7 @@ class Scorer:
         unreferenced = by_default and not have_references(held_out)
         if unreferenced and selection.success_func is None:
             success = None
-        scorer = cls(functions, weights, success, bool(environment), unreferenced, dict(selection.reward_args))
+        scorer = cls(functions, weights, success, bool(environment), unreferenced)
         check_columns(scorer._asked_held_out, held_out, row="held-out row")
         if success and answers_of(success):
             check_references(success, held_out)
@@ -267,9 +263,10 @@ class Scorer:
 
     @property
     def columns_read(self) -> frozenset[str]:
-        """The columns that the signatures of the functions name."""
+        """The columns that the functions may read: those that a signature names, and references with `**kwargs`."""
         functions = (*self.functions, *((self.success,) if self.success else ()))
-        return frozenset(name for function in functions for name in named_columns(function))
+        references = [name for function in functions for name in REFERENCE_COLUMNS if takes(function, name)]
+        return frozenset(references) | {name for function in functions for name in named_columns(function)}
 
     @property
     def answers(self) -> Answers | None:
@@ -304,7 +301,7 @@ class Scorer:
         refuse_failures(trajectories)
         return score(
             trajectories, problems, self.functions,
-            weights=self.weights, success=self.success, store=store, step=step, arguments=self.arguments,
+            weights=self.weights, success=self.success, store=store, step=step,
         )  # fmt: skip
 
     def score_held_out(
@@ -323,13 +320,5 @@ class Scorer:
         functions, weights = (self.functions, self.weights) if self.measures == "reward" else ((), ())
         return score(
             trajectories, problems, functions,
-            weights=weights, success=self.success, store=store, step=step, arguments=self.arguments,
+            weights=weights, success=self.success, store=store, step=step,
         )  # fmt: skip
-
-
-def refuse_failures(trajectories: Sequence[Trajectory]) -> None:
-    """Raise FaultError when more than `MAX_ERROR_SHARE` of the trajectories ended in an error of their environment."""
-    errors = [trajectory for trajectory in trajectories if trajectory.ended == "error"]
-    if len(errors) > MAX_ERROR_SHARE * len(trajectories):
-        first = f"{errors[0].id}: {errors[0].error}"
-        raise FaultError(f"{len(errors)} of {len(trajectories)} trajectories failed; {first}")

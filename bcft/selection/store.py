@@ -12,9 +12,14 @@ from typing import Any
 
 from bcft.rewards.base import Returned, Reward, described
 from bcft.runs.storage import Journal, plain, read_journal
-from bcft.types import Message, Trajectory
+from bcft.types import Message, Problem, Trajectory
 
 Completion = str | Sequence[Message]
+
+
+def answers_path(directory: Path) -> Path:
+    """Return the journal of answers in the directory whose journals hold the attempts."""
+    return directory / "journal" / "rewards" / "000.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +35,13 @@ class Graded:
 class ScoreStore:
     """The answers of reward functions, in a journal if there is a path.
 
-    An answer belongs to a trajectory's id and text, and to a function's name, source and arguments: what has changed
-    is asked for again.
+    An answer belongs to a trajectory's id and text, to its problem, and to a function's name, source and arguments:
+    what has changed is asked for again.
     """
 
-    def __init__(self, path: Path | None, functions: Sequence[Reward], *, arguments: Mapping[str, Any]) -> None:
-        self.keys = _keys(functions, arguments)
+    def __init__(self, path: Path | None, functions: Sequence[Reward], problems: Mapping[str, Problem]) -> None:
+        self.keys = _keys(functions)
+        self.problems = problems
         self.journal = None if path is None else Journal(path)
         self.digests: dict[str, str] = {}
         self.known: dict[tuple[str, str, str], Graded] = {}
@@ -70,17 +76,19 @@ class ScoreStore:
     def _key(self, number: int, trajectory: Trajectory, completion: Completion) -> tuple[str, str, str]:
         identity = trajectory.id
         if identity not in self.digests:
-            self.digests[identity] = _digest(trajectory, completion) if self.journal else ""
+            problem = self.problems[trajectory.problem_id]
+            self.digests[identity] = _digest(trajectory, completion, problem) if self.journal else ""
         return self.keys[number], identity, self.digests[identity]
 
 
-def _keys(functions: Sequence[Reward], arguments: Mapping[str, Any]) -> list[str]:
+def _keys(functions: Sequence[Reward]) -> list[str]:
     """Return a text for each function; of two that are described alike each has its own."""
     names = [described(function) for function in functions]
-    given = f" {plain(dict(sorted(arguments.items())))}" if arguments else ""
-    return [f"{name}#{Counter(names[:number])[name]}{given}" for number, name in enumerate(names)]
+    return [f"{name}#{Counter(names[:number])[name]}" for number, name in enumerate(names)]
 
 
-def _digest(trajectory: Trajectory, completion: Completion) -> str:
+def _digest(trajectory: Trajectory, completion: Completion, problem: Problem) -> str:
+    """Return a hash of what a function reads: the problem with its columns, the completion and its ids."""
     ids = [turn.action_ids for turn in trajectory.turns]
-    return sha256(repr((completion, ids)).encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    read = (problem.prompt, plain(dict(problem.columns)), completion, ids)
+    return sha256(repr(read).encode("utf-8", "surrogatepass")).hexdigest()[:16]

@@ -56,6 +56,8 @@ class TrainingExample:
     reward: float = 0.0
     weight: float = 1.0
     """Always 1.0: part of the file format, and ignored by the trainer."""
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """The problem's arguments for the chat template, for another tokenizer."""
     where: str = ""
     """`file:line` or the like, for messages."""
 
@@ -73,8 +75,8 @@ class TrainingExample:
         return sum(label != IGNORED for label in self.labels)
 
     def to_json(self) -> dict[str, Any]:
-        """Return a line of `kept.jsonl`."""
-        return {
+        """Return a line of `kept.jsonl`; `chat_template_kwargs` is there if the problem has some."""
+        line = {
             "id": self.id,
             "problem_id": self.problem_id,
             "turn": self.turn,
@@ -86,6 +88,7 @@ class TrainingExample:
             "reward": self.reward,
             "weight": self.weight,
         }
+        return line | ({"chat_template_kwargs": dict(self.template_kwargs)} if self.template_kwargs else {})
 
     @classmethod
     def from_json(cls, line: Mapping[str, Any], *, where: str = "") -> "TrainingExample":
@@ -101,6 +104,7 @@ class TrainingExample:
             completion=tuple(messages(line["completion"])),
             reward=float(line["reward"]),
             weight=float(line["weight"]),
+            template_kwargs={k: v for k, v in (line.get("chat_template_kwargs") or {}).items() if v is not None},
             where=where,
         )
 

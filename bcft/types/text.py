@@ -2,11 +2,13 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
 ROLES = ("system", "user", "assistant", "tool")
 """Whose message it is; `tool` is an observation, as `user` is."""
+_NONCHARACTER = re.compile("[\ufdd0-\ufdef]")
 _MEANT = {
     **dict.fromkeys(("human", "user_input"), "user"),
     **dict.fromkeys(("gpt", "chatgpt", "bot", "model", "ai"), "assistant"),
@@ -102,11 +104,17 @@ def _refuse(key: str, value: object, role: str, where: str) -> None:
 
 
 def valid_text(text: str) -> str:
-    """Return a text. Raises ValueError if it holds half of a surrogate pair, which no file can hold."""
+    """Return a text.
+
+    Raises ValueError if it holds half of a surrogate pair, which no file can hold, or a Unicode noncharacter, which no
+    text may hold: the renderer marks places with these.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"half of a surrogate pair at character {error.start}: not valid text") from error
+    if match := _NONCHARACTER.search(text):
+        raise ValueError(f"the noncharacter {match[0]!r} at character {match.start()}: not valid text")
     return text
 
 

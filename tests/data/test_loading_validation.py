@@ -89,3 +89,11 @@ def test_a_prompt_in_two_of_three_splits_is_refused_unless_allowed(split, prompt
     with pytest.raises(DataError, match=message):
         splits(three, dev=9, test=9)
     assert splits(three, dev=9, test=9, allow_overlap=True).dev
+
+
+@pytest.mark.parametrize("name", ["dev", "val", "valid", "eval"])
+def test_a_file_that_others_call_validation_is_not_ignored(name, three):
+    (three / "validation.jsonl").rename(three / f"{name}.jsonl")
+    with pytest.raises(DataError, match=f"its split '{name}' is not read: rename it to validation"):
+        splits(three)
+    assert splits(three, test=5, dataset_test_split=name).test

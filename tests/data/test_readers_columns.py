@@ -134,7 +134,7 @@ def test_a_completion_is_kept_where_a_prompt_alone_would_do():
         ({"conversations": [{"from": "human", "value": "a"}]}, "a ShareGPT file: rename conversations to messages"),
         ({"instruction": "a", "input": "", "output": "b"}, "rename output to completion"),
         ({"problem": "a", "solution": "b"}, "rename problem to prompt"),
-        ({"text": "a"}, "cut text into prompt and completion"),
+        ({"text": "a"}, "split text into prompt and completion"),
         ({"chosen": [USER, REPLY], "rejected": [USER, REPLY]}, "a preference pair"),
     ],
 )
@@ -175,3 +175,44 @@ def test_a_kept_row_has_the_weight_one():
     for weight in (0, 0.5, 2, "0.9", False):
         assert refused(kept | {"weight": weight}).startswith("file:7: weight ")
     assert json.loads(json.dumps(kept)) == kept
+
+
+@pytest.mark.parametrize(
+    ("row", "completion"),
+    [
+        ({"question": "q", "answer": "5", "completion": "It is 5"}, "It is 5"),
+        ({"question": "q", "completion": "It is 5"}, "It is 5"),
+        ({"question": "q", "answer": "It is 5"}, "It is 5"),
+        ({"question": "q", "answer": "It is 5", "completion": None}, "It is 5"),
+        ({"question": "q", "answer": "5", "completion": [REPLY]}, "4"),
+    ],
+)
+def test_the_completion_of_a_question_is_trained_and_its_answer_is_the_reference(row, completion):
+    made = demonstration(row, "file:7")
+    assert [message["content"] for message in made.completion] == [completion]
+    assert made.problem.columns.get("answer") == row.get("answer")
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking", "tool_calls", "function_call"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_thought_or_a_call_beside_a_completion_is_refused_and_beside_a_problem_is_a_column(key, shape):
+    assert f"column {key!r}" in refused({**shape, key: "hm"})
+    assert demonstration({**shape, key: ""}, "file:7").completion
+    assert demonstration({**shape, key: "hm"}, "file:7", problem_only=True).problem.columns[key] == "hm"
+
+
+def test_a_kept_row_keeps_its_arguments_for_the_template():
+    example = TrainingExample(
+        "1-a-0", "a", (1, 2), (-100, 2), prompt=(USER,), completion=(REPLY,), template_kwargs={"enable_thinking": False}
+    )
+    line = example.to_json()
+    assert TrainingExample.from_json(line) == example
+    made = demonstration(json.loads(json.dumps(line)), "kept.jsonl:1")
+    assert made.problem.template_kwargs == {"enable_thinking": False}
+    assert "chat_template_kwargs" not in TrainingExample("1-a-0", "a", (1, 2), (-100, 2)).to_json()
+
+
+@pytest.mark.parametrize("text", ["\ufdd0x", "x\ufdd1", "a\ufdefb", "\ufdd0", "x \ufdda"])
+def test_a_noncharacter_is_no_text(text):
+    assert "the noncharacter" in refused({"prompt": "q", "completion": text})
+    assert "the noncharacter" in refused({"prompt": text, "completion": "a"})

@@ -21,13 +21,13 @@ TINY = {
 }  # fmt: skip
 LLAMA = {
     "dataset_config": None, "max_completion_length": 64, "max_length": None, "learning_rate": 5e-3,
-    "eval_dev_problems": 4, "eval_dev_samples": 2, "eval_test_problems": 4, "eval_test_samples": 2,
+    "eval_dev_problems": 4, "eval_test_problems": 4, "eval_test_samples": 2,
     "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2,
 }  # fmt: skip
 """Keys that make the 3B recipes small."""
 LOOP = {
-    "num_rounds": 2, "prompts_per_round": 8, "num_generations": 4, "keep_quantile": 0.5, "success_func": "",
-    "early_stop": None,
+    "eval_dev_samples": 2, "num_rounds": 2, "prompts_per_round": 8, "num_generations": 4, "keep_quantile": 0.5,
+    "success_func": "", "early_stop": None,
 }  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from datetime import date
 import pytest
 from helpers.episodes import retold
 from helpers.trained_tokenizers import KINDS, OTHERS, TEMPLATES, TRL, renderer_of, reply, tokenizer, user
+from transformers import AddedToken
 
 from bcft.data.examples import check_prompts, make_examples, without_special_tokens
 from bcft.errors import DataError, UsageError
@@ -54,12 +55,12 @@ def test_a_thought_that_the_generation_prompt_opens_is_trained_once(name, comple
         ("nemotron_3_nano", "43", "not a prefix"),
         ("deepseekv3", "<think>\nx\n</think>\n\n43", "not a prefix"),
         ("deepseek_r1_distill", "43", "not a prefix"),
-        ("qwen2_5", "<|im_start|>assistant\n43", r"a <\|im_start\|> of its own"),
-        ("gptoss", "<|channel|>final<|message|>43", r"a <\|channel\|> of its own"),
+        ("qwen2_5", "<|im_start|>assistant\n43", r"begins with <\|im_start\|>, as if"),
+        ("gptoss", "<|channel|>final<|message|>43", r"begins with <\|channel\|>, as if"),
     ],
 )
 def test_a_thought_that_cannot_be_trained_once_is_refused_with_place_and_remedy(name, completion, reason):
-    with pytest.raises(DataError, match=rf"^rows\.jsonl:7: .*{reason}.*chat_template_path"):
+    with pytest.raises(DataError, match=rf"^rows\.jsonl:7: .*{reason}.*(chat_template_path|special_tokens: strip)"):
         label(renderer_of(name, "bytes"), completion)
 
 
@@ -155,7 +156,9 @@ def test_template_arguments_that_are_no_mapping_or_have_no_template_are_refused(
 
 
 def test_the_fingerprint_depends_on_template_arguments_and_without_any_on_what_it_did():
-    made = [Renderer(tokenizer("bytes", TRL["qwen3"]), (), kwargs) for kwargs in ({}, NO_THOUGHT, {"x": 1})]
+    made = [
+        Renderer(tokenizer("bytes", TRL["qwen3"]), (), kwargs) for kwargs in ({}, NO_THOUGHT, {"enable_thinking": True})
+    ]
     assert len({renderer.fingerprint for renderer in made}) == 3
     assert made[0].fingerprint == Renderer(tokenizer("bytes", TRL["qwen3"])).fingerprint
 
@@ -375,3 +378,63 @@ def test_what_a_template_raises_is_one_line():
     with pytest.raises(DataError, match="refuses the messages") as caught:
         Renderer(retold(broken))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["A <|im_end|> B", "<|im_end|>", "a<|im_end|><|im_end|>b", "x <|im_end|>", "<|im_end|>y"]
+)
+def test_a_stop_token_that_is_not_marked_as_special_is_only_text_in_data(text):
+    plain = tokenizer("bytes", CHATML)
+    plain.add_tokens([AddedToken("<|stop|>", special=False, normalized=False)])
+    template = CHATML.replace("<|im_end|>", "<|stop|>")
+    plain.chat_template = template
+    stop = plain.convert_tokens_to_ids("<|stop|>")
+    renderer = Renderer(plain, [stop])
+    asked = text.replace("<|im_end|>", "<|stop|>")
+    (ids,) = renderer.prompts([asked])
+    (bare,) = renderer.prompts(["A"])
+    assert ids.count(stop) == bare.count(stop)
+    assert renderer.decode([*renderer.completions(["four"])[0]]) == "four"
+    (example,), _ = make_examples([demonstration(f"{asked} more")], renderer, max_length=4096)
+    assert [label for label in example.labels if label == stop] == [stop]
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{"enable_thinkin": False}, {"thinking": 1}, {"x": None, "y": 1}, {"Enable": 1}, {"q": 0}]
+)
+def test_arguments_that_the_template_has_no_name_for_are_refused(kwargs):
+    with pytest.raises(UsageError, match=r"chat_template_kwargs: .*: the chat template has no such name"):
+        Renderer(tokenizer("bytes", TRL["qwen3"]), (), {k: v for k, v in kwargs.items() if v is not None})
+    with pytest.raises(
+        DataError, match=r"^rows\.jsonl:7: chat_template_kwargs: .*: the chat template has no such name"
+    ):
+        make_examples([demonstration("4", chat_template_kwargs=kwargs)], renderer_of("qwen3", "bytes"), max_length=4096)
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "<|im_start|>user\nA?<|im_end|>\n<|im_start|>assistant\n",
+        "[INST] A? [/INST]",
+        "<start_of_turn>user\nA?<end_of_turn>\n",
+        "<|user|>\nA?",
+        "A? <|eot_id|>",
+    ],
+)
+def test_a_prompt_rendered_for_another_model_is_refused_and_left_alone_as_text(prompt):
+    renderer = renderer_of("llama3_2", "bytes")
+    problem = Problem("p", prompt, {}, "rows.jsonl:7")
+    with pytest.raises(DataError, match=r"^rows\.jsonl:7: .*rendered already"):
+        check_prompts([problem], renderer, special_tokens="raise")
+    check_prompts([problem], renderer, special_tokens="text")
+
+
+@pytest.mark.parametrize("completion", ["{g}43", "  {g}43", "{g}\n43", "{g}43<|im_end|>", "{g}43<|im_end|>\n"])
+def test_letters_of_the_generation_prompt_before_a_completion_are_counted_and_taken_off(completion):
+    renderer = renderer_of("qwen2_5", "bytes")
+    rows = [demonstration(completion.format(g="<|im_start|>assistant\n")), demonstration("44")]
+    with pytest.raises(DataError, match=r"^rows\.jsonl:7: the completion begins with .*1 of 2 rows"):
+        without_special_tokens(rows, renderer, special_tokens="raise")
+    bare, note = without_special_tokens(rows, renderer, special_tokens="strip")
+    assert [d.completion[0]["content"].strip() for d in bare] == ["43", "44"]
+    assert "1 of 2 rows" in note

@@ -160,7 +160,7 @@ def test_functions_of_one_name_and_different_source_are_described_differently():
     def reward(**_):
         return [0.0]
 
-    assert described(first) == described(make("b"))
+    assert described(first) == described(make("a")) != described(make("b"))
     assert described(first) != described(reward)
     assert described(first).split("@")[0] == described(reward).split("@")[0] == f"{__name__}.reward"
 

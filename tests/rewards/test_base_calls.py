@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from bcft.errors import DataError, FaultError
-from bcft.rewards.base import Batch, ask, ask_all
+from bcft.rewards.base import Batch, ask, ask_all, described
 from bcft.types import Problem
 
 CHAT = [{"role": "user", "content": "2 + 2?"}]
@@ -476,3 +476,45 @@ def test_the_values_of_one_function_come_before_the_failure_of_another():
     with pytest.raises(FaultError, match=r"^fails raised OSError: no connection"):
         collect([(fails, batch), (one, batch), (without_kwargs, batch)])
     assert sorted(came) == [1, 2]
+
+
+@pytest.mark.parametrize("error", [asyncio.CancelledError("scope"), SystemExit(1), KeyError("k")])
+def test_whatever_ends_a_coroutine_is_one_line_and_the_other_answers_come_first(error):
+    async def fails(**_):
+        raise error
+
+    async def grades(completions, **_):
+        return [1.0 for _ in completions]
+
+    batch = Batch(PROBLEMS, ("4", "6"), IDS)
+    answers = ask_all([(fails, batch), (grades, batch)])
+    number, returned = next(answers)
+    assert (number, returned.values) == (1, (1.0, 1.0))
+    with pytest.raises(FaultError, match=f"^fails raised {type(error).__name__}"):
+        next(answers)
+    assert ask(grades, PROBLEMS, ["4", "6"]) == [1.0, 1.0]  # the loop lives
+
+
+def made(limit):
+    def reward(completions, **_):
+        return [float(len(c) > limit) for c in completions]
+
+    return reward
+
+
+class Judge:
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, completions, **_):
+        self.calls += 1
+        return [float(self.calls)] * len(completions)
+
+
+def test_a_function_of_a_factory_is_described_with_its_values_and_an_object_by_its_class_alone():
+    assert described(made(3)) == described(made(3)) != described(made(4))
+    judge = Judge()
+    before = described(judge)
+    ask(judge, PROBLEMS, ["4", "6"])
+    assert described(judge) == before
+    assert "Judge@" in before

@@ -319,6 +319,9 @@ def exact(completions, answer, offset=0.0):
 exact.answers = Answers(str.strip, str.lower)
 
 
+REFERENCES = {"answer", "solution", "ground_truth"}
+
+
 def test_reward_args_are_bound_to_every_function_that_names_them():
     keys = {"functions": [scaled, exact], "success_func": "exact", "reward_args": {"scale": 2, "offset": 0.5}}
     scorer = of_recipe(**keys)
@@ -326,7 +329,7 @@ def test_reward_args_are_bound_to_every_function_that_names_them():
     assert scored.rewards == (("scaled", 2.5), ("exact", 1.5))
     assert scored.success == "yes"
     assert scorer.answers is exact.answers
-    assert scorer.columns_read == {"answer"}
+    assert scorer.columns_read == REFERENCES
 
 
 def test_without_reward_args_the_functions_are_the_ones_given():
@@ -400,13 +403,13 @@ def test_a_function_that_takes_no_completions_and_makes_no_reward_function_is_re
 
 
 def test_the_columns_read_are_those_that_the_signatures_name():
-    assert of_recipe().columns_read == {"answer", "solution", "ground_truth"}
-    assert of_recipe(functions=[length]).columns_read == frozenset()
+    assert of_recipe().columns_read == REFERENCES
+    assert of_recipe(functions=[length]).columns_read == REFERENCES  # through its `**columns`
     options = of_recipe([], functions=lambda completions, level=None, scale=2.0, exact=False, words="", tests=(): [])
     assert options.columns_read == {"level", "tests"}
     named = of_recipe([], functions=lambda prompts, completions, level, trainer_state, log_extra: [])
     assert named.columns_read == {"level"}
-    assert of_recipe(functions=[length], success_func="helpers.functions.even").columns_read == frozenset()
+    assert of_recipe(functions=[length], success_func="helpers.functions.even").columns_read == REFERENCES
     assert of_recipe(environment="my.Environment").columns_read == frozenset()
 
 

@@ -136,9 +136,12 @@ def test_batches_together_are_one(monkeypatch, size):
 
 
 def constant(value):
+    """Return a function that always answers alike; what it answers is no part of its description."""
+    held = [value]
+
     def reward(completions, **_):
-        asked.append(value)
-        return [value] * len(completions)
+        asked.append(held[0])
+        return held * len(completions)
 
     asked = reward.asked = []
     return reward
