@@ -6,30 +6,43 @@ Every token of the first rows with its label, exactly as the trainer gets it; no
 import html
 import json
 import sys
-from collections.abc import Mapping, Sequence
-from os import PathLike
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
 from bcft.cli import execute
+from bcft.config.entries import Recipe
 from bcft.config.loader import Config, load
+from bcft.config.python import Rows, named_rows, rows_of
 from bcft.data.loading import load_splits
 from bcft.types import IGNORED
 
 
-def run(recipe: str | PathLike[str] | None = None, **overrides: Any) -> list[dict[str, Any]]:
+def run(
+    recipe: Recipe | None = None,
+    *,
+    train_dataset: Iterable[Mapping[str, Any]] | None = None,
+    **overrides: Any,
+) -> list[dict[str, Any]]:
     """Return the first rows: `{where, problem_id, tokens: [{id, text, label}]}`, label -100 where there is no loss.
+
+    recipe: a path, or a dict of keys. train_dataset: rows in place of `dataset_name`, a `datasets.Dataset` or dicts;
+    those that a run would hold out are left out.
 
     Raises a `bcft.errors.BcftError` for everything a user can cause.
     """
-    return first_rows(load("preview", recipe, overrides))[0]
+    rows = rows_of(train_dataset)
+    return first_rows(load("preview", recipe, overrides, objects=named_rows(rows)), rows=rows)[0]
 
 
-def first_rows(config: Config) -> tuple[list[dict[str, Any]], str]:
-    """Return the first rows as configured, and the counts of all rows in words."""
-    given = load_splits(config.data, config.evaluation).train
+def first_rows(config: Config, *, rows: Rows | None = None) -> tuple[list[dict[str, Any]], str]:
+    """Return the first rows as configured, and the counts of all rows in words.
+
+    rows: in place of the dataset that the recipe names.
+    """
+    given = load_splits(config.data, config.evaluation, train=rows).train
 
     from bcft.data.examples import check_prompts, make_examples, without_special_tokens
     from bcft.policy.loading import load_renderer, longest_row
@@ -46,15 +59,15 @@ def first_rows(config: Config) -> tuple[list[dict[str, Any]], str]:
         overlength=config.data.overlength,
         train_on=config.data.train_on,
     )
-    rows = []
+    shown = []
     for example in examples[: config.data.preview_rows]:
         texts = [renderer.tokenizer.decode([token]) for token in example.input_ids]
         tokens = [
             {"id": token, "text": text, "label": label}
             for token, text, label in zip(example.input_ids, texts, example.labels, strict=True)
         ]
-        rows.append({"where": example.where, "problem_id": example.problem_id, "tokens": tokens})
-    return rows, "; ".join(filter(None, [str(counts), note]))
+        shown.append({"where": example.where, "problem_id": example.problem_id, "tokens": tokens})
+    return shown, "; ".join(filter(None, [str(counts), note]))
 
 
 def show(config: Config) -> None:

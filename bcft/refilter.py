@@ -8,14 +8,15 @@ The kept rows are a dataset, as those of `collect` are; `sft` on them is offline
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from bcft.cli import execute
+from bcft.config.entries import Recipe
 from bcft.config.loader import Config, load
+from bcft.config.python import switches
 from bcft.data.loading import HELD_OUT
 from bcft.environments.base import step_checker
 from bcft.errors import DataError, UsageError
@@ -45,12 +46,14 @@ JOURNAL = "journal"
 """Where the answers of the reward functions are until the selection is written."""
 
 
-def run(recipe: str | PathLike[str] | None = None, **overrides: Any) -> dict[str, Any]:
+def run(recipe: Recipe | None = None, *, quiet: bool = False, **overrides: Any) -> dict[str, Any]:
     """Select from saved rollouts with a recipe; return what `metrics.json` holds.
+
+    recipe: a path, or a dict of keys. quiet: the flag of the command line.
 
     Raises a `bcft.errors.BcftError` for everything a user can cause.
     """
-    return run_config(load("refilter", recipe, overrides))
+    return run_config(load("refilter", recipe, overrides, flags=switches(quiet=quiet)))
 
 
 def run_config(config: Config) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Keys that a command would accept and then not use: each is refused, with what it needs.
 
 A key of a file stays allowed when the caller overrides what it depends on: `use_peft=false` runs a LoRA recipe without
-its adapter, and `save_strategy=no` saves nothing whatever the file's `save_total_limit` is.
+its adapter, and `save_strategy=no` saves nothing whatever the file's `save_total_limit` is. A file may hold keys of
+other commands, but for `filtered` none of those with which the Trainer of `sft` saves and evaluates.
 """
 
 import json
@@ -95,14 +96,19 @@ def without_effect(
         other = "eval_dev_samples" if split == "test" else "eval_test_samples"
         if other in overrides:
             yield other, f"has no effect with eval_split: {split}"
+    if command == "filtered":
+        for key in in_file:  # a caller's are refused as keys of another command
+            if KEYS[key].section == "training" and command not in KEYS[key].commands:
+                yield key, "has no effect in filtered: rounds save and evaluate by themselves, each with its own seed"
     if command in TRAINING:
         yield from _continued_adapter(values, {*in_file, *overrides})
 
 
 def _missing(values: Mapping[str, Any], in_file: Collection[str], overrides: Collection[str]) -> Iterator[Finding]:
     given = {*in_file, *overrides}
+    continued = bool(adapter_keys(values["model_name_or_path"]))
     for other, (keys, words) in _GIVEN.items():
-        if other in given:
+        if other in given or (other == "use_peft" and continued):  # it needs nothing: `_continued_adapter` looks at it
             continue
         for key in keys:
             # A default is what a run has anyway; but whoever writes any key of an adapter wants one.
@@ -149,4 +155,6 @@ def adapter_keys(name: str) -> dict[str, Any]:
     if not isinstance(own, dict):
         return {}
     values = {key: own[its_name] for key, its_name in _ADAPTER.items() if its_name in own}
+    if values:  # a file of an earlier peft lacks them
+        values = {"use_rslora": False, "use_dora": False} | values
     return {key: [value] if key in _LISTS and isinstance(value, str) else value for key, value in values.items()}

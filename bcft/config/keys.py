@@ -193,7 +193,7 @@ RENAMED = {
         "eval_strategy": "evaluation_strategy",
         "eval_test_problems": "eval_size",
         "max_completion_length": "max_new_tokens max_tokens max_response_length",
-        "success_func": "reward_fn reward_function reward_func",
+        "reward_funcs": "reward_fn reward_function reward_func reward_functions",
         "num_generations in rounds; an evaluation has eval_test_samples": "num_return_sequences n_samples "
         "n_samples_per_prompt rollout.n",
         "num_rounds": "num_iterations iterations n_iterations rounds",
@@ -220,7 +220,7 @@ class Key:
     group: str
     """The library class the key comes from, or `bcft`."""
     commands: tuple[str, ...]
-    """The commands that read it. A file may hold keys of any command, a command line only those of its own."""
+    """The commands that read it. A file may hold keys of other commands (see `effects`), a command line may not."""
     choices: tuple[str, ...] = ()
     limits: str = ""
     """Of its numbers, such as `> 0 and <= 1`."""

@@ -104,16 +104,28 @@ class Config:
 
         It leaves out `python_objects`, which no command line can give: with them it is not the whole run.
         """
+        flags = (f"--{flag}" for flag in sorted(self.flags - {"dry-run"}))
+        return shlex.join([*self._words(self.command), *flags])
+
+    def evaluating(self, model: str) -> str:
+        """Return the command that measures a model as this run does; '' if it needs `python_objects`."""
+        if self.python_objects:
+            return ""
+        own = {"model_name_or_path", "output_dir", "against"}
+        return shlex.join([*self._words("evaluate", without=own), "--model_name_or_path", model])
+
+    def _words(self, command: str, *, without: Collection[str] = ()) -> list[str]:
+        """Return a command with the recipe, and every key that it reads and that differs from the recipe's file."""
         try:
             in_file = load(self.command, self.path, {}, flags=self.flags).values if self.path else {}
         except UsageError:  # the file is incomplete without the command line
             in_file = {}
-        words = ["bcft", self.command, *([self.path] if self.path else [])]
-        for key in sorted(self.given - self.python_objects):
+        words = ["bcft", command, *([self.path] if self.path else [])]
+        for key in sorted(self.given - self.python_objects - {*without}):
             value = self.values[key]
-            if self.command in KEYS[key].commands and (key not in in_file or in_file[key] != value):
+            if command in KEYS[key].commands and (key not in in_file or in_file[key] != value):
                 words.append(f"{key}={_argument(key, value)}")
-        return shlex.join([*words, *(f"--{flag}" for flag in sorted(self.flags - {"dry-run"}))])
+        return words
 
 
 def parse(command: str, argv: Sequence[str]) -> Config:
@@ -217,6 +229,7 @@ def _config(
     if "dataset_name" in objects:  # rows in place of the recipe's dataset
         others = [key for key in ("dataset_config", "dataset_test_split") if key in override_places]
         findings += [f"{override_places[key]}: {key}: has no effect with train_dataset" for key in others]
+        findings += _named_split(override_values, override_places)
         file_values = {key: value for key, value in file_values.items() if key not in OF_DATASET}
     where = file_places | override_places | dict.fromkeys(objects, "Python object")
     values |= {**file_values, **override_values, **objects}
@@ -244,6 +257,14 @@ def _config(
         **sections,
         python_objects=frozenset(objects),
     )
+
+
+def _named_split(values: Mapping[str, Any], places: Mapping[str, str]) -> Iterator[str]:
+    """Yield a finding for a train split whose name would be ignored: rows that Python gives are `train` alone."""
+    key = "dataset_train_split"
+    name, *_ = str(values.get(key, "train")).partition("[")
+    if name != "train":
+        yield f"{places[key]}: {key}: {show(name)} has no effect with train_dataset: give train, or rows as train[:5]"
 
 
 def _valid(

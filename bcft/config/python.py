@@ -26,6 +26,9 @@ def rows_of(train_dataset: Iterable[Mapping[str, Any]] | None) -> Rows | None:
     if isinstance(train_dataset, Mapping):
         splits = ", ".join(map(str, train_dataset))
         raise UsageError(f"train_dataset: a dict of {splits:.80}: give one split, such as train_dataset['train']")
+    kind = type(train_dataset)
+    if kind.__module__.partition(".")[0] == "pandas":
+        raise UsageError(f"train_dataset: a pandas {kind.__name__}: give datasets.Dataset.from_pandas(df)")
     if isinstance(train_dataset, str) or not hasattr(train_dataset, "__iter__"):
         raise UsageError(
             f"train_dataset: wants a datasets.Dataset or a list of dicts, not {show(train_dataset)}; "
@@ -34,7 +37,9 @@ def rows_of(train_dataset: Iterable[Mapping[str, Any]] | None) -> Rows | None:
     rows = list(train_dataset)
     wrong = next((i for i, row in enumerate(rows) if not isinstance(row, Mapping)), None)
     if wrong is not None:
-        raise DataError(f"train_dataset row {wrong}: wants a dict of columns, not {show(rows[wrong])}")
+        raise DataError(
+            f"train_dataset row {wrong}: expected a mapping from columns to values, not {show(rows[wrong])}"
+        )
     if not rows:
         raise DataError("train_dataset: no rows")
     return rows

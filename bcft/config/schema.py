@@ -220,7 +220,7 @@ class SelectionSettings(RuleSettings):
 
     reward_funcs: tuple[str, ...] | None = own(
         None,
-        "dotted paths of reward functions with TRL's signature; the first one also decides success; "
+        "dotted paths of reward functions with TRL's signature; a single one also decides success; "
         "null: bcft.rewards.math_reward, or none with an environment",
         commands=GRADING,
     )
@@ -233,7 +233,7 @@ class SelectionSettings(RuleSettings):
     success_func: str | None = own(
         None,
         "dotted path of a function that returns 1.0 or more for a completion that solves its problem; null: the "
-        "first of reward_funcs; '': none, for rewards that do not show success",
+        "only one of reward_funcs; required with several; '': none, for rewards that do not show success",
         commands=GRADING,
     )
     rollouts: str | None = own(

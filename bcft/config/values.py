@@ -214,6 +214,7 @@ _ORDER = ("bool", "int", "float", "dict", "list[str]", "list[float]", "str")
 
 def _as(kind: str, raw: Raw, kinds: list[str]) -> Any:
     """Return the raw value as one kind, or None if it is not of that kind."""
+    raw = _builtin(raw)
     if kind == "bool":
         return BOOLS.get(raw.lower()) if isinstance(raw, str) else raw if isinstance(raw, bool) else None
     if kind == "int":
@@ -241,6 +242,11 @@ def _as(kind: str, raw: Raw, kinds: list[str]) -> Any:
     return None if None in items else items
 
 
+def _builtin(raw: Raw) -> Raw:
+    """Return a single NumPy value as Python's own, any other value as it is; NumPy is not imported for it."""
+    return raw.item() if type(raw).__module__ == "numpy" and getattr(raw, "shape", None) == () else raw
+
+
 def _number(raw: Raw) -> float | None:
     if isinstance(raw, str):
         if not NUMBER.fullmatch(raw) or not any(c.isdigit() for c in re.split("[eE]", raw)[0]):
@@ -253,6 +259,7 @@ def _number(raw: Raw) -> float | None:
 
 def _untyped(raw: Raw) -> Any:
     """Return a value inside a mapping of keyword arguments, whose types no key declares."""
+    raw = _builtin(raw)
     if isinstance(raw, Mapping):
         return {str(name): _untyped(value) for name, value in raw.items()}
     if isinstance(raw, list | tuple):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bcft.errors import DataError
+from bcft.types import show
 
 Row = tuple[dict[str, Any], str]
 """A row's columns and its place, such as `file:line`."""
@@ -61,10 +62,13 @@ def read_json_rows(path: Path) -> Iterator[Row]:
     for number, line in enumerate(raw.split(b"\n"), 1):
         if line.strip():
             where = f"{path}:{number}"
-            yield _mapping(_parse_json(line, where), where), where
+            yield (
+                _mapping(_parse_json(line, where, remedy=": write an array of objects, or one object a line"), where),
+                where,
+            )
 
 
-def _parse_json(raw: bytes, where: str) -> Any:
+def _parse_json(raw: bytes, where: str, *, remedy: str = "") -> Any:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if name := _doubled(key for key, _ in pairs):
             raise DataError(f"{where}: key {name!r} is given twice")
@@ -81,7 +85,7 @@ def _parse_json(raw: bytes, where: str) -> Any:
         raise DataError(f"{where}: nested too deeply") from error
     except json.JSONDecodeError as error:
         place = where if error.lineno == 1 else f"{where}:{error.lineno}"
-        raise DataError(f"{place}: not JSON: {error.msg} at column {error.colno}") from error
+        raise DataError(f"{place}: not JSON: {error.msg} at column {error.colno}{remedy}") from error
     except ValueError as error:  # an integer of thousands of digits
         raise DataError(f"{where}: not readable as JSON: {error}") from error
 
@@ -103,10 +107,12 @@ def _mapping(row: Any, where: str) -> dict[str, Any]:
 
 
 # Tables
+_DELIMITERS = "separate columns by commas (.csv) or tabs (.tsv)"
+
+
 def _read_table(path: Path, *, delimiter: str) -> Iterator[Row]:
     """Yield the rows of a file whose first line names the columns; fields may be quoted."""
     raw = _content(path)
-    line = 0
     rows: list[Row] = []
     try:
         text = io.StringIO(raw.decode("utf-8-sig"), newline="")
@@ -114,21 +120,25 @@ def _read_table(path: Path, *, delimiter: str) -> Iterator[Row]:
             reader = csv.DictReader(text, strict=True, delimiter=delimiter)
             _check_header(reader.fieldnames or (), f"{path}:{reader.line_num}")
             for row in reader:
-                line = reader.line_num
                 if None in row or None in row.values():
                     fields = len(reader.fieldnames or ())
-                    raise DataError(f"{path}:{line}: not as many fields as the header has ({fields})")
-                rows.append((row, f"{path}:{line}"))
+                    raise DataError(f"{path}:{reader.line_num}: not as many fields as the header has ({fields})")
+                rows.append((row, f"{path}:{reader.line_num}"))
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 (byte {error.start}): save the file as UTF-8") from error
     except csv.Error as error:
-        raise DataError(f"{path}: not readable behind line {line or 1}: {error}") from error
+        place, remedy = f"after line {reader.line_num}", "write quotes within a quoted field twice, or use jsonl"
+        if not reader.line_num:
+            place, remedy = "in line 1", _DELIMITERS
+        raise DataError(f"{path}: not readable {place}: {error}: {remedy}") from error
     yield from rows
 
 
 def _check_header(names: Iterable[str], where: str) -> None:
-    """Raise DataError for a header that names two columns alike, or one not at all."""
+    """Raise DataError for a header that names two columns alike, or one not at all, or has another delimiter."""
     names = list(names)
+    if len(names) == 1 and ";" in names[0]:
+        raise DataError(f"{where}: the header is one column, {show(names[0])}: {_DELIMITERS}")
     if (name := _doubled(names)) is not None and name.strip():
         raise DataError(f"{where}: column {name!r} is given twice: rename one of them")
     for number, name in enumerate(names, 1):

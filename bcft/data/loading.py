@@ -209,8 +209,6 @@ def _load(
     rows = dataset.read(dataset.train_split) if given is None else given
     train = [demonstration(row, where, problem_only=not demonstrations) for row, where in rows[dataset.train_slice]]
     own = {} if given is not None else _own_splits(dataset, required=require_test)
-    if given is not None and source.dataset_test_split is not None:
-        raise DataError("dataset_test_split: train_dataset has no splits: remove the key")
     parts = _by_hash(
         train,
         dev=None if "dev" in own else source.eval_dev_problems,

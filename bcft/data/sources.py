@@ -1,16 +1,16 @@
 """Where the rows of a split come from: a file, a directory with a file for each split, a Hub dataset, or Python."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from bcft.config import python
 from bcft.data.files import SUFFIXES, Row, read_rows, suffix_of
 from bcft.errors import DataError
 from bcft.policy.hub_errors import hub_reason
-from bcft.types import show
 
 _SPLIT = re.compile(r"([\w.-]+)(?:\[(\d*):(\d*)\])?")
 SAVED = ("dataset_dict.json", "state.json")
@@ -44,19 +44,8 @@ def parse_split(text: str, *, key: str) -> tuple[str, slice]:
 
 
 def rows_of(train: Iterable[Any]) -> list[Row]:
-    """Return rows that were given in Python, such as those of a `datasets.Dataset`, each with its place.
-
-    Raises DataError where there are none, and for anything but mappings from columns to values.
-    """
-    rows: list[Row] = []
-    for number, row in enumerate(train):
-        where = f"train_dataset row {number}"
-        if not isinstance(row, Mapping):
-            raise DataError(f"{where}: expected a mapping from columns to values, not {show(row)}")
-        rows.append((dict(row), where))
-    if not rows:
-        raise DataError("train_dataset: no rows")
-    return rows
+    """Return rows that were given in Python, each with its place. Raises what `config.python.rows_of` does."""
+    return [(dict(row), f"train_dataset row {number}") for number, row in enumerate(python.rows_of(train) or [])]
 
 
 class Dataset:

@@ -24,11 +24,13 @@ from bcft.config.schema import (
     SelectionSettings,
     TrainingSettings,
 )
-from bcft.data.examples import check_prompts, make_examples, without_special_tokens
+from bcft.data.examples import check_prompts, make_examples, replay_examples, without_special_tokens
 from bcft.data.loading import Splits, load_splits
 from bcft.environments.base import rollout_settings
+from bcft.errors import UsageError
 from bcft.reporting.costs import Line, batch, before_and_after, evaluations, round_steps, sft_steps
 from bcft.reporting.hub import Missing, available, work_offline_if_unreachable
+from bcft.reporting.report import check_against
 from bcft.reporting.tables import say
 from bcft.rewards.base import Reward
 from bcft.runs.directory import quiet_libraries
@@ -80,8 +82,8 @@ class _Parts:
     """What a run is made from, as far as it is on this machine."""
 
     splits: Splits | Missing
-    note: str
-    """About rows that repeat a prompt; '' if there are none."""
+    notes: tuple[str, ...]
+    """About rows that repeat a prompt, and about references; '' where there is nothing to say."""
     graded: bool
     """Whether evaluations can measure success or a reward."""
     outline: "Outline | Missing"
@@ -102,6 +104,7 @@ def dry_run_sft(plan: Plan) -> None:
     with quiet_libraries(debug=plan.debug):
         parts = _parts(plan, plays=False)
         rows, count, lengths = _examples(parts, plan)
+        _check_disk(parts, plan, plays=False)
         steps = sft_steps(parts.splits, plan.training, count, exact=bool(lengths))
         lines = [
             ("data", str(parts.splits)),
@@ -120,10 +123,14 @@ def dry_run_filtered(plan: Plan) -> None:
     """
     if rank() > 0:
         return
+    if plan.evaluation.against:
+        check_against(Path(plan.evaluation.against))
     work_offline_if_unreachable(_names(plan))
     with quiet_libraries(debug=plan.debug):
         parts = _parts(plan, plays=True)
+        replay_note = _replay(parts, plan)
         problems, lengths = _problems(parts, plan)
+        _check_disk(parts, plan, plays=True)
         rounds, samples, limit = plan.rounds, plan.sampling.num_generations, plan.sampling.max_completion_length
         prompts, replay = rounds.prompts_per_round, 0
         if isinstance(parts.splits, Splits):
@@ -133,7 +140,7 @@ def dry_run_filtered(plan: Plan) -> None:
         most = round_steps(rounds, plan.selection, plan.training, attempts=attempts, prompts=prompts, replay=replay)
         lines = [
             *problems,
-            *([("", parts.note)] if parts.note else []),
+            *(("", note) for note in (*parts.notes, replay_note) if note),
             ("rounds", f"{rounds.num_rounds} of {prompts:,} prompts x {samples} generations = "
                        f"{attempts:,} attempts each"),
             ("", f"at most {attempts * limit:,} tokens sampled per round ({limit} per attempt)"),
@@ -163,14 +170,29 @@ def _examples(parts: _Parts, plan: Plan) -> tuple[str, int, Lengths | None]:
     if isinstance(renderer, Missing):
         return renderer, len(splits.train), None
     demonstrations, note = without_special_tokens(splits.train, renderer, special_tokens=data.special_tokens)
+    limit, train_on = parts.longest, data.train_on
     examples, counts = make_examples(
-        demonstrations, renderer, max_length=parts.longest, overlength=data.overlength, train_on=data.train_on
+        demonstrations, renderer, max_length=limit, overlength=data.overlength, train_on=train_on
     )
+    for part in (splits.dev, splits.test):  # the run takes a loss on those that have a solution
+        answered = [d for d in part if d.answered]
+        bare, _ = without_special_tokens(answered, renderer, special_tokens=data.special_tokens)
+        make_examples(bare, renderer, max_length=limit, train_on=train_on, may_be_empty=True)
     attempted = [d.problem for d in (*splits.test, *splits.harder)]
     prompts = renderer.prompts([p.prompt for p in attempted], [p.template_kwargs for p in attempted])
     sampled = max(map(len, prompts), default=0) + plan.sampling.max_completion_length
     longest = Lengths(max(len(example.input_ids) for example in examples), sampled)
     return "; ".join(filter(None, [str(counts), note])), len(examples), longest
+
+
+def _replay(parts: _Parts, plan: Plan) -> str:
+    """Check the demonstrations to replay as far as they can be rendered here; return a note about them, or ''."""
+    splits, renderer, data = parts.splits, parts.renderer, plan.data
+    if isinstance(splits, Missing) or isinstance(renderer, Missing):
+        return ""
+    demonstrations, note = without_special_tokens(splits.replay, renderer, special_tokens=data.special_tokens)
+    replay_examples(demonstrations, renderer, max_length=parts.longest, train_on=data.train_on)
+    return note
 
 
 def _problems(parts: _Parts, plan: Plan) -> tuple[list[Line], Lengths | None]:
@@ -184,7 +206,6 @@ def _problems(parts: _Parts, plan: Plan) -> tuple[list[Line], Lengths | None]:
         return [line, ("prompts", f"unknown: {environment} makes them during the rollout")], None
     if isinstance(renderer, Missing):
         return [line, ("prompts", renderer)], None
-    without_special_tokens(splits.replay, renderer, special_tokens=plan.data.special_tokens)
     both = [problems, [d.problem for d in splits.held_out]]
     counts, others = (
         [len(ids) for ids in renderer.prompts([p.prompt for p in part], [p.template_kwargs for p in part])]
@@ -265,18 +286,19 @@ def _parts(plan: Plan, *, plays: bool) -> _Parts:
     )
     if plays and isinstance(splits, Splits):
         splits.require_dev(plan.evaluation.eval_dev_problems)
-    note, graded = _functions(plan, splits, plays=plays)
+    notes, graded = _functions(plan, splits, plays=plays)
     check_training(plan.training)
+    if not plays and isinstance(splits, Splits) and plan.training.eval_strategy != "no":
+        _require_dev_rows(splits)
     renderer = available(lambda: _renderer(plan.model), name)
     shape = available(lambda: outline(plan.model), name)
-    if not isinstance(shape, Missing):
-        _check_disk(plan, plays=plays)
     if isinstance(splits, Splits) and not isinstance(renderer, Missing):
-        problems = [d.problem for d in (*splits.train, *splits.held_out)]
+        problems = list(splits.problems_to_attempt().values()) if plays else [d.problem for d in splits.train]
+        problems += [d.problem for d in splits.held_out]
         check_prompts(problems, renderer, special_tokens=data.special_tokens)
     return _Parts(
         splits=splits,
-        note=note,
+        notes=notes,
         graded=graded,
         outline=shape,
         renderer=renderer,
@@ -285,9 +307,17 @@ def _parts(plan: Plan, *, plays: bool) -> _Parts:
     )
 
 
-def _check_disk(plan: Plan, *, plays: bool) -> None:
+def _require_dev_rows(splits: Splits) -> None:
+    """Raise UsageError without dev rows that have a solution."""
+    if not any(d.answered for d in splits.dev):
+        raise UsageError("eval_strategy: there are no dev rows to take a loss on: raise eval_dev_problems, or set no")
+
+
+def _check_disk(parts: _Parts, plan: Plan, *, plays: bool) -> None:
     from bcft.policy.loading import check_disk  # noqa: PLC0415 - reads HF_HUB_OFFLINE
 
+    if isinstance(parts.outline, Missing):
+        return
     check_disk(
         Path(plan.training.output_dir),
         plan.model.model_name_or_path,
@@ -298,20 +328,20 @@ def _check_disk(plan: Plan, *, plays: bool) -> None:
     )
 
 
-def _functions(plan: Plan, splits: Splits | Missing, *, plays: bool) -> tuple[str, bool]:
-    """Import and check environment and rewards; return a note, and whether evaluations can measure anything."""
+def _functions(plan: Plan, splits: Splits | Missing, *, plays: bool) -> tuple[tuple[str, ...], bool]:
+    """Import and check environment and rewards; return notes, and whether evaluations can measure anything."""
     rollout_settings(plan.sampling, plan.environment, seed=plan.training.seed, make=plan.make_environment)
     environment, held_out = plan.environment.environment, []
     if isinstance(splits, Splits):
         held_out = [d.problem for d in splits.held_out]
     scorer = Scorer.of(plan.selection, held_out, environment=environment, reward_funcs=plan.reward_funcs)
     if isinstance(splits, Missing):
-        return "", True
+        return (), True
     if not plays:
-        return "", scorer.measures != "nothing"
-    note = splits.note_conflicts(None if environment else scorer.columns_read)
-    scorer.check(list(splits.problems_to_attempt().values()))
-    return note, scorer.measures != "nothing"
+        return (), scorer.measures != "nothing"
+    conflicts = splits.note_conflicts(None if environment else scorer.columns_read)
+    references = scorer.check(list(splits.problems_to_attempt().values()))
+    return (conflicts, references), scorer.measures != "nothing"
 
 
 def _renderer(model: ModelSettings) -> "Renderer | Missing":

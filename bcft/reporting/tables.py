@@ -143,7 +143,7 @@ def round_line(record: Mapping[str, Any]) -> str:
     greedy = percent(dev["greedy"]["success"]) if "greedy" in dev else ""
     seconds = sum(record.get("seconds", {}).values())
     sampled = next((mean(dev, part) for part in AVERAGES if part in dev), cell(dev, "sampled", "pass@1"))
-    line = f"{record['round']:>5} {played}{kept}  {greedy:>10}  {sampled:<23}"
+    line = f"{record['round']:>5} {played}{kept}  {greedy:>10}  {sampled:<22} "
     line = f"{line}{seconds:.1f} s" if seconds else line.rstrip()
     note = selection.get("note", "")
     return f"{line}\n      {note}" if note else line

@@ -10,6 +10,7 @@ import math
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import as_completed
 from contextlib import contextmanager
@@ -71,7 +72,7 @@ def answers_of(function: Reward | None) -> Answers | None:
 def users_code(summary: str, kind: type[BcftError]) -> Iterator[None]:
     """Report any exception of a user's code in the block as an error of `kind`, in one line.
 
-    The line is the summary with the exception's type and message. A BcftError passes through.
+    The line is the summary with the exception's type, message and place. A BcftError passes through.
     """
     try:
         yield
@@ -80,7 +81,9 @@ def users_code(summary: str, kind: type[BcftError]) -> Iterator[None]:
     except Exception as error:
         message = " ".join(str(error).split())
         message = message if len(message) <= _LONGEST_MESSAGE else message[:_LONGEST_MESSAGE] + "..."
-        raise kind(f"{summary} {type(error).__name__}: {message} (--debug shows where)") from error
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename[:1] != "<"]
+        where = f"{frames[-1].filename}:{frames[-1].lineno}"  # the last that is a file's: `<frozen importlib>` is none
+        raise kind(f"{summary} {type(error).__name__}: {message} ({where}; --debug shows more)") from error
 
 
 # How a function is called

@@ -96,10 +96,43 @@ def compare(reference: str, answer: str) -> Literal["right", "wrong", "unparsabl
     from math_verify import parse, verify  # noqa: PLC0415 - sympy is for the sandbox alone
 
     _make_exact()
-    gold = parse(reference, parsing_timeout=None)
+    gold, given = (_with_sets(parse(text, parsing_timeout=None), text) for text in (reference, answer))
     if all(isinstance(expression, str) for expression in gold):
         return "unparsable"
-    return "right" if verify(gold, parse(answer, parsing_timeout=None), timeout_seconds=None) else "wrong"
+    if _has_euler(gold) or _has_euler(given):
+        gold, given = _with_imaginary_unit(gold), _with_imaginary_unit(given)
+    return "right" if verify(gold, given, timeout_seconds=None, allow_set_relation_comp=True) else "wrong"
+
+
+def _with_sets(parsed: list[Any], text: str) -> list[Any]:
+    """Return what math-verify parsed, "x < 1 or x > 5" as the set of numbers that it is."""
+    from sympy import FiniteSet, Or  # type: ignore[import-untyped] # noqa: PLC0415 - sympy is for the sandbox alone
+
+    first: Any = parsed[0] if parsed else None
+    if not isinstance(first, FiniteSet) or not all(part.is_Relational for part in first.args):
+        return parsed
+    if len(first.free_symbols) != 1 or not re.search(r"\bor\b", text):
+        return parsed
+    return [Or(*first.args).as_set(), *parsed[1:]]
+
+
+def _has_euler(parsed: list[Any]) -> bool:
+    r"""Whether a formula holds e^{i\pi}: there the letter i is the imaginary unit, elsewhere it may be a variable."""
+    from sympy import exp, pi  # noqa: PLC0415 - sympy is for the sandbox alone
+
+    powers = [power for part in parsed if not isinstance(part, str) for power in part.atoms(exp)]
+    return any(power.has(pi) and any(str(symbol) == "i" for symbol in power.free_symbols) for power in powers)
+
+
+def _with_imaginary_unit(parsed: list[Any]) -> list[Any]:
+    from sympy import I  # noqa: PLC0415 - sympy is for the sandbox alone
+
+    return [
+        part
+        if isinstance(part, str)
+        else part.xreplace({symbol: I for symbol in part.free_symbols if str(symbol) == "i"}).doit()
+        for part in parsed
+    ]
 
 
 @cache
@@ -115,7 +148,7 @@ def _make_exact() -> None:
 def _equal(left: Any, right: Any, float_rounding: int, numeric_precision: int) -> bool:
     """Whether two values are known to be equal without simplifying; signature and place are math-verify's."""
     from math_verify.grader import safe_sympy_doit, sympy_expr_eq  # noqa: PLC0415 - sympy is for the sandbox alone
-    from sympy import MatrixBase  # type: ignore[import-untyped] # noqa: PLC0415 - as above
+    from sympy import MatrixBase  # noqa: PLC0415 - as above
 
     left, right = safe_sympy_doit(left), safe_sympy_doit(right)
     if isinstance(left, MatrixBase) and isinstance(right, MatrixBase):

@@ -15,7 +15,7 @@ from bcft.rewards.base import Answers
 from bcft.rewards.formulas import formula, is_literal_only, literal
 from bcft.rewards.plain import Quantity, choices, decimal_comma, plain, same, strip
 from bcft.rewards.sandbox import default_sandbox
-from bcft.rewards.stated import is_prose, last_side, named_value, stated, unmarked, visible
+from bcft.rewards.stated import is_prose, last_side, named_value, relations, stated, unmarked, visible
 from bcft.types import Message, Prompt
 
 
@@ -100,6 +100,9 @@ def _compare(
     if ")" in gold + answer:
         gold, answer = choices(gold, answer)
         expected = plain(gold, percent_as_number=percent_as_number)
+    if (both := relations(gold, answer)) is None:
+        return 0.0
+    gold, answer = both
     actual = plain(answer, percent_as_number=percent_as_number)
     if actual is None and isinstance(expected, Quantity):
         actual = plain(last_side(answer), percent_as_number=percent_as_number)

@@ -66,6 +66,18 @@ TEXT = re.compile(r"\\(?:text(?:bf|it|rm|normal)?|mathrm|mathbf|mathit|mbox)\s*\
 _FRACTION = re.compile(r"\\[cdt]?frac\s*(?:\{\s*([^{}\s]+)\s*\}|([0-9]))\s*(?:\{\s*([^{}\s]+)\s*\}|([0-9]))")
 _SPELLINGS = {"{,}": ",", r"\!": "", r"\,": "", r"\;": " ", r"\$": "", r"\%": "%", r"\ ": " ", "~": " ", "$": ""}
 _SPELLINGS |= {r"\left": "", r"\right": ""}
+_SIGN_WORD = re.compile(
+    r"""
+    (?: (?P<before>
+          (?: ^ | [=:,;(*#>"\n]
+            | \b (?: is | are | be | was | were | equals? | exactly | about | to | of | or | and | gives | answer ) \b )
+          \s{0,5} [*"]{0,3} ) minus
+      | \b negative )
+    \s{1,5} (?P<opening> \$? | \\\(\s? ) (?= \.?[0-9] | \\[cdt]?frac | \\sqrt )
+    """,
+    re.VERBOSE | re.IGNORECASE,
+)
+"""A word that is the sign of the number behind it; "10 minus 5" has none."""
 
 
 class Quantity(NamedTuple):
@@ -87,7 +99,7 @@ def plain(text: str, *, percent_as_number: bool = False) -> Quantity | str | Non
         return None
     for written, meant in _SPELLINGS.items():
         text = text.replace(written, meant)
-    text = strip(_FRACTION.sub(r" \1\2/\3\4 ", TEXT.sub(_unwrapped, text)))
+    text = with_signs(strip(_FRACTION.sub(r" \1\2/\3\4 ", TEXT.sub(_unwrapped, text))))
     if "\n" in text:
         return None
     if match := NUMBER.fullmatch(text):
@@ -134,6 +146,11 @@ def strip(text: str) -> str:
     """Remove the signs around an answer in Markdown, in LaTeX's math modes and at the end of a sentence."""
     text = text.lstrip(' \t\n*_`"$~').rstrip(' \t\n*_`"$~.,;:?')
     return text.removeprefix(r"\(").removesuffix(r"\)").removeprefix(r"\[").removesuffix(r"\]").strip()
+
+
+def with_signs(text: str) -> str:
+    """Write "minus 5" and "negative 5" as -5."""
+    return _SIGN_WORD.sub(lambda match: f"{match['before'] or ''}{match['opening']}-", text)
 
 
 def _unwrapped(match: re.Match[str]) -> str:

@@ -7,7 +7,7 @@ numbers from the middle of a reply.
 
 import re
 
-from bcft.rewards.plain import NUMBER, SCALES, TEXT, UNSIGNED, Quantity, plain, strip
+from bcft.rewards.plain import NUMBER, SCALES, TEXT, UNSIGNED, Quantity, plain, same, strip, with_signs
 from bcft.rewards.sandbox import MAX_TEXT_CHARS
 
 # What of a text is its reply.
@@ -30,7 +30,7 @@ def visible(text: str) -> str:
     A thought that is never closed leaves nothing. At most `MAX_TEXT_CHARS` characters, the last ones.
     """
     if "<" not in text:
-        return text[-MAX_TEXT_CHARS:]
+        return with_signs(text[-MAX_TEXT_CHARS:])
     closed = max((text.rfind(tag) + len(tag) for tag in _THOUGHT_ENDS if tag in text), default=0)
     if any(text.find(tag, closed) >= 0 for tag in _THOUGHT_STARTS):
         return ""
@@ -39,7 +39,7 @@ def visible(text: str) -> str:
     text = text[start.end() if start else 0 :]
     end = _TURN_END.search(text)
     text = text[: end.start() if end else len(text)]
-    return _MARKUP.sub(" ", text[-MAX_TEXT_CHARS:])
+    return with_signs(_MARKUP.sub(" ", text[-MAX_TEXT_CHARS:]))
 
 
 _TAG = re.compile(r"</?[A-Za-z_]{1,20}>")
@@ -93,7 +93,7 @@ _LONGEST_JOINT = 80
 _ENVIRONMENT = re.compile(r"\\begin\{(\w{1,12})\}.{0,600}?\\end\{\1\}", re.DOTALL)
 _FORMULA = re.compile(
     r"""
-    [-+−–.±]? \s* [0-9$\\(\[{|√π∞±]
+    (?: [-+−–.±] | [<>≤≥≠]=? | != )? \s* [0-9$\\(\[{|√π∞±]
     | [A-Za-z] (?![A-Za-z]) (?!\s+[A-Za-z])
     | (?: [A-Za-z][ ] )? [A-Za-z]{1,3} (?: [\^_(+*/=<>-] | [ ][+=<>] )
     | (?! (?: an|as|at|be|by|do|he|if|in|is|it|me|my|no|of|ok|on|or|so|to|up|us|we ) $ ) [A-Za-z]{2} $
@@ -114,7 +114,38 @@ _PROSE = re.compile(
 _EQUATIONS = re.compile(r"=[^=]{1,100}\b(?:and|or)\b[^=]{1,100}=")
 _EQUALS = re.compile(r"(?<![<>!:=\\])=(?!=)")
 _NAME = re.compile(r"\s*(?:\\[A-Za-z]+|[A-Za-z])\s*(?:_\s*(?:\{[^{}]*\}|\w)|\([^()]{0,20}\)|')?\s*")
-_NOT = re.compile(r"\b(?:not|isn't|never)\s*$", re.IGNORECASE)
+_NOT = r"""
+    \b (?: not | never | cannot | nor | [a-z]{1,8}n['’]t )
+    (?: \s+ (?: be | equal | to | possibly | really | actually | just | only | simply | exactly | likely ) ){0,3} \s*
+    """
+_RELATION = r"""
+    (?: [<>]=? | [≤≥≠] | !=
+      | \\ (?: not\s*(?: [=<>] | \\[a-z]{1,9} )
+           | (?: n?[gl]e(?:qq?|qslant)? | neq? | [gl]t | gg | ll | gtrsim | lesssim ) (?![a-z]) ) )
+    """
+_BOUND = r"""
+    (?: ^ | [\n.:,;>(*#] | \b (?: is | are | be | was | were | lies | equals? | answer ) \b ) \s*
+    (?: (?: strictly | definitely | certainly | clearly | probably | somewhere | somewhat | something | anything
+          | anywhere | (?:a|some|any) \s+ number ) \s+ ){0,2}
+    (?: at \s+ (?:the\s+)? (?:least | most) | over | under | above | below | up \s+ to | anything \s+ but
+      | (?: (?:no|not|any) \s+ )? (?: more | less | fewer | greater | larger | smaller | bigger | higher | lower )
+        \s+ than (?: \s+ or \s+ equal \s+ to )?
+      | between \s+ \S{1,20} \s+ (?:\S{1,12} \s+)? and | from \s+ \S{1,20} \s+ to ) \s*
+    """
+_DENIED = re.compile(
+    rf"(?: {_NOT} | {_BOUND} | (?: ^ | [\s$(*:] ) {_RELATION} \s* ) [:*$]{{0,3}} \s* $", re.VERBOSE | re.IGNORECASE
+)
+"""What makes of the number behind it no answer: "not 7" and, unless a verb like "needs" is before it, "at least 7"."""
+_OPEN_ENDED = re.compile(
+    r"\s{0,5}(?:\\text\{)?\s{0,5}or\s+(?:more|less|fewer|greater|higher|lower|above|below|over|under)\b"
+)
+_DENIED_IN_MARK = re.compile(rf"{_NOT} (?: is | are | be )? \s* [:=]? $", re.VERBOSE | re.IGNORECASE)
+_ALTERNATIVE = re.compile(
+    r"(?<!\S)(?<![-+*/=×÷]\s)(?P<other>\S{1,30}?),?\s+or\s+(?:(?:maybe|perhaps|possibly|even|is\s+it)\s+)?[$*]{0,3}$",
+    re.IGNORECASE,
+)
+_LEADING_RELATION = re.compile(rf"\s*{_RELATION}", re.VERBOSE)
+_RELATION_OF_NAME = re.compile(rf"\A\s*[A-Za-z]\s*(?={_RELATION})", re.VERBOSE)
 _TOKEN = re.compile(
     rf"""
     (?<![\w.,\\{{^/*+−–-]) (?<![0-9]:)
@@ -139,6 +170,8 @@ def stated(text: str, *, words: bool, percents: bool = False) -> str | None:
     marks = list(_MARK.finditer(text))
     for number in range(len(marks) - 1, -1, -1):
         mark = marks[number]
+        if _DENIED_IN_MARK.search(mark[0]):
+            continue
         if mark["box"]:
             answer = _boxes(text, [other for other in marks[: number + 1] if other["box"]], percents=percents)
             if answer is None:
@@ -276,6 +309,18 @@ def named_value(phrase: str) -> str:
     return sides[1].strip() if len(sides) == 2 and _NAME.fullmatch(sides[0]) else ""
 
 
+def relations(gold: str, answer: str) -> tuple[str, str] | None:
+    r"""Return both formulas, `\ge 7` as the `x \ge 7` that math-verify reads; None where only one is a relation."""
+    if (_OPEN_ENDED.search(gold) is None) != (_OPEN_ENDED.search(answer) is None):
+        return None
+    if not (_LEADING_RELATION.match(gold) or _LEADING_RELATION.match(answer)):
+        return gold, answer
+    sides = [_RELATION_OF_NAME.sub("", side, count=1) for side in (gold, answer)]
+    if not all(map(_LEADING_RELATION.match, sides)):
+        return None
+    return f"x {sides[0]}", f"x {sides[1]}"
+
+
 def _is_equation(phrase: str) -> bool:
     """Whether a phrase is an equation in its own right, `2x + y = 7`, and not a name or a calculation and its value."""
     sides = _EQUALS.split(phrase)
@@ -295,11 +340,20 @@ def _last_number(text: str) -> str:
         return ""
     for token in _TOKEN.finditer(text):
         if token.end() > last:
-            return "" if _is_denied(text, token.start()) else strip(token[0])
+            return "" if _is_denied(text, token.start()) or _has_rival(text, token) else strip(token[0])
     start = 1 + max(text.rfind(blank, 0, last) for blank in " \t\n")
     return strip(text[start:].split(None, 1)[0])
 
 
 def _is_denied(text: str, start: int) -> bool:
-    """Whether "not" stands before the answer at `start`: it says what the answer is not."""
-    return _NOT.search(text[max(0, start - 20) : start]) is not None
+    """Whether the text says of the answer at `start` what it is not, or only a bound of it."""
+    return _DENIED.search(text, max(0, start - 80), start) is not None
+
+
+def _has_rival(text: str, token: re.Match[str]) -> bool:
+    """Whether "or" joins this number to another one, or to "more": "5 or 6", "6 or more", but not "1/2, or 0.5"."""
+    if _OPEN_ENDED.match(text, token.end()):
+        return True
+    alternative = _ALTERNATIVE.search(text, max(0, token.start() - 80), token.start())
+    other = plain(strip(alternative["other"])) if alternative else None
+    return isinstance(other, Quantity) and not same(other, plain(strip(token[0])))

@@ -137,6 +137,13 @@ def check_references(function: Reward, problems: Sequence[Problem]) -> None:
     Raises DataError with the first reference that the function does not accept.
     """
     texts = [reference(problem) for problem in problems]
+    if "" in texts:
+        bare = problems[texts.index("")]
+        raise DataError(
+            f"{bare.where}: {name_of(function)} needs a reference answer, and this row has none ({texts.count('')} of "
+            f"{len(texts)} rows): add a column {' or '.join(REFERENCE_COLUMNS)}, or name other reward functions (the "
+            f"kept rows of a run hold demonstrations, for sft)"
+        )
     names = [name for name in REFERENCE_COLUMNS if any(name in problem.columns for problem in problems)]
     columns = names or [REFERENCE_COLUMNS[0]]
     questions = [

@@ -227,6 +227,23 @@ def test_an_interrupted_collection_asks_for_no_attempt_twice(tmp_path, monkeypat
     assert one == two
 
 
+@pytest.mark.parametrize(
+    ("changed", "asked"),
+    [({"keep_quantile": 0.3}, 12), ({"max_per_problem": 1}, 12), ({"min_reward": 5.0}, 12), ({"ties": "sample"}, 12),
+     ({"temperature": 0.5}, 24)],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["apply_filter", "write_manifest"])
+def test_another_rule_neither_plays_nor_asks_again(tmp_path, monkeypatch, bill, name, changed, asked):
+    keys = KEYS | {"prompts_per_round": 6, "num_generations": 2, "reward_funcs": "paid.grade", "keep_quantile": 0.5}
+    keys |= {"success_func": ""}
+    interrupted(monkeypatch, tmp_path / "cut", collect, name, when="before", run=collect.run, **keys)
+    played, play = [], sample.play_attempts
+    with monkeypatch.context() as patch:
+        patch.setattr(sample, "play_attempts", lambda *given, **k: played.extend(given[1]) or play(*given, **k))
+        collect.run(None, output_dir=str(tmp_path / "cut"), allow_drift=True, **keys | changed)
+    assert (len(played), len(bill.read_text())) == (asked - 12, asked)
+
+
 def test_rows_and_flags_are_taken_from_python(tmp_path, capsys):
     rows = [{"prompt": f"Work out {a} + {b}.", "answer": str(a + b)} for a in range(5, 12) for b in range(5, 12)]
     keys = {k: v for k, v in KEYS.items() if not k.startswith("dataset")} | {"eval_dev_problems": 2}

@@ -27,6 +27,8 @@ MAIN = {
 }
 EVERY = tuple(MAIN)
 TRAINING = tuple(name for name in MAIN if name.startswith(("sft", "filtered")))
+SFT = tuple(name for name in MAIN if name.startswith("sft"))
+ROUNDS = tuple(name for name in MAIN if name.startswith("filtered"))
 PLAYING = tuple(name for name in MAIN if not name.startswith("sft"))
 
 
@@ -149,6 +151,25 @@ def rendered_prompts(here):
     write_jsonl(here / "rows.jsonl", [row | {"answer": "4"} for row in for_model])
 
 
+def with_stop(here, rows):
+    """Return rows whose answers end in the letters of the model's stop token."""
+    from transformers import AutoTokenizer
+
+    stop = AutoTokenizer.from_pretrained(here / "model").eos_token
+    return [row | {"answer": row["answer"] + stop} for row in rows]
+
+
+def spelled_stops(here):
+    write_jsonl(here / "spelled.jsonl", with_stop(here, ROWS))
+
+
+def spelled_stops_held_out(here):
+    (here / "split").mkdir()
+    write_jsonl(here / "split" / "train.jsonl", ROWS)
+    held_out = [{"question": f"How many are {n}?", "answer": f"#### {n}"} for n in range(4)]
+    write_jsonl(here / "split" / "test.jsonl", with_stop(here, held_out))
+
+
 def two_functions(here):
     (here / "mine.py").write_text("def f(completions, **_): return [1.0 for _ in completions]\ng = f\n")
 
@@ -178,6 +199,14 @@ FAULTS = {
     "data: row": (malformed_row, [], 3, "rows.jsonl:5", EVERY),
     "data: contradiction": (contradictory_rows, [], 3, "rows.jsonl:101", PLAYING),
     "data: rendered prompts": (rendered_prompts, [], 3, "rows.jsonl:", EVERY),
+    "data: stop tokens": (spelled_stops, ["dataset_name=spelled.jsonl"], 3, "spelled.jsonl:", SFT),
+    "data: stop tokens, held out": (spelled_stops_held_out, ["dataset_name=split"], 3, "test.jsonl:", SFT),
+    "data: no row fits": (nothing, ["max_length=3"], 3, "max_length", SFT),
+    "data: too long": (nothing, ["max_length=3", "overlength=raise"], 3, "rows.jsonl:", SFT),
+    "data: no dev rows": (nothing, ["eval_strategy=epoch", "eval_dev_problems=0"], 2, "eval_strategy", SFT),
+    "replay: stop tokens": (spelled_stops, ["replay_dataset=spelled.jsonl"], 3, "spelled.jsonl:", ROUNDS),
+    "replay: no row fits": (nothing, ["replay_dataset=rows.jsonl", "max_length=3"], 3, "max_length", ROUNDS),
+    "against": (nothing, ["against=nowhere"], 2, "nowhere", ROUNDS),
     "reward: no module": (nothing, ['reward_funcs=["nowhere.f"]'], 2, "reward_funcs", EVERY),
     "reward: no function": (nothing, ["success_func=bcft.rewards.nothing"], 2, "success_func", EVERY),
     "reward: no number": (nothing, ["reward_weights=[1, 2]"], 2, "reward_weights", EVERY),
@@ -279,6 +308,16 @@ def test_a_disk_too_small_for_what_will_be_written_is_refused(run, monkeypatch, 
     ended, lines, loads = run(command)
     assert (ended, loads, len(lines)) == (7, 0, 1), lines
     assert "output_dir" in lines[0]
+
+
+@pytest.mark.parametrize("command", [*SFT, *ROUNDS])
+def test_prompts_come_before_the_disk(run, here, monkeypatch, command):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9 - 1000, 1000))
+    rendered_prompts(here)
+    ended, lines, loads = run(command)
+    assert (ended, loads, len(lines)) == (3, 0, 1), lines
+    assert "rows.jsonl:" in lines[0]
 
 
 # The order

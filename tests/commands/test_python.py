@@ -3,13 +3,14 @@
 import os
 import signal
 
+import pandas
 import pytest
 import torch
 import yaml
 from helpers.runs import TINY as ROUNDS
 from helpers.runs import interrupted
 
-from bcft import collect, evaluate, filtered, sft
+from bcft import collect, evaluate, filtered, preview, refilter, sft
 from bcft.algorithms import filtered_bc
 from bcft.errors import DataError, UsageError
 from bcft.rewards.base import name_of
@@ -80,6 +81,17 @@ def test_a_key_of_another_command_is_refused_where_the_caller_gives_it():
 # Flags
 
 
+def test_refilter_takes_a_dict_and_quiet(tmp_path, capsys):
+    keys = ROUND | {"prompts_per_round": 4, "keep_quantile": 0.0, "require_success": "false"}
+    collect.run(keys, output_dir=tmp_path / "run", quiet=True)
+    capsys.readouterr()
+    keys |= {"rollouts": str(tmp_path / "run")}
+    quiet = refilter.run(keys, output_dir=tmp_path / "quiet", quiet=True)
+    assert "rollouts: " not in capsys.readouterr().out
+    assert refilter.run(keys, output_dir=tmp_path / "loud")["selection"] == quiet["selection"]
+    assert "rollouts: " in capsys.readouterr().out
+
+
 def test_quiet_prints_the_conclusion_only(tmp_path, capsys):
     metrics = sft.run(TINY, output_dir=tmp_path, quiet=True)
     assert capsys.readouterr().out.strip() == metrics["conclusion"]
@@ -103,7 +115,7 @@ def test_a_dry_run_takes_functions_environments_and_rows(tmp_path, capsys, monke
     keys = given(ROUND, "dataset_name", "dataset_train_split")
     assert filtered.run(keys, reward_funcs=short, success_func="", train_dataset=ROWS, dry_run=True) == {}
     assert "problems to attempt" in capsys.readouterr().out
-    with pytest.raises(DataError, match="train_dataset row 3: wants a dict"):
+    with pytest.raises(DataError, match="train_dataset row 3: expected a mapping"):
         sft.run(OWN_ROWS, train_dataset=[*ROWS[:3], "x"], dry_run=True)
     with pytest.raises(UsageError, match="success_func"):
         filtered.run(ROUND, reward_funcs=[short, long], dry_run=True)
@@ -178,15 +190,35 @@ def test_rows_take_the_place_of_the_recipes_dataset_whole(tmp_path):
         sft.run(TINY, train_dataset=ROWS, dataset_test_split="test", output_dir=tmp_path)
 
 
+@pytest.mark.parametrize("split", ["nosuch[:5]", "nosuch", "test[:5]", "train_sft[2:]", "Train"])
+def test_the_name_of_a_split_beside_rows_is_train_or_refused(split):
+    for module in (sft, filtered, evaluate, collect, preview):
+        with pytest.raises(UsageError, match=r"override: dataset_train_split: .* has no effect with train_dataset"):
+            module.run(given(ROUND, "dataset_train_split"), train_dataset=ROWS, dataset_train_split=split)
+    own = preview.run(OWN_ROWS, train_dataset=ROWS, dataset_train_split="train[10:]", preview_rows=1)
+    assert int(own[0]["where"].removeprefix("train_dataset row ")) >= 10
+
+
+def test_a_preview_of_rows_is_that_of_a_file_of_them(tmp_path):
+    from helpers.tiny import write_jsonl
+
+    rows = preview.run(OWN_ROWS, train_dataset=ROWS, preview_rows=3)
+    of_file = preview.run(OWN_ROWS, dataset_name=write_jsonl(tmp_path / "rows.jsonl", ROWS), preview_rows=3)
+    assert [row["tokens"] for row in rows] == [row["tokens"] for row in of_file]
+    assert rows[0]["where"].startswith("train_dataset row ")
+
+
 @pytest.mark.parametrize(
     ("rows", "kind", "named"),
     [
         ("rows.jsonl", UsageError, "dataset_name takes a file"),
         ({"train": ROWS}, UsageError, "a dict of train: give one split"),
         (7, UsageError, "wants a datasets.Dataset or a list of dicts, not 7"),
+        (pandas.DataFrame(ROWS), UsageError, "a pandas DataFrame: give datasets.Dataset.from_pandas(df)"),
+        (pandas.Series(["a"]), UsageError, "a pandas Series: give datasets.Dataset.from_pandas(df)"),
         ([], DataError, "train_dataset: no rows"),
-        ([["a", "b"]], DataError, "train_dataset row 0: wants a dict of columns, not ['a', 'b']"),
-        ([ROWS[0], None], DataError, "train_dataset row 1: wants a dict of columns, not None"),
+        ([["a", "b"]], DataError, "train_dataset row 0: expected a mapping from columns to values, not ['a', 'b']"),
+        ([ROWS[0], None], DataError, "train_dataset row 1: expected a mapping from columns to values, not None"),
         ([*ROWS, {"prompt": 7, "completion": "x"}], DataError, "train_dataset row 80"),
     ],
 )

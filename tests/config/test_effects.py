@@ -120,9 +120,23 @@ def test_rounds_take_no_key_of_the_trainers_own_saving_and_evaluating(key: str, 
     assert line == f"command line: {key}: not used here; it is a key of bcft sft"
 
 
-def test_a_file_is_shared_between_sft_and_filtered(write: Write) -> None:
+@pytest.mark.parametrize("key", OF_SFT)
+def test_nor_does_a_file_or_a_dict_give_rounds_such_a_key(key: str, write: Write) -> None:
+    path = write(f"{BASE}{key}: {json.dumps(OF_SFT[key])}\n")
+    (line,) = findings(lambda: load("filtered", path, {}))
+    assert line.startswith(f"{path}:3: {key}: has no effect in filtered: ")
+    (line,) = findings(lambda: load("filtered", BASE_KEYS | {key: OF_SFT[key]}, {}))
+    assert line.startswith(f"recipe: {key}: has no effect in filtered: ")
+
+
+def test_those_are_all_keys_of_training_that_rounds_lack() -> None:
+    training = (key for key in KEYS.values() if key.section == "training")
+    assert {key.name for key in training if "filtered" not in key.commands} == {*OF_SFT}
+
+
+def test_a_file_is_shared_between_all_commands_but_filtered(write: Write) -> None:
     text = BASE + yaml.safe_dump({**OF_SFT, "save_strategy": "steps", "num_rounds": 3})
-    for command in COMMANDS:
+    for command in {*COMMANDS} - {"filtered"}:
         assert load(command, write(text), {}).path
 
 
@@ -165,6 +179,18 @@ def test_an_adapter_is_trained_further_with_its_own_keys(adapter: str, command: 
     (line,) = findings(lambda: load(command, None, keys | {key: OTHERS[key]}))
     assert line.startswith(f"override: {key}: has no effect: {adapter} is an adapter with ")
     assert "trained further as it is" in line
+
+
+@pytest.mark.parametrize("key", [*OTHERS, "use_rslora"])
+@pytest.mark.parametrize("command", ["sft", "filtered"])
+def test_an_adapter_needs_no_use_peft_for_its_own_keys(adapter: str, command: str, key: str) -> None:
+    """Obeying `without use_peft: true` would only end in the refusal of the adapter's key."""
+    keys = {"model_name_or_path": adapter, "dataset_name": "d.jsonl"}
+    (line,) = findings(lambda: load(command, None, keys | {key: {**OTHERS, "use_rslora": True}[key]}))
+    assert line.startswith(f"override: {key}: has no effect: {adapter} is an adapter with ")
+    own = adapter_keys(adapter)[key]
+    if own is not None:
+        assert load(command, None, keys | {key: own}).values[key] == own
 
 
 def test_keys_that_an_adapter_has_may_be_given_and_are_recorded(adapter: str, write: Write) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from helpers.recipes import BASE, BASE_KEYS, BASE_TOKENS, SAME, findings
@@ -65,6 +66,48 @@ def test_no_command_line_ends_in_anything_but_a_recipe_or_findings(key: str, val
         else:
             lines = []
         assert all(": " in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "plain"),
+    [
+        ("max_length", np.int64(64), 64),
+        ("max_length", np.uint8(64), 64),
+        ("max_steps", np.int32(-1), -1),
+        ("seed", np.array([7, 8])[0], 7),
+        ("use_peft", np.bool_(True), True),
+        ("bf16", np.array([1, 2]).sum() > 5, False),
+        ("learning_rate", np.float64(0.5), 0.5),
+        ("learning_rate", np.float32(0.5), 0.5),
+        ("learning_rate", np.int64(1), 1.0),
+        ("reward_weights", [np.float64(1.0), np.int64(2)], [1.0, 2.0]),
+        ("lr_scheduler_kwargs", {"n": np.int64(3), "x": np.float64(0.5)}, {"n": 3, "x": 0.5}),
+    ],
+)
+def test_a_number_of_numpy_is_that_number(key: str, value: Any, plain: Any) -> None:
+    recipes = [load("filtered", None, BASE_KEYS | {key: number}) for number in (value, plain)]
+    assert recipes[0].values == recipes[1].values
+    assert type(recipes[0].values[key]) is type(plain)
+    assert yaml.safe_load(yaml.safe_dump(recipes[0].resolved))[key] == plain
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("max_length", np.float64(64.0)),
+        ("max_length", np.bool_(True)),
+        ("max_length", np.array([64])),
+        ("max_length", np.int64(0)),
+        ("use_peft", np.int64(1)),
+        ("learning_rate", np.float64("nan")),
+        ("learning_rate", np.bool_(True)),
+        ("seed", np.datetime64("2026-11-26")),
+        ("lr_scheduler_kwargs", {"n": np.arange(3)}),
+    ],
+)
+def test_of_numpy_no_more_is_taken_than_of_python(key: str, value: Any) -> None:
+    (line,) = findings(lambda: load("filtered", None, BASE_KEYS | {key: value}))
+    assert line.startswith(f"override: {key}: ")
 
 
 def test_every_default_is_a_value_its_own_key_accepts() -> None:

@@ -48,7 +48,6 @@ def test_rows_given_in_python_are_split_as_a_file_of_them(kind, tmp_path):
         (["a"], "^train_dataset row 0: expected a mapping from columns to values, not 'a'"),
         ([{"prompt": "a", "completion": "b"}, None], "^train_dataset row 1: expected a mapping"),
         ([{"prompt": "a", "completion": "b"}, {"prompt": "a"}], "^train_dataset row 1: no completion"),
-        ({"train": [], "test": []}, "^train_dataset row 0: expected a mapping"),
         ([{"prompt": "a", "completion": "b", "tools": ["x"]}], "^train_dataset row 0: column 'tools'"),
         ([{"prompt": "a", "completion": "b", "label": False}], "^train_dataset row 0: column 'label'"),
     ],
@@ -58,12 +57,10 @@ def test_rows_in_python_that_cannot_be_trained_are_refused_by_their_number(rows,
         given(rows)
 
 
-def test_rows_in_python_take_the_slice_and_have_no_test_split_and_may_be_prompts_alone():
+def test_rows_in_python_take_the_slice_and_may_be_prompts_alone():
     assert [d.problem.prompt for d in given(many(9), dev=0, dataset_train_split="train[2:4]").train] == [
         "2 + 2?", "3 + 3?"
     ]  # fmt: skip
-    with pytest.raises(DataError, match=r"^dataset_test_split: train_dataset has no splits: remove the key"):
-        given(many(9), dataset_test_split="test")
     alone = [{"prompt": row["prompt"], "answer": row["answer"]} for row in many(9)]
     parts = given(alone, demonstrations=False)
     assert len(parts.problems_to_attempt()) == 7

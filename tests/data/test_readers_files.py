@@ -82,7 +82,7 @@ def test_a_field_of_any_length_is_read_and_the_limit_of_the_process_stays(size, 
         path.write_bytes(content(suffix, [{"prompt": "a", "completion": text}]))
         assert read_rows(path)[0][0]["completion"] == text
         path.write_bytes(path.read_bytes() + b'\n"torn')
-        with pytest.raises(DataError, match=r"not readable behind line 2"):
+        with pytest.raises(DataError, match=r"not readable after line 2"):
             read_rows(path)
         assert csv.field_size_limit() == before
 
@@ -165,7 +165,20 @@ def test_a_directory_of_save_to_disk_is_refused_with_the_remedy(kind, tmp_path):
     ("name", "raw", "reason"),
     [
         ("a.csv", b"prompt,completion\n\xff,b\n", "not UTF-8 (byte 18)"),
-        ("a.csv", b'prompt,completion\na,b\n"c"d,e\n', "not readable behind line 2"),
+        ("a.csv", b'prompt,completion\na,b\n"c"d,e\n', "not readable after line 2"),
+        ("a.csv", b'prompt,completion\n\n"a\nb",c\n"c"d,e\n', "not readable after line 4"),
+        ("a.csv", b'prompt,completion\n"a\nb" c,d\n', "write quotes within a quoted field twice, or use jsonl"),
+        ("a.csv", b'"prompt"s,completion\na,b\n', "not readable in line 1"),
+        ("a.csv", b"prompt;completion\na;b\n", ":1: the header is one column, 'prompt;completion'"),
+        ("a.csv", b'"prompt";"completion"\n"a";"b"\n', "separate columns by commas (.csv) or tabs (.tsv)"),
+        ("a.csv", b"prompt; completion; answer\na, b; c; d\n", "separate columns by commas"),
+        ("a.tsv", b"prompt;completion\na;b\n", "or tabs (.tsv)"),
+        ("a.csv", b"\xef\xbb\xbfprompt;completion\r\na;b\r\n", "separate columns by commas"),
+        ("a.json", b'{\n  "prompt": "a"\n}\n', ":1: not JSON: Expecting property name"),
+        ("a.json", b'{\n  "prompt": "a"\n}\n', "write an array of objects, or one object a line"),
+        ("a.jsonl", b'{"prompt": "a", "completion": "b"}\n{"prompt":\n"a"}\n', "or one object a line"),
+        ("a.jsonl", b'{"prompt": "a", "completion": "b"},\n', ":1: not JSON: Extra data"),
+        ("a.jsonl", b"prompt: a\n", ":1: not JSON: Expecting value at column 1: write an array of objects"),
         ("a.csv", b"prompt,completion\na,b\nc\n", "not as many fields"),
         ("a.tsv", b"prompt\tcompletion\na\tb\tc\n", "not as many fields"),
         ("a.jsonl", b'{"prompt": "a", "completion": "b", "n": ' + b"9" * 5000 + b"}", "not readable as JSON"),

@@ -1,5 +1,7 @@
 """A dry run prints what the run turns out to be, and leaves nothing behind."""
 
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -139,6 +141,29 @@ def test_replayed_demonstrations_are_rows_as_well(capsys):
     lines = printed(capsys, load("filtered", None, keys))
     most, share = "29 if 128 of 128 are kept beside 100", "16 if 64 of 128 are kept beside 64"
     assert lines["steps"].startswith(f"per round at most {most} demonstrations, {share} demonstrations; ")
+
+
+def test_what_is_taken_off_replayed_rows_is_said_as_in_the_run(capsys, tmp_path, llama):
+    stop = json.loads((Path(llama["model_name_or_path"]) / "tokenizer_config.json").read_text())["eos_token"]
+    rows = [{"prompt": f"{i}?", "completion": f"{i}{stop}"} for i in range(5)]
+    keys = llama | {"replay_dataset": write_jsonl(tmp_path / "replay.jsonl", rows)}
+    with pytest.raises(DataError, match=r"replay\.jsonl:1: .* special_tokens: strip"):
+        dry_run(load("filtered", None, keys))
+    environment = {"environment": "bcft.environments.two_attempts.TwoAttempts"}
+    for more in ({}, environment):  # one that makes the prompts itself changes nothing about the rows to replay
+        lines = printed(capsys, load("filtered", None, keys | more | {"special_tokens": "strip"}))
+        assert any(re.search(r"\b5\b", line) for line in lines["prompts"].splitlines()[1:])
+
+
+@pytest.mark.parametrize("dev", [0, 8])
+@pytest.mark.parametrize("strategy", ["steps", "epoch"])
+def test_a_loss_on_dev_needs_dev_rows(capsys, strategy, dev):
+    keys = TINY | {"eval_strategy": strategy, "eval_dev_problems": dev}
+    if dev:
+        assert printed(capsys, load("sft", None, keys))["steps"]
+        return
+    with pytest.raises(UsageError, match="eval_strategy: there are no dev rows"):
+        dry_run(load("sft", None, keys))
 
 
 # What is not on this machine

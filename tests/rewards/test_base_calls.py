@@ -324,9 +324,9 @@ def test_an_exception_of_a_function_is_one_line_with_its_name(error, said, async
         ask_batch(named("reward", waiting) if asynchronous else reward)
     text = str(caught.value)
     assert text.startswith(f"reward raised {said}")
-    assert text.endswith("(--debug shows where)")
+    assert text.endswith("; --debug shows more)")
     assert "\n" not in text
-    assert len(text) < 600
+    assert len(text) < 700
 
 
 # What a function logs
