@@ -4,7 +4,6 @@ One round's attempts of any policy, a stronger teacher or the one to be trained,
 a round of `filtered` does it. The kept rows are a dataset: `bcft sft RECIPE --dataset_name OUTPUT_DIR` clones them.
 """
 
-import shutil
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -19,11 +18,12 @@ from bcft.environments.base import rollout_settings, step_checker
 from bcft.evaluation.metrics import diversity, tally
 from bcft.reporting.tables import say
 from bcft.runs.clock import Clock
-from bcft.runs.directory import GRADING
 from bcft.runs.distributed import barrier, broadcast, rank
-from bcft.runs.storage import KEPT, ROLLOUTS, SCORES, SEAL, write_json, write_manifest
+from bcft.runs.drift import discard_attempts
+from bcft.runs.storage import KEPT, ROLLOUTS, SCORES, write_json, write_manifest
 from bcft.selection.apply import apply_filter, rule_of
 from bcft.selection.scoring import Scorer
+from bcft.selection.store import answers_path
 from bcft.types import Problem, RolloutSettings
 
 FILES = (ROLLOUTS, SCORES, KEPT, "metrics.json", "config.yaml", "problems.jsonl")
@@ -97,11 +97,10 @@ def _collect(
     session.say(f"data: {len(attempts) // samples:,} of {len(problems):,} problems, {len(attempts):,} attempts")
     for text in filter(None, (policy.note, note)):
         session.say(text)
-    if not session.directory.drift <= GRADING and rank() == 0:  # trajectories of another recipe
-        shutil.rmtree(session.path / "journal", ignore_errors=True)
-        for name in (ROLLOUTS, SEAL):
-            (session.path / name).unlink(missing_ok=True)
     barrier()  # every process has read the directory before it is written
+    if rank() == 0:
+        discard_attempts(session.path, session.directory.drift)
+    barrier()  # none reads what is deleted
     session.directory.record([d.problem for d in (*splits.train, *splits.held_out)], splits.digest)
     label = "" if session.quiet else "roll out"
     trajectories = roll_out(policy, attempts, rollouts, directory=session.path, clock=Clock(), label=label)
@@ -109,7 +108,7 @@ def _collect(
     # 2. Score and select on one process: a function is asked once for each attempt, and its answers are stored.
     metrics: dict[str, Any] = {}
     if rank() == 0:
-        scores = scorer.score(trajectories, problems, store=session.path / "journal" / "rewards" / "000.jsonl")
+        scores = scorer.score(trajectories, problems, store=answers_path(session.path))
         filtered = apply_filter(
             scores,
             rule_of(config.selection, seed=seed, number=1),

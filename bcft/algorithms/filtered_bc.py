@@ -5,8 +5,8 @@ run directory, whose committed rounds `History` holds. Phases exchange frozen va
 
 Re-running the same command resumes. A round counts once its manifest is written. Of an unfinished round nothing that
 was paid for is lost: trajectories and the answers of reward functions are journaled, of evaluations as well, and saved
-weights are not trained again. Only selection runs again, on the same scores. With a higher `num_rounds` a finished run
-goes on.
+weights are not trained again. Only selection runs again, on the same scores. A higher `num_rounds` prolongs
+a finished run.
 """
 
 import dataclasses

@@ -1,21 +1,21 @@
 """Filtered behavior cloning before its first round: checks, the policy, the sanity check, the base's evaluation."""
 
 import shutil
+from collections.abc import Collection
 
 from bcft.algorithms.learner import Learner
 from bcft.algorithms.run import Run
 from bcft.data.examples import check_prompts, replay_examples, without_special_tokens
 from bcft.errors import FaultError
-from bcft.evaluation.held_out import UNFINISHED
 from bcft.evaluation.results import Measured, stored
 from bcft.policy.loading import check_disk, check_model, load_policy, longest_row, with_adapter
+from bcft.policy.precision import choose_precision
 from bcft.reporting.sanity_check import PROBLEMS, SanityCheck, sanity_check
 from bcft.rollout.sample import play_journaled
-from bcft.runs.directory import GRADING
 from bcft.runs.disk import copies_of_rounds
-from bcft.runs.distributed import barrier, rank
+from bcft.runs.distributed import barrier, connect, rank
+from bcft.runs.drift import GRADING, discard_attempts, remeasures, retrains
 from bcft.runs.history import History
-from bcft.runs.storage import KEPT, ROLLOUTS, SCORES, seal, sealed
 from bcft.training.checks import check_training
 from bcft.types import TrainingExample
 
@@ -30,9 +30,15 @@ def start(run: Run, history: History) -> tuple[Learner, list[TrainingExample]]:
     notes = [run.scorer.check(list(run.problems.values()))]
     replay, note = _check(run, history)
     notes.append(note)
-    if session.directory.drift and rank() == 0:
-        discard_stale(history, played=not session.directory.drift <= GRADING)
-    loaded = load_policy(history.weights_path(history.weights_round_after(history.last)), config.model)
+    if drift := session.directory.drift:
+        connect(cpu=choose_precision(history.base_model, config.model).device == "cpu")
+        barrier()  # every process has read what another recipe left
+        if rank() == 0:
+            discard_stale(history, drift)
+        barrier()  # none loads what is deleted
+    # Which round is the best is not known before the base is evaluated: it needs the weights before training first.
+    at = history.weights_round_after(history.last) if "eval" in history.records[0] else 0
+    loaded = load_policy(history.weights_path(at), config.model)
     policy = with_adapter(loaded, config.model, seed=config.training.seed)
     learner = Learner(config, policy, session.path)
     if policy is not loaded and rank() == 0:  # a new adapter is saved as round 0
@@ -70,27 +76,23 @@ def _check(run: Run, history: History) -> tuple[list[TrainingExample], str]:
     return replay, note
 
 
-def discard_stale(history: History, *, played: bool) -> None:
-    """Delete what another recipe left and this one would read: an unfinished round and the evaluations to compare with.
+def discard_stale(history: History, drift: Collection[str]) -> None:
+    """Delete what another recipe left and this one would read: of an unfinished round and of evaluations.
 
-    played: whether its attempts would differ too; else only what they are worth does, and they are kept.
-    It happens before the new recipe is recorded: an interruption in between leaves a directory that still differs.
+    drift: the keys that differ. What none of them touches stays; committed rounds stay. Before any round is committed
+    the adapter that training starts from goes too, unless only grading differs. It happens before the new recipe is
+    recorded: an interruption in between leaves a directory that still differs.
     """
     unfinished = history.path(history.last + 1)
-    if played or not unfinished.is_dir():
-        shutil.rmtree(unfinished, ignore_errors=True)
-    else:
-        whole = sealed(unfinished, ROLLOUTS)
-        for name in (SCORES, KEPT):
-            (unfinished / name).unlink(missing_ok=True)
-        if whole:
-            seal(unfinished, ROLLOUTS)
-        for name in ("model", UNFINISHED):
-            shutil.rmtree(unfinished / name, ignore_errors=True)
-    for directory in history.directory.glob("round_*/test"):
-        for file in directory.glob("evaluation.json*"):
-            file.unlink()
-    for file in [*history.path(0).glob("evaluation.json*"), *unfinished.glob("evaluation.json*")]:
+    discard_attempts(unfinished, drift)
+    if retrains(drift):
+        shutil.rmtree(unfinished / "model", ignore_errors=True)
+    if not history.last and not GRADING.issuperset(drift):
+        shutil.rmtree(history.path(0) / "model", ignore_errors=True)
+    stale = [unfinished] if retrains(drift) or remeasures(drift) else []
+    if remeasures(drift):
+        stale += [history.path(0), *history.directory.glob("round_*/test")]
+    for file in [file for directory in stale for file in directory.glob("evaluation.json*")]:
         file.unlink()
 
 
@@ -131,15 +133,15 @@ def evaluate_base(run: Run, learner: Learner, history: History, check: SanityChe
     """
     directory = history.path(0)
     test, dev = stored(directory / "test"), stored(directory)
-    trained = history.weights_round_after(history.last) if not (test and dev) else 0
-    if trained:  # another recipe, whose evaluations are missing, goes on with these rounds
+    missing = not (test and dev)
+    if missing and history.last:  # another recipe, whose evaluations are missing, continues with these rounds
         learner.restore(history.weights_path(0))
     with run.clock.left_out():
         test = test or run.measure(learner, directory / "test", "test", step=0)
         dev = dev or run.measure(learner, directory, "dev", step=0)
-    if trained:
-        learner.restore(history.weights_path(trained))
     history.start(dev.summary)
+    if missing and history.last:
+        learner.restore(history.weights_path(history.weights_round_after(history.last)))
     if check:
         _refuse(check.reason_on_dev(dev.summary, require_success=run.config.selection.require_success))
     return test, dev

@@ -22,7 +22,7 @@ from bcft.reporting.model_card import model_card
 from bcft.reporting.tables import conclusion, print_table, round_line
 from bcft.rollout.sample import roll_out
 from bcft.runs.distributed import barrier, broadcast, rank
-from bcft.runs.history import History, is_due
+from bcft.runs.history import History
 from bcft.runs.storage import (
     KEPT,
     ROLLOUTS,
@@ -175,15 +175,20 @@ def _saved(directory: Path) -> tuple[str, dict[str, Any]]:
 def evaluate_round(
     run: Run, learner: Learner, history: History, number: int, trained: Trained, base_dev: Measured
 ) -> dict[str, Any]:
-    """Evaluate on dev when the round is due and its weights are new; return its figures, empty when it is not due."""
-    budget, last_evaluated = run.budget, max(n for n in range(number) if "eval" in history.records[n])
-    due = is_due(budget.rounds, number, evaluated=0, played=1)
+    """Evaluate on dev when the round is due and its weights are new; return its figures, empty when it is not due.
+
+    An evaluation that is there counts all the same: the round was due before the run was given more rounds.
+    """
+    last_evaluated = max(n for n in range(number) if "eval" in history.records[n])
     weights_round = number if trained.steps else history.weights_round_before(number)
-    if not due or weights_round == history.weights_round_after(last_evaluated):
+    if weights_round == history.weights_round_after(last_evaluated):
         return {}
     step = history.steps(number - 1) + trained.steps
     place = history.path(number)
-    dev = stored(place) or run.measure(learner, place, "dev", step=step)
+    dev = stored(place)
+    if not dev and not run.budget.is_due(number):
+        return {}
+    dev = dev or run.measure(learner, place, "dev", step=step)
     return {**dev.summary, "vs_base": conclusion(base_dev, dev).get("vs_base", {})}
 
 
@@ -227,8 +232,8 @@ def conclude(run: Run, learner: Learner, history: History, base_test: Measured) 
     if rank() == 0:
         write_best(run, learner, metrics)
     target = session.path / "best"
-    following = f"bcft evaluate {config.path or 'RECIPE'} --model_name_or_path {target}"
-    session.say(f"The model is in {target}, from round {best}; next: {following}")
+    following = config.evaluating(str(target))
+    session.say(f"The model is in {target}, from round {best}" + (f"; next: {following}" if following else ""))
     return metrics
 
 

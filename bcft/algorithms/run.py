@@ -17,6 +17,7 @@ from bcft.rollout.sample import draw
 from bcft.runs.clock import Clock
 from bcft.runs.distributed import broadcast, rank
 from bcft.selection.scoring import Score, Scorer
+from bcft.selection.store import answers_path
 from bcft.types import Problem, RolloutSettings, Trajectory
 
 
@@ -66,7 +67,7 @@ class Run:
 
         directory: of the round, where the answers are kept; step: optimizer steps so far.
         """
-        store = directory / "journal" / "rewards" / "000.jsonl"
+        store = answers_path(directory)
         scores: list[Score] = broadcast(
             self.scorer.score(trajectories, self.problems, store=store, step=step) if rank() == 0 else []
         )

@@ -41,10 +41,10 @@ def run_or_report(
 
     work: resumes an unfinished run by itself. report: writes a page about a finished directory, on rank 0.
 
-    A finished run goes on if it is given more rounds.
+    More rounds prolong a finished run.
 
-    Raises UsageError when the directory was started with another recipe or other data, or, unless it is finished, with
-    other versions of packages or another number of processes.
+    Raises UsageError when the directory was started with another recipe or other data; with other versions of packages
+    or another number of processes too, unless it is finished and not prolonged.
     """
     with open_run(
         Path(config.training.output_dir),

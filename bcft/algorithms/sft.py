@@ -1,6 +1,6 @@
 """Plain behavior cloning: demonstrations to examples, one SFT run, held-out success before and after.
 
-The weights are written and sealed as soon as they are trained. Whatever fails after that, the same command goes on from
+The weights are written and sealed as soon as they are trained. Whatever fails after that, the same command resumes from
 them: with the last evaluation, whose attempts are journaled as well.
 """
 
@@ -33,9 +33,9 @@ from bcft.policy.loading import (
 )
 from bcft.reporting.model_card import model_card
 from bcft.reporting.tables import before_and_after, conclusion, print_table
-from bcft.runs.directory import GRADING
 from bcft.runs.disk import copies_of_sft
 from bcft.runs.distributed import barrier, broadcast, rank
+from bcft.runs.drift import remeasures, retrains
 from bcft.runs.storage import SEAL, read_json, read_manifest, storage, write_json, write_manifest, write_text
 from bcft.selection.scoring import Scorer
 from bcft.training.checks import check_training
@@ -70,9 +70,10 @@ def sft(
     session.say(f"data: {splits}")
     for note in filter(None, (f"rows: {rows.counts}", *rows.notes, policy.note)):
         session.say(note)
+    barrier()  # every process has read the directory before it is written
     if session.directory.drift and rank() == 0:
         _discard_stale(session)
-    barrier()  # every process has read the directory before it is written
+    barrier()  # none reads what is deleted
     session.directory.record([d.problem for d in splits.held_out], splits.digest)
 
     # 2. The policy as it is, on problems that are not in training.
@@ -101,8 +102,8 @@ def sft(
     if base.summary:
         print_table({"base": base.summary, "final": final.summary}, quiet=session.quiet)
         session.say(before_and_after(base.evaluation, final.evaluation, splits.test))
-    following = f"bcft evaluate {config.path or 'RECIPE'} --model_name_or_path {config.training.output_dir}"
-    session.say(f"The model is in {session.path}; next: {following}")
+    following = config.evaluating(config.training.output_dir)
+    session.say(f"The model is in {session.path}" + (f"; next: {following}" if following else ""))
     return metrics
 
 
@@ -143,11 +144,12 @@ def _held_out_examples(
 
 
 def _discard_stale(session: Session) -> None:
-    """Delete what another recipe left and this one would read: evaluations, and weights unless only grading differs."""
-    for name in ("base", "final"):
+    """Delete what another recipe left and this one would read: evaluations and weights that a key touches."""
+    drift = session.directory.drift
+    for name in ("base", "final") if remeasures(drift) else ():
         for file in (session.path / name).glob("evaluation.json*"):
             file.unlink()
-    if not session.directory.drift <= GRADING:
+    if retrains(drift):
         (session.path / SEAL).unlink(missing_ok=True)
 
 
@@ -162,20 +164,15 @@ def _trained(config: Config, session: Session, policy: Policy, rows: Rows) -> tu
     if rank() == 0:
         shutil.rmtree(session.path / "final", ignore_errors=True)  # of other weights
     policy, fitted = _train(config, session, policy, rows)
-    train = dataclasses.asdict(fitted)
-    if rank() == 0:
-        with storage(session.path):
-            files = save_policy(policy, session.path)
-        write_manifest(session.path, files, name=SEAL, about={"train": train})
     session.say(
         f"train: {fitted.steps} steps in {fitted.seconds:.0f} s, {fitted.tokens_per_second:,.0f} supervised "
         f"tokens/s, loss {fitted.loss_first:.4f} to {fitted.loss_last:.4f}"
     )
-    return policy, train
+    return policy, dataclasses.asdict(fitted)
 
 
 def _train(config: Config, session: Session, policy: Policy, rows: Rows) -> "tuple[Policy, Fit]":
-    """Fit the examples; return the policy with the trained weights, and what training did."""
+    """Fit the examples, save and seal the weights; return the policy with them, and what training did."""
     # trl takes longer to import than everything before: the evaluation of the base does not wait for it.
     from bcft.training import trainer  # noqa: PLC0415 - see above
 
@@ -195,8 +192,18 @@ def _train(config: Config, session: Session, policy: Policy, rows: Rows) -> "tup
         held_out=rows.dev if settings.eval_strategy != "no" else [],
         tokenizer=policy.renderer.tokenizer,
     )
-    fitted = trainer.fit(bc_trainer, rows.train, resume=trainer.newest_checkpoint(output))
-    return dataclasses.replace(policy, model=bc_trainer.accelerator.unwrap_model(bc_trainer.model)), fitted
+
+    def trained() -> Policy:
+        return dataclasses.replace(policy, model=bc_trainer.accelerator.unwrap_model(bc_trainer.model))
+
+    def save(fitted: "Fit") -> None:
+        if rank() == 0:
+            with storage(session.path):
+                files = save_policy(trained(), session.path)
+            write_manifest(session.path, files, name=SEAL, about={"train": dataclasses.asdict(fitted)})
+
+    fitted = trainer.fit(bc_trainer, rows.train, resume=trainer.newest_checkpoint(output), save=save)
+    return trained(), fitted
 
 
 def _commit(

@@ -8,14 +8,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from bcft.config.schema import EvaluationSettings, RoundSettings
-from bcft.runs.history import is_due, rounds_between
+from bcft.runs.history import evaluation_interval, is_due
 
 HARDER_SAMPLES = 4
 """The most sampled attempts at each harder problem."""
 TEST_SAMPLES = (16, 8, 4, 2)
 """Sampled attempts at each test problem that `auto` chooses from; the first where there are no rounds."""
 FEWEST = 4
-"""Into so many parts the evaluations on dev divide a run at least, if `auto` may choose them to give test more."""
+"""At least this many dev evaluations remain when `auto` spaces them out to give test more."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,10 @@ class Budget:
         """The share of evaluations in all attempts."""
         return self.evaluated / (self.evaluated + self.rolled_out)
 
+    def is_due(self, number: int) -> bool:
+        """Return whether a round is one to be evaluated on dev."""
+        return is_due(self.rounds, number, evaluated=self.dev, played=self.rolled_out // self.rounds.num_rounds)
+
     def __str__(self) -> str:
         return (
             f"{self.evaluated:,} attempts beside {self.rolled_out:,} of rounds: {100 * self.share:.0f} % of all "
@@ -105,7 +109,7 @@ def _choices(
 ) -> Iterator[tuple[int, int]]:
     """Yield the samples of a test problem and the rounds between evaluations on dev, what is wanted most first."""
     dev = problems.dev * (1 + samples_of(evaluation, "dev", graded=problems.graded))
-    every = rounds_between(rounds, evaluated=dev, played=played)
+    every = evaluation_interval(rounds, evaluated=dev, played=played)
     if evaluation.eval_test_samples != "auto":
         yield int(evaluation.eval_test_samples), every
         return

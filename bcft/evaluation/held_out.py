@@ -2,16 +2,15 @@
 
 Greedy decoding gives one attempt a problem, sampling several. An attempt is solved when it stopped by itself and its
 environment or the success function reports success; an ungraded attempt is counted and never solved. Where an
-environment gives rewards, the return of an attempt is measured too, and policies are compared by it; where success
-cannot be known, the reward. Attempts are keyed by their identity, so two models answer the same problems with the same
-noise and comparisons are paired.
+environment gives rewards, the return of an attempt is measured too, and policies are compared by it; without a success
+function, the reward. Which it is follows from the recipe, not from the attempts. These are keyed by their identity, so
+two models answer the same problems with the same noise and comparisons are paired.
 
 Attempts are on the disk before they are scored, and so is every answer of a function: the same command repeats a failed
 evaluation without playing or asking again.
 """
 
 import json
-import re
 import shutil
 import time
 from collections.abc import Iterable, Sequence
@@ -25,21 +24,20 @@ import torch
 
 from bcft.data.loading import Splits
 from bcft.environments.single_turn import SingleTurn
-from bcft.evaluation.budget import HARDER_SAMPLES, samples_of
+from bcft.evaluation.budget import HARDER_SAMPLES
 from bcft.evaluation.results import Evaluation, Measured
 from bcft.generation.hf import sampling_mode
 from bcft.policy.chat_template import Renderer
 from bcft.policy.loading import Policy
-from bcft.rewards.base import reference
+from bcft.rewards.base import described, reference
 from bcft.rollout.episode import GREEDY, Attempt
 from bcft.rollout.sample import play_journaled
 from bcft.runs.clock import Clock
 from bcft.runs.distributed import broadcast, rank
 from bcft.runs.storage import plain, write_json, write_jsonl
 from bcft.selection.scoring import Score, Scorer
+from bcft.selection.store import answers_path
 from bcft.types import IGNORED, Demonstration, Problem, RolloutSettings, TrainingExample
-
-__all__ = ["HARDER_SAMPLES", "evaluate", "held_out_loss", "measure", "samples_of"]
 
 LOSS_TOKENS = 2048
 """Tokens, with padding, in one forward pass of held-out examples."""
@@ -81,12 +79,10 @@ def evaluate(
         print(f"{label}: {len(trajectories):,} attempts in {seconds:.0f} s, {speed}", flush=True)
     problems = {d.problem.id: d.problem for d in demonstrations}
     scores: list[Score] = broadcast(
-        scorer.score_held_out(trajectories, problems, store=directory / "journal" / "rewards" / "000.jsonl", step=step)
-        if rank() == 0
-        else []
+        scorer.score_held_out(trajectories, problems, store=answers_path(directory), step=step) if rank() == 0 else []
     )
     single_turn = settings.make_environment is SingleTurn
-    by_reward = scorer.measures == "reward" and all(scored.success == "unknown" for scored in scores)
+    by_reward = scorer.measures == "reward"
     line = partial(_attempt, renderer=policy.renderer, single_turn=single_turn, by_reward=by_reward)
     return Evaluation(tuple(line(scored, d) for (d, _), scored in zip(identities, scores, strict=True)))
 
@@ -145,15 +141,18 @@ def measure(
         return Measured(Evaluation(()), {})
     label, answers, unfinished = "" if quiet else directory.name, scorer.answers, directory / UNFINISHED
     measured = partial(evaluate, policy, settings=settings, scorer=scorer, phase=split, step=step)
-    key = evaluation_key(policy, settings, [d.problem for d in problems])
-    evaluation = measured(problems, samples=samples, label=label, directory=unfinished / f"{split}-{key}")
+
+    def place(part: str, rows: Sequence[Demonstration]) -> Path:
+        return unfinished / f"{part}-{evaluation_key(policy, settings, [d.problem for d in rows])}"
+
+    evaluation = measured(problems, samples=samples, label=label, directory=place(split, problems))
     summary = evaluation.summary(answers)
     if splits.harder and split == "test":
         harder = measured(
             splits.harder,
             samples=min(samples, HARDER_SAMPLES),
             label=label and f"{label}, harder",
-            directory=unfinished / f"harder-{key}",
+            directory=place("harder", splits.harder),
         )
         summary["harder"] = harder.summary(answers)
     if examples:
@@ -173,8 +172,11 @@ def evaluation_key(policy: Policy, settings: RolloutSettings, problems: Sequence
     """
     sums = [f"{float(tensor.detach().sum(dtype=torch.float64)):.9e}" for tensor in policy.model.parameters()]
     asked = [(problem.id, plain(problem.columns)) for problem in problems]
-    played = re.sub(" at 0x[0-9a-f]+", "", repr(replace(settings, step_timeout=1.0)))  # an address says nothing
-    text = json.dumps([sums, policy.renderer.fingerprint, played, asked], default=str)
+    played = [
+        described(settings.make_environment),
+        repr(replace(settings, make_environment=SingleTurn, step_timeout=1.0)),
+    ]
+    text = json.dumps([sums, policy.renderer.fingerprint, *played, asked], default=str)
     return sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:12]
 
 

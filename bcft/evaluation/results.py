@@ -22,7 +22,8 @@ class Evaluation:
 
     attempts: `problem_id, sample` (-1: greedy)`, prompt, completion, answer, success: yes|no|unknown, stop, tokens`;
     of an environment also `graded, return, turns, first: yes|no|unknown` (success after the first turn)`, messages`;
-    where the reward takes the place of success also `graded, reward`.
+    where the reward takes the place of success also `graded, reward`; in an environment `return` is then the reward of
+    environment and functions.
     """
 
     attempts: tuple[Mapping[str, Any], ...]

@@ -93,7 +93,7 @@ def play(
             calls.start(episode, episode.open)
         yield from _finished(calls, _Episode.on_reset)
 
-        # 2. Wave by wave, every episode that goes on takes a turn; environments answer while the engine is sampling.
+        # 2. Wave by wave, every episode that continues takes a turn; environments answer while the engine is sampling.
         while live := {episode.key: episode for episode in episodes if not episode.ended}:
             requests = [episode.request() for episode in live.values()]
             for action in engine.generate(requests):

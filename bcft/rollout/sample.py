@@ -1,7 +1,7 @@
 """A round's attempts: drawn, played into a journal chunk by chunk, sealed as one file.
 
-An attempt in the journal is not played again, whichever process played it. Tokens depend on an attempt's identity
-alone, so an interrupted round ends in the same file as an uninterrupted one.
+An attempt in the journal is not played again, whichever process played it, unless its environment failed. Tokens
+depend on an attempt's identity alone, so an interrupted round ends in the same file as an uninterrupted one.
 """
 
 import sys
@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from bcft.generation import make_engine
 from bcft.policy.loading import Policy
 from bcft.rollout.episode import Attempt, play
+from bcft.rollout.failures import refuse_failures
 from bcft.runs.clock import Clock
 from bcft.runs.distributed import gather, rank, world_size
 from bcft.runs.storage import ROLLOUTS, Journal, read_journal, read_jsonl, seal, sealed, write_jsonl
@@ -54,10 +55,14 @@ def roll_out(
     clock: Clock,
     label: str,
 ) -> list[Trajectory]:
-    """Return the trajectories of a round's attempts, in their order: from its sealed file if there is one."""
+    """Return the trajectories of a round's attempts, in their order: from its sealed file if there is one.
+
+    Raises FaultError, and seals nothing, when too many environments failed: the same command plays those again.
+    """
     if sealed(directory, ROLLOUTS):
         return [Trajectory.from_json(line) for line in read_jsonl(directory / ROLLOUTS)]
     trajectories = play_journaled(policy, attempts, settings, directory=directory, clock=clock, label=label)
+    refuse_failures(trajectories)
     if rank() == 0:
         with clock.phase("other"):
             write_jsonl(directory / ROLLOUTS, (trajectory.to_json() for trajectory in trajectories))
@@ -78,11 +83,12 @@ def play_journaled(
     """Play this process's share of the attempts, each chunk written to its journal below the directory.
 
     phase: `rollout`, `dev` or `test`, part of the noise's key; attempts of two phases need directories of their own.
-    Returns the trajectories of all processes, in the order of the attempts.
+    Attempts whose environment failed are played again. Returns the trajectories of all processes, in the order of the
+    attempts.
     """
     journal = Journal(directory / "journal" / f"{rank():03d}.jsonl")
     lines = [line for file in sorted(journal.path.parent.glob("*.jsonl")) for line in read_journal(file)]
-    known = {line["id"]: Trajectory.from_json(line) for line in lines}
+    known = {line["id"]: Trajectory.from_json(line) for line in lines if line["ended"] != "error"}
     missing = [attempt for attempt in share(attempts) if attempt.id not in known]
     for chunk in _chunks(play_attempts(policy, missing, settings, phase=phase, label=label)):
         with clock.phase("other"):

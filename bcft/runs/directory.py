@@ -4,6 +4,7 @@ import fcntl
 import logging
 import os
 import platform
+import re
 import socket
 import time
 import warnings
@@ -18,8 +19,10 @@ import yaml
 from bcft.config.keys import KEYS
 from bcft.errors import BcftError, LockedError, Preempted, UsageError
 from bcft.runs.distributed import world_size
+from bcft.runs.drift import GRADING, MODEL
 from bcft.runs.storage import (
     MANIFEST,
+    committed,
     finished,
     plain,
     read_json,
@@ -42,8 +45,6 @@ MAY_DIFFER = frozenset(
 """Keys that a resumed run may change: they alter no figure and no weight."""
 PATHS = frozenset({"model_name_or_path", "dataset_name", "replay_dataset", "chat_template_path"})
 """Keys whose value may be a path, which can be spelled in several ways."""
-GRADING = frozenset({"reward_funcs", "reward_weights", "reward_args", "success_func"})
-"""Keys that change what attempts are worth, and no attempt."""
 
 
 class RunDirectory:
@@ -90,7 +91,10 @@ class RunDirectory:
         lines = [f"{key} was {old!r}, now {new!r}" for key, (old, new) in differing.items()]
         if _more(*reversed(differing.get("num_rounds", (0, 0)))):
             lines.append("num_rounds may be raised, to prolong the run, and not lowered")
-        self._check_drift(frozenset(differing), lines, "another recipe")
+        repaired = frozenset(
+            key for key, pair in differing.items() if key in GRADING and _names(pair[0]) == _names(pair[1])
+        )
+        self._check_drift(frozenset(differing), lines, "another recipe", repaired=repaired)
 
     def check_data(self, digest: str) -> None:
         """Raise UsageError if a run was started here with data of another hash."""
@@ -107,21 +111,31 @@ class RunDirectory:
         drift = [f"{name} was {old.get(name, '')}, now {new[name]}" for name in new if old.get(name, "") != new[name]]
         self._check_drift(frozenset({"versions"} if drift else ()), drift, "other versions or processes")
 
-    def _check_drift(self, drift: frozenset[str], lines: Sequence[str], what: str) -> None:
-        """Raise UsageError with the lines unless drift is allowed; a finished run is not made anew either way."""
+    def _check_drift(
+        self, drift: frozenset[str], lines: Sequence[str], what: str, *, repaired: frozenset[str] = frozenset()
+    ) -> None:
+        """Raise UsageError with the lines unless drift is allowed.
+
+        Whatever is allowed, a finished run that is not prolonged is not made anew, and committed rounds are continued
+        with the model and the grading that they have. repaired: keys that name the same functions with other source:
+        such a run continues, as one does whose functions are named by dotted paths.
+        """
+        listed = ";\n  ".join(lines)
+        started = f"{self.path} was started with {what} ({listed})"
         remedy = "give another output_dir, or remove it"
-        if drift and self.finished:
-            listed = ";\n  ".join(lines)
-            raise UsageError(f"{self.path} was started with {what} ({listed}): it is finished: {remedy}")
+        if drift and self.finished and not self.prolonged:
+            raise UsageError(f"{started}: it is finished: {remedy}")
+        if (fixed := sorted((drift - repaired) & (GRADING | MODEL))) and committed(self.path / "round_001"):
+            again = ", or grade its rollouts again with `bcft refilter`" if drift & GRADING else ""
+            raise UsageError(f"{started}: its rounds were made with {', '.join(fixed)}: give another output_dir{again}")
         if drift and not self.allow_drift:
-            listed = ";\n  ".join(lines)
-            raise UsageError(f"{self.path} was started with {what} ({listed}): {remedy}, or pass --allow-drift")
-        self.drift |= drift
+            raise UsageError(f"{started}: {remedy}, or pass --allow-drift")
+        self.drift |= drift - repaired
 
     def record(self, problems: Sequence[Problem], digest: str) -> None:
         """Write what the results depend on: recipe, versions, hardware, and the problems that are attempted.
 
-        digest: a hash of the data. A finished run that goes on is unfinished from here on, and keeps its other files.
+        digest: a hash of the data. A prolonged run is unfinished from here on, and keeps its other files.
         """
         if not self.writes:
             return
@@ -234,6 +248,13 @@ def versions() -> dict[str, Any]:
         "gpus": gpus,
         "world_size": world_size(),
     }
+
+
+def _names(value: Any) -> Any:
+    """Return the names of Python functions without the hashes of their source."""
+    if isinstance(value, list | tuple):
+        return [_names(item) for item in value]
+    return re.sub(r"@[0-9a-f]{8}\b.*$", "", value) if isinstance(value, str) else value
 
 
 def _value(recipe: Mapping[str, Any], key: str) -> Any:

@@ -1,4 +1,4 @@
-"""What the committed rounds of a run decide: the best round, the weights after each, and whether to go on.
+"""What the committed rounds of a run decide: the best round, the weights after each, and whether to continue.
 
 Every decision is read off the rounds' metrics, so a resumed run takes the same ones.
 """
@@ -124,7 +124,7 @@ class History:
         return {0, self.weights_round_after(self.last), self.weights_round_after(self.best(self.last))} | carried
 
 
-def rounds_between(rounds: RoundSettings, *, evaluated: int, played: int) -> int:
+def evaluation_interval(rounds: RoundSettings, *, evaluated: int, played: int) -> int:
     """Return the rounds from one evaluation on dev to the next.
 
     evaluated, played: attempts of an evaluation, and of a round; `eval_every: auto` keeps the former under a third.
@@ -135,5 +135,5 @@ def rounds_between(rounds: RoundSettings, *, evaluated: int, played: int) -> int
 
 
 def is_due(rounds: RoundSettings, number: int, *, evaluated: int, played: int) -> bool:
-    """Return whether a round is one to be evaluated on dev; evaluated, played: as in `rounds_between`."""
-    return number % rounds_between(rounds, evaluated=evaluated, played=played) == 0 or number == rounds.num_rounds
+    """Return whether a round is one to be evaluated on dev; evaluated, played: as in `evaluation_interval`."""
+    return number % evaluation_interval(rounds, evaluated=evaluated, played=played) == 0 or number == rounds.num_rounds

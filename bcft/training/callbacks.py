@@ -1,9 +1,9 @@
-"""Callbacks of the trainer: one progress bar, and a stop on request that loses no finished step."""
+"""Callbacks of the trainer: a progress bar, a stop on request that loses no finished step, and what its end calls."""
 
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -46,6 +46,17 @@ class Progress(TrainerCallback):  # type: ignore[misc]
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """Close the bar."""
         self.bar.close()
+
+
+class AtTheEnd(TrainerCallback):  # type: ignore[misc]
+    """Calls a function when training has ended."""
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        self.function = function
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        """Call it."""
+        self.function()
 
 
 class StopGently(TrainerCallback):  # type: ignore[misc]

@@ -150,11 +150,7 @@ def _check_the_rest(training: TrainingSettings, given: Mapping[str, Any]) -> Non
         if value is not None and value > 1 and value != int(value):
             raise UsageError(f"{key}: {value} is above 1 and not a whole number of steps")
     if not given.get("dataloader_num_workers"):
-        for key in (
-            "dataloader_prefetch_factor",
-            "dataloader_persistent_workers",
-            "dataloader_multiprocessing_context",
-        ):
+        for key in _OF_WORKERS:
             if given.get(key):
                 raise UsageError(f"{key}: it is for worker processes: set dataloader_num_workers too")
     if given.get("tf32") and not _has_tf32():

@@ -7,7 +7,7 @@ packing do not happen; tokenization and labels are made earlier, in `bcft.data.e
 import dataclasses
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from trl import SFTConfig, SFTTrainer
 from bcft.config.schema import TrainingSettings
 from bcft.errors import DivergedError, Preempted, StorageError, UsageError
 from bcft.runs.storage import MANIFEST, committed, read_json, storage, write_manifest
-from bcft.training.callbacks import Progress, StopGently
+from bcft.training.callbacks import AtTheEnd, Progress, StopGently
 from bcft.types import TrainingExample
 
 
@@ -160,8 +160,17 @@ def training_arguments(
     return SFTConfig(**values | overrides | ours)
 
 
-def fit(trainer: BCTrainer, examples: Sequence[TrainingExample], *, resume: str = "") -> Fit:
-    """Train, from a checkpoint directory if `resume` names one.
+def fit(
+    trainer: BCTrainer,
+    examples: Sequence[TrainingExample],
+    *,
+    resume: str = "",
+    save: Callable[[Fit], None] | None = None,
+) -> Fit:
+    """Train, from a checkpoint directory if `resume` names one; return what training did.
+
+    save: called with it on every process as soon as training has ended. A tracker hears of the end later: one that
+    fails then loses no weights.
 
     Raises DivergedError when a loss or a weight is not finite, or when no weight changed, Preempted when a signal
     stopped the training before its end, UsageError when memory runs out, StorageError when the disk is full.
@@ -170,6 +179,18 @@ def fit(trainer: BCTrainer, examples: Sequence[TrainingExample], *, resume: str 
     # Read now: the checkpoint may be rotated away during training.
     epoch = read_json(Path(resume) / "trainer_state.json")["epoch"] if resume else 0.0
     start = time.perf_counter()
+    ended: list[Fit] = []
+
+    def end() -> None:
+        if trainer.stop_gently.requested:
+            return
+        seconds = time.perf_counter() - start
+        ended.append(_figures(trainer, examples, before=before, epoch=epoch, seconds=seconds))
+        if save:
+            save(ended[0])
+
+    first = AtTheEnd(end)
+    trainer.callback_handler.callbacks.insert(0, first)
     try:
         with storage(Path(trainer.args.output_dir)), trainer.stop_gently.listening():
             _train(trainer, resume)
@@ -178,10 +199,23 @@ def fit(trainer: BCTrainer, examples: Sequence[TrainingExample], *, resume: str 
             f"out of memory with {trainer.args.per_device_train_batch_size} examples at once: halve "
             f"per_device_train_batch_size and double gradient_accumulation_steps, or set gradient_checkpointing: true"
         ) from error
-    seconds = time.perf_counter() - start
+    finally:
+        trainer.remove_callback(first)
     if trainer.stop_gently.requested:
         saved = "and saved " if trainer.stop_gently.checkpoints else ""
         raise Preempted(f"stopped {saved}at step {trainer.state.global_step}; re-run the same command to resume")
+    if not ended:  # the checkpoint was of the last step
+        end()
+    return ended[0]
+
+
+def _figures(
+    trainer: BCTrainer, examples: Sequence[TrainingExample], *, before: Sequence[float], epoch: float, seconds: float
+) -> Fit:
+    """Return what training did. before: the sums of the weights; epoch: from which it resumed.
+
+    Raises DivergedError when a weight is not finite, or when none changed.
+    """
     after = _fingerprint(trainer.model)
     if not all(map(math.isfinite, after)):
         raise DivergedError(f"step {trainer.state.global_step}: a weight is not finite: lower learning_rate")

@@ -1,6 +1,9 @@
 """Evaluation: paired, counted honestly, and the same one by one as in batches."""
 
 import copy
+import importlib
+import linecache
+import sys
 from dataclasses import replace
 from functools import partial
 
@@ -15,8 +18,9 @@ from bcft.data.loading import Splits
 from bcft.environments.single_turn import SingleTurn
 from bcft.errors import FaultError
 from bcft.evaluation import held_out
-from bcft.evaluation.held_out import evaluate, evaluation_key, held_out_loss, measure, samples_of
-from bcft.evaluation.results import stored
+from bcft.evaluation.budget import samples_of
+from bcft.evaluation.held_out import evaluate, evaluation_key, held_out_loss, measure
+from bcft.evaluation.results import compare, stored
 from bcft.generation import hf
 from bcft.policy.chat_template import Renderer
 from bcft.policy.loading import Policy, Precision
@@ -303,6 +307,35 @@ def test_the_spelling_of_a_factory_or_a_timeout_is_not_another_evaluation(policy
     assert evaluation_key(policy, slower, problems) == evaluation_key(policy, rollout_settings(), problems)
 
 
+@pytest.mark.parametrize("change", ["return prompt + 'x'", "return None", "raise ValueError", "pass", "return problem"])
+def test_a_factory_with_another_source_is_another_evaluation(policy, tmp_path, monkeypatch, change):
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    problems, keys = [d.problem for d in demonstrations()], []
+    for body in ("return prompt", "return prompt", change):
+        (tmp_path / "worlds.py").write_text(f"class World:\n    def reset(self, problem, *, seed):\n        {body}\n")
+        monkeypatch.delitem(sys.modules, "worlds", raising=False)
+        importlib.invalidate_caches()
+        linecache.clearcache()
+        made = partial(importlib.import_module("worlds").World)
+        keys.append(evaluation_key(policy, rollout_settings(made), problems))
+    assert keys[0] == keys[1] != keys[2]
+
+
+def test_attempts_at_harder_problems_do_not_depend_on_the_test_problems(policy, tmp_path, played):
+    with pytest.raises(FaultError):
+        measured_at(policy, tmp_path / "run", Counted(24 + 3))
+    assert len(played) == 24 + 8
+    splits = Splits(
+        train=(), dev=(), test=tuple(demonstrations(4)), harder=tuple(demonstrations(2, start=6)),
+    )  # fmt: skip
+    measure(
+        policy, splits, rollout_settings(), split="test", samples=3, scorer=graded(success=Counted()), examples=[],
+        directory=tmp_path / "run", quiet=True,
+    )  # fmt: skip
+    assert len(played) == 24 + 8 + 16
+
+
 # The reward in the place of success
 
 
@@ -358,4 +391,33 @@ def test_of_an_environment_the_reward_adds_to_the_return_where_success_is_unknow
     both = evaluated(rollout_settings(Paying, max_turns=2), scorer=scorer).attempts
     assert all(b["return"] > a["return"] for a, b in zip(alone, both, strict=True) if b["completion"])
     known = evaluated(rollout_settings(Doubtful, max_turns=2), scorer=scorer).attempts
-    assert [a["return"] for a in known] == [a["return"] for a in alone]
+    assert [a["return"] for a in known] == [a["return"] for a in both]
+
+
+class Winning:
+    """Says in the attempts at some problems that they were won, and nothing about the others; gives no reward."""
+
+    instant = True
+    won = 0
+
+    def reset(self, problem, *, seed):  # noqa: ARG002
+        self.prompt = problem.prompt
+        return self.prompt
+
+    def step(self, action):  # noqa: ARG002
+        return Feedback(None, None, done=True, success=True if len(self.prompt) <= self.won else None)
+
+
+@pytest.mark.parametrize("won", [0, 1, 3, 5, 6])
+def test_what_is_measured_follows_from_the_recipe_whatever_the_attempts_were(evaluated, monkeypatch, won):
+    """One win in an evaluation made it one of the environment's rewards alone, subtracted from sums with functions."""
+    scorer = Scorer((length,), (1.0,), None, environment=True)
+    before = evaluated(rollout_settings(Winning, max_turns=2), scorer=scorer)
+    monkeypatch.setattr(Winning, "won", won)
+    after = evaluated(rollout_settings(Winning, max_turns=2), scorer=scorer)
+    assert {before.average, after.average} == {"return"}
+    assert [a["return"] for a in after.attempts] == [float(len(a["completion"])) for a in before.attempts]
+    assert compare(before, after)["return_delta"] == 0.0
+    wins = [a for a in after.attempts if a["success"] != "unknown"]
+    assert len(wins) == 4 * won
+    assert ("greedy" in after.summary(None)) == bool(won)

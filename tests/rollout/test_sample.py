@@ -8,7 +8,7 @@ import pytest
 from helpers.episodes import Counting, Scripted, attempts, rollout_settings
 from helpers.tiny import llama_tokenizer
 
-from bcft.errors import Preempted
+from bcft.errors import FaultError, Preempted
 from bcft.policy.chat_template import Renderer
 from bcft.rollout import sample
 from bcft.rollout.sample import ROLLOUTS, draw, play_journaled, roll_out, share
@@ -150,6 +150,47 @@ def test_a_signal_in_an_instant_environment_is_not_journaled_as_its_error(policy
     resumed = played(roll_out, policy, tmp_path, given, Struck)
     assert requested(engines) == 5 - len(lines)
     assert resumed == played(roll_out, policy, tmp_path / "whole", given)
+
+
+class Service(Counting):
+    """An environment whose service is down for some problems."""
+
+    instant = True
+    down = frozenset()
+
+    def step(self, action):
+        if self.problem.prompt in self.down:
+            raise ConnectionError("the service is down")
+        return super().step(action)
+
+
+@pytest.mark.parametrize("down", [1, 2, 3, 4, 5])
+def test_where_too_many_environments_failed_nothing_is_sealed_and_repaired_only_those_are_played(
+    policy, engines, tmp_path, monkeypatch, down
+):
+    given = attempts(5, 3)
+    whole = played(roll_out, policy, tmp_path / "whole", given, Service)
+    prompts = list(dict.fromkeys(attempt.problem.prompt for attempt in given))
+    monkeypatch.setattr(Service, "down", frozenset(prompts[:down]))
+    for _ in range(2):
+        with pytest.raises(FaultError, match=f"{3 * down} of 15 trajectories failed; .*the service is down"):
+            played(roll_out, policy, tmp_path / "run", given, Service)
+        assert not sealed(tmp_path / "run", ROLLOUTS)
+    monkeypatch.setattr(Service, "down", frozenset())
+    engines.clear()
+    assert played(roll_out, policy, tmp_path / "run", given, Service) == whole
+    assert requested(engines) == 3 * down
+
+
+def test_a_few_errors_stay_errors_of_the_sealed_round(policy, engines, tmp_path, monkeypatch):
+    given = attempts(20, 1)
+    monkeypatch.setattr(Service, "down", frozenset({given[3].problem.prompt}))
+    first = played(roll_out, policy, tmp_path, given, Service)
+    assert [t.ended for t in first].count("error") == 1
+    engines.clear()
+    monkeypatch.setattr(Service, "down", frozenset())
+    assert played(roll_out, policy, tmp_path, given, Service) == first
+    assert requested(engines) == 0
 
 
 def test_attempts_in_the_journal_of_another_process_are_not_played_again(policy, engines, tmp_path):

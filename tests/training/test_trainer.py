@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from helpers.tiny import llama_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 from trl import SFTConfig
 
 from bcft.config.declare import LIBRARY
-from bcft.config.keys import PASSED_THROUGH
+from bcft.config.keys import KEYS, PASSED_THROUGH
 from bcft.config.loader import load
 from bcft.config.schema import TrainingSettings
 from bcft.errors import DivergedError, Preempted
@@ -214,6 +215,7 @@ EVERY_RECIPE = [
     pytest.param(command, path, id=f"{command} {path.relative_to(RECIPES)}")
     for command in ("sft", "filtered")
     for path in sorted(RECIPES.rglob("*.yaml"))
+    if all(command in KEYS[key].commands for key in yaml.safe_load(path.read_text()) if KEYS[key].section == "training")
 ]
 DECIDED = {
     "output_dir", "bf16", "fp16", "use_cpu", "logging_nan_inf_filter", "logging_first_step", "max_length",

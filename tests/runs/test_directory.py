@@ -1,0 +1,122 @@
+"""Which runs a directory resumes, and which it refuses whatever is allowed."""
+
+import pytest
+import yaml
+
+from bcft.config.keys import KEYS
+from bcft.errors import UsageError
+from bcft.runs.directory import RunDirectory
+from bcft.runs.drift import GRADING, MODEL, remeasures, replays, retrains
+from bcft.runs.storage import write_json, write_manifest, write_text
+
+RECIPE = {"model_name_or_path": "m", "num_rounds": 2, "lora_r": 4, "use_peft": True, "success_func": "a.b", "seed": 0}
+
+
+def directory(path, changed, *, rounds=0, finished=False, allow=True):
+    """Return a directory whose run was started with RECIPE and has committed rounds, for a recipe with other keys."""
+    path.mkdir(exist_ok=True)
+    (path / "config.yaml").write_text(yaml.safe_dump(RECIPE))
+    write_json(path / "versions.json", {"packages": {"torch": "0"}, "world_size": 7, "data": "d"})
+    for number in range(1, rounds + 1):
+        write_json(path / f"round_{number:03d}" / "metrics.json", {})
+        write_manifest(path / f"round_{number:03d}", [path / f"round_{number:03d}" / "metrics.json"])
+    if finished:
+        write_manifest(path, [path / "config.yaml"])
+    return RunDirectory(path, command="x", recipe=RECIPE | changed, allow_drift=allow)
+
+
+MODELS = {"model_name_or_path": "n", "model_revision": "r", "use_peft": False, "lora_r": 16, "lora_alpha": 1,
+          "lora_target_modules": ["q"], "use_rslora": True, "use_dora": True, "load_in_4bit": True,
+          "bnb_4bit_quant_type": "fp4", "use_bnb_nested_quant": True}  # fmt: skip
+GRADINGS = {"success_func": "", "reward_funcs": ["a.c"], "reward_weights": [2.0], "reward_args": {"a": 1}}
+
+
+@pytest.mark.parametrize("allow", [False, True])
+@pytest.mark.parametrize(("key", "value"), [*MODELS.items(), *GRADINGS.items()])
+def test_committed_rounds_keep_their_model_and_their_grading(tmp_path, key, value, allow):
+    with pytest.raises(
+        UsageError, match=f"{key} was .*its rounds were made with {key}: give another output_dir"
+    ) as got:
+        directory(tmp_path, {key: value}, rounds=1, allow=allow).check_recipe()
+    assert ("refilter" in str(got.value)) == (key in GRADING)
+    assert "--allow-drift" not in str(got.value)
+
+
+@pytest.mark.parametrize(("key", "value"), [*MODELS.items(), *GRADINGS.items()])
+def test_before_a_round_is_committed_model_and_grading_may_differ(tmp_path, key, value):
+    with pytest.raises(UsageError, match="--allow-drift"):
+        directory(tmp_path, {key: value}, allow=False).check_recipe()
+    run = directory(tmp_path, {key: value})
+    run.check_recipe()
+    assert run.drift == {key}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("seed", 1), ("learning_rate", 1.0), ("temperature", 0.5), ("eval_every", 2), ("max_length", 9)]
+)
+def test_other_keys_may_differ_after_committed_rounds(tmp_path, key, value):
+    run = directory(tmp_path, {key: value}, rounds=2)
+    run.check_recipe()
+    assert run.drift == {key}
+
+
+@pytest.mark.parametrize("rounds", [1, 2, 3, 9])
+def test_a_finished_run_is_prolonged_with_other_versions_and_processes_where_drift_is_allowed(tmp_path, rounds):
+    more = {"num_rounds": 2 + rounds}
+    with pytest.raises(UsageError, match=r"processes was 7, now 1.*or pass --allow-drift"):
+        checked(directory(tmp_path, more, rounds=2, finished=True, allow=False))
+    assert checked(directory(tmp_path, more, rounds=2, finished=True)).drift == {"versions"}
+    with pytest.raises(UsageError, match="it is finished"):
+        checked(directory(tmp_path, {}, rounds=2, finished=True))
+
+
+def checked(run):
+    run.check_recipe()
+    run.check_versions()
+    return run
+
+
+def test_every_key_touches_what_its_section_says():
+    touched = {"replays": replays, "retrains": retrains, "remeasures": remeasures}
+    wanted = {
+        "model": {"replays", "retrains", "remeasures"}, "data": {"replays", "retrains", "remeasures"},
+        "sampling": {"replays", "remeasures"}, "environment": {"replays", "remeasures"}, "selection": set(),
+        "rounds": {"retrains"}, "training": {"retrains"}, "evaluation": {"remeasures"},
+    }  # fmt: skip
+    more = {"seed": {"replays", "remeasures"}, "init_from": {"replays"}} | {key: {"remeasures"} for key in GRADING}
+    for key in KEYS:
+        found = {name for name, function in touched.items() if function({key})}
+        assert found == wanted[KEYS[key].section] | more.get(key, set()), key
+    for other in ("versions", "the data"):
+        assert all(function({other}) for function in touched.values())
+    assert not any(function(()) for function in touched.values())
+    assert KEYS.keys() >= GRADING | MODEL
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "same"),
+    [
+        (["m.f@0a1b2c3d"], ["m.f@ffffffff"], True),
+        (["m.f@0a1b2c3d[limit=3]"], ["m.f@0a1b2c3d[limit=4]"], True),
+        (["m.f@0a1b2c3d", "a.b"], ["m.f@ffffffff", "a.b"], True),
+        (["m.f@0a1b2c3d"], ["m.g@0a1b2c3d"], False),
+        (["m.f@0a1b2c3d"], ["m.f@ffffffff", "a.b"], False),
+        (["m.f@0a1b2c3d"], ["a.b"], False),
+    ],
+)
+def test_committed_rounds_continue_with_a_function_that_was_repaired_and_not_with_another(tmp_path, before, now, same):
+    """The recipe names a function of a notebook by its source: a repair must not lose the rounds."""
+    directory(tmp_path, {}, rounds=1)
+    write_text(tmp_path / "config.yaml", yaml.safe_dump(RECIPE | {"reward_funcs": before}))
+    strict, allowed = (
+        RunDirectory(tmp_path, command="x", recipe=RECIPE | {"reward_funcs": now}, allow_drift=allow)
+        for allow in (False, True)
+    )
+    with pytest.raises(UsageError, match="--allow-drift" if same else "give another output_dir"):
+        strict.check_recipe()
+    if same:
+        allowed.check_recipe()
+        assert not allowed.drift
+    else:
+        with pytest.raises(UsageError, match="its rounds were made with reward_funcs"):
+            allowed.check_recipe()
