@@ -101,7 +101,8 @@ def _collect(
     if rank() == 0:
         discard_attempts(session.path, session.directory.drift)
     barrier()  # none reads what is deleted
-    session.directory.record([d.problem for d in (*splits.train, *splits.held_out)], splits.digest)
+    attempted = [d.problem for d in (*splits.train, *splits.held_out)]
+    session.directory.record(attempted, splits.digest, functions=scorer.described)
     label = "" if session.quiet else "roll out"
     trajectories = roll_out(policy, attempts, rollouts, directory=session.path, clock=Clock(), label=label)
 

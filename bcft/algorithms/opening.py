@@ -48,10 +48,12 @@ def start(run: Run, history: History) -> tuple[Learner, list[TrainingExample]]:
     session.say(f"evaluation: {run.budget}")
     if config.environment.environment:
         session.say(f"environment: {config.environment.environment}, at most {config.environment.max_turns} turns")
-    for note in filter(None, (policy.note, *notes)):
+    functions = run.scorer.described
+    for note in filter(None, (policy.note, *notes, session.directory.changed_functions(functions))):
         session.say(note)
     barrier()  # every process has read the directory before it is written
-    session.directory.record([d.problem for d in (*splits.train, *splits.held_out)], splits.digest)
+    attempted = [d.problem for d in (*splits.train, *splits.held_out)]
+    session.directory.record(attempted, splits.digest, functions=functions)
     return learner, replay
 
 

@@ -68,13 +68,15 @@ def sft(
     policy = load_policy(config.model.model_name_or_path, config.model)
     session.say(f"model: {config.model.model_name_or_path} on {policy.precision.why}")
     session.say(f"data: {splits}")
-    for note in filter(None, (f"rows: {rows.counts}", *rows.notes, policy.note)):
+    changed = session.directory.changed_functions(scorer.described)
+    for note in filter(None, (f"rows: {rows.counts}", *rows.notes, policy.note, changed)):
         session.say(note)
     barrier()  # every process has read the directory before it is written
     if session.directory.drift and rank() == 0:
         _discard_stale(session)
     barrier()  # none reads what is deleted
-    session.directory.record([d.problem for d in splits.held_out], splits.digest)
+    held_out = [d.problem for d in splits.held_out]
+    session.directory.record(held_out, splits.digest, functions=scorer.described)
 
     # 2. The policy as it is, on problems that are not in training.
     evaluate = partial(

@@ -132,16 +132,30 @@ class RunDirectory:
             raise UsageError(f"{started}: {remedy}, or pass --allow-drift")
         self.drift |= drift - repaired
 
-    def record(self, problems: Sequence[Problem], digest: str) -> None:
+    def changed_functions(self, functions: Sequence[str]) -> str:
+        """Return a note if a run was started here with other source of these functions; '' if not.
+
+        A recipe names a function, so a repaired one resumes the run. functions: as `rewards.base.described` says.
+        """
+        file = self.path / "versions.json"
+        before = read_json(file).get("functions", []) if file.is_file() else []
+        changed = [name for name in functions if name not in before and _names(name) in map(_names, before)]
+        if not changed:
+            return ""
+        names = ", ".join(str(_names(name)) for name in changed)
+        return f"rewards: {names} changed since the run was started; what was graded before keeps its old grades"
+
+    def record(self, problems: Sequence[Problem], digest: str, *, functions: Sequence[str] = ()) -> None:
         """Write what the results depend on: recipe, versions, hardware, and the problems that are attempted.
 
-        digest: a hash of the data. A prolonged run is unfinished from here on, and keeps its other files.
+        digest: a hash of the data; functions: those that grade, with a hash of their source. A prolonged run is
+        unfinished from here on, and keeps its other files.
         """
         if not self.writes:
             return
         (self.path / MANIFEST).unlink(missing_ok=True)
         write_text(self.path / "config.yaml", yaml.safe_dump(dict(self.recipe), allow_unicode=True))
-        write_json(self.path / "versions.json", {**versions(), "data": digest})
+        write_json(self.path / "versions.json", {**versions(), "data": digest, "functions": list(functions)})
         rows = ({**problem.columns, "problem_id": problem.id, "prompt": problem.prompt} for problem in problems)
         write_jsonl(self.path / "problems.jsonl", map(plain, rows))
         self.write_status("running")

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from bcft.config.schema import SelectionSettings
 from bcft.errors import UsageError
-from bcft.rewards.base import REFERENCE_COLUMNS, Answers, Batch, Reward, answers_of, ask_all, name_of, solved
+from bcft.rewards.base import REFERENCE_COLUMNS, Answers, Batch, Reward, answers_of, ask_all, described, name_of, solved
 from bcft.rewards.signature import named_columns, takes
 from bcft.rollout.failures import refuse_failures
 from bcft.runs.storage import ROLLOUTS, SCORES, read_jsonl
@@ -267,6 +267,11 @@ class Scorer:
         functions = (*self.functions, *((self.success,) if self.success else ()))
         references = [name for function in functions for name in REFERENCE_COLUMNS if takes(function, name)]
         return frozenset(references) | {name for function in functions for name in named_columns(function)}
+
+    @property
+    def described(self) -> list[str]:
+        """The functions, each with a hash of its source."""
+        return sorted({described(function) for function in (*self.functions, self.success) if function})
 
     @property
     def answers(self) -> Answers | None:

@@ -120,3 +120,21 @@ def test_committed_rounds_continue_with_a_function_that_was_repaired_and_not_wit
     else:
         with pytest.raises(UsageError, match="its rounds were made with reward_funcs"):
             allowed.check_recipe()
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "named"),
+    [
+        (["m.f@0a1b2c3d"], ["m.f@ffffffff"], "m.f"),
+        (["m.f@0a1b2c3d", "m.g@0a1b2c3d"], ["m.f@0a1b2c3d", "m.g@ffffffff"], "m.g"),
+        (["m.f@0a1b2c3d"], ["m.f@0a1b2c3d"], ""),
+        (["m.f@0a1b2c3d"], ["m.h@ffffffff"], ""),  # another function is another recipe
+        ([], ["m.f@ffffffff"], ""),
+    ],
+)
+def test_a_function_whose_source_changed_is_named_when_its_run_resumes(tmp_path, before, now, named):
+    run = RunDirectory(tmp_path, command="x", recipe=RECIPE, allow_drift=False)
+    assert run.changed_functions(now) == ""
+    run.record([], "digest", functions=before)
+    note = run.changed_functions(now)
+    assert (f"rewards: {named} changed since" in note) if named else not note
