@@ -39,6 +39,7 @@ OWN_ROWS = given(TINY, "dataset_name", "dataset_train_split")
 # Recipes
 
 
+@pytest.mark.slow
 def test_a_dict_is_a_recipe_as_a_file_is(tmp_path):
     keys = TINY | {"preview_rows": 2}  # a file may hold keys of other commands, and so may a dict
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(keys))
@@ -92,6 +93,7 @@ def test_refilter_takes_a_dict_and_quiet(tmp_path, capsys):
     assert "rollouts: " in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_quiet_prints_the_conclusion_only(tmp_path, capsys):
     metrics = sft.run(TINY, output_dir=tmp_path, quiet=True)
     assert capsys.readouterr().out.strip() == metrics["conclusion"]
@@ -124,6 +126,7 @@ def test_a_dry_run_takes_functions_environments_and_rows(tmp_path, capsys, monke
     assert not os.listdir(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_function_that_was_changed_goes_on_with_allow_drift(tmp_path, monkeypatch):
     def mine(completions, **_):
         return [-float(len(text)) for text in completions]
@@ -153,6 +156,7 @@ def one_by_one(rows):
     yield from rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["Dataset", "list", "generator", "tuple"])
 def test_rows_of_any_kind_train_as_a_file_of_them_does(tmp_path, kind, jsonl):
     import datasets
@@ -181,6 +185,7 @@ def test_a_run_is_resumed_with_the_same_rows_only(tmp_path):
         sft.run(OWN_ROWS, train_dataset=changed, output_dir=tmp_path)
 
 
+@pytest.mark.slow
 def test_rows_take_the_place_of_the_recipes_dataset_whole(tmp_path):
     """The slice in the recipe is of its own dataset: nothing of the rows is left out."""
     sft.run(TINY | {"dataset_train_split": "train[:3]"}, train_dataset=ROWS, output_dir=tmp_path)
@@ -231,6 +236,7 @@ def test_what_are_no_rows_is_refused_with_its_place(tmp_path, module, rows, kind
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_prompts_without_completions_are_rows_of_rounds_and_evaluations(tmp_path):
     rows = [{"prompt": row["prompt"], "answer": row["answer"]} for row in ROWS]
     keys = given(ROUND, "dataset_name", "dataset_train_split")

@@ -229,7 +229,9 @@ def test_pickled_weights_are_refused(tmp_path, llama):
 
 
 def test_a_reference_that_math_reward_does_not_accept_ends_the_run(tmp_path, llama):
-    data = write_jsonl(tmp_path / "d.jsonl", [{"prompt": f"p{i}", "completion": "c", "answer": ""} for i in range(80)])
+    data = write_jsonl(
+        tmp_path / "d.jsonl", [{"prompt": f"p{i}", "completion": "c", "answer": "\\boxed{7"} for i in range(80)]
+    )
     with pytest.raises(DataError, match=r"d\.jsonl:\d+: math_reward does not accept the reference"):
         sft.run(None, model_name_or_path=llama[0], dataset_name=data, output_dir=str(tmp_path / "r"),
                 **SMALL | {"dataset_train_split": "train"})  # fmt: skip
