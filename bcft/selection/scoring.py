@@ -1,7 +1,7 @@
 """From trajectories to scores: rewards weighted and summed, success apart from reward, ungraded apart from 0."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
@@ -321,9 +321,5 @@ class Scorer:
 
         Raises FaultError as `score` does.
         """
-        refuse_failures(trajectories)
-        functions, weights = (self.functions, self.weights) if self.measures == "reward" else ((), ())
-        return score(
-            trajectories, problems, functions,
-            weights=weights, success=self.success, store=store, step=step,
-        )  # fmt: skip
+        held_out = self if self.measures == "reward" else replace(self, functions=(), weights=())
+        return held_out.score(trajectories, problems, store=store, step=step)
