@@ -20,6 +20,7 @@ from bcft.reporting.tables import say
 from bcft.runs.clock import Clock
 from bcft.runs.distributed import barrier, broadcast, rank
 from bcft.runs.drift import discard_attempts
+from bcft.runs.progress import Progress
 from bcft.runs.storage import KEPT, ROLLOUTS, SCORES, write_json, write_manifest
 from bcft.selection.apply import apply_filter, rule_of
 from bcft.selection.scoring import Scorer
@@ -55,11 +56,12 @@ def run_config(config: Config, *, rows: Rows | None = None) -> dict[str, Any]:
     rows: in place of the dataset that the recipe names.
     """
     # Data, then functions and environment, are checked before torch is loaded and before a directory is made.
-    splits = load_splits(config.data, config.evaluation, train=rows, demonstrations=False)
-    problems = splits.problems_to_attempt()
-    rollouts = rollout_settings(config.sampling, config.environment, seed=config.training.seed)
-    held_out, environment = [d.problem for d in splits.held_out], config.environment.environment
-    scorer = Scorer.of(config.selection, held_out, environment=environment)
+    with Progress("" if config.quiet else "reading the data"):
+        splits = load_splits(config.data, config.evaluation, train=rows, demonstrations=False)
+        problems = splits.problems_to_attempt()
+        rollouts = rollout_settings(config.sampling, config.environment, seed=config.training.seed)
+        held_out, environment = [d.problem for d in splits.held_out], config.environment.environment
+        scorer = Scorer.of(config.selection, held_out, environment=environment, own=splits.reward)
     if note := splits.note_conflicts(None if environment else scorer.columns_read):
         say(note, quiet=config.quiet)
 
@@ -87,10 +89,12 @@ def _collect(
     from bcft.rollout.sample import draw, roll_out
 
     # 1. Roll out on training problems only: held-out problems stay held out.
-    note = scorer.check(list(problems.values()))
-    checked = check_model(config.model.model_name_or_path, config.model, trainable=False)
-    check_prompts(list(problems.values()), checked.renderer, special_tokens=config.data.special_tokens)
-    policy = load_policy(config.model.model_name_or_path, config.model, trainable=False)
+    with Progress(session.label("checking references and prompts")):
+        note = scorer.check(list(problems.values()))
+        checked = check_model(config.model.model_name_or_path, config.model, trainable=False)
+        check_prompts(list(problems.values()), checked.renderer, special_tokens=config.data.special_tokens)
+    with Progress(session.label("loading the model")):
+        policy = load_policy(config.model.model_name_or_path, config.model, trainable=False)
     seed, samples = config.training.seed, config.sampling.num_generations
     attempts = draw(problems.values(), 1, seed=seed, prompts=config.rounds.prompts_per_round, samples=samples)
     session.say(f"policy: {config.model.model_name_or_path} on {policy.precision.why}")
@@ -103,13 +107,13 @@ def _collect(
     barrier()  # none reads what is deleted
     attempted = [d.problem for d in (*splits.train, *splits.held_out)]
     session.directory.record(attempted, splits.digest, functions=scorer.described)
-    label = "" if session.quiet else "roll out"
+    label = session.label("roll out")
     trajectories = roll_out(policy, attempts, rollouts, directory=session.path, clock=Clock(), label=label)
 
     # 2. Score and select on one process: a function is asked once for each attempt, and its answers are stored.
     metrics: dict[str, Any] = {}
     if rank() == 0:
-        scores = scorer.score(trajectories, problems, store=answers_path(session.path))
+        scores = scorer.score(trajectories, problems, store=answers_path(session.path), label=session.label("score"))
         filtered = apply_filter(
             scores,
             rule_of(config.selection, seed=seed, number=1),

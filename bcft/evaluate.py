@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bcft.cli import execute
+from bcft.config.effects import GENERATOR
 from bcft.config.entries import Recipe
 from bcft.config.loader import Config, load
 from bcft.config.python import Rows, named_rows, rows_of, switches
@@ -22,6 +23,7 @@ from bcft.evaluation.results import Measured
 from bcft.reporting.tables import conclusion, level, print_table, say
 from bcft.runs.directory import RunDirectory, open_run
 from bcft.runs.distributed import rank
+from bcft.runs.progress import Progress
 from bcft.runs.storage import read_yaml, write_json
 from bcft.selection.scoring import Scorer
 from bcft.types import RolloutSettings
@@ -52,19 +54,21 @@ def run_config(config: Config, *, rows: Rows | None = None) -> dict[str, Any]:
     The result and every attempt are written below `<output_dir>/evaluate`. rows: in place of the dataset.
     """
     # Data, then functions and environment, are checked before torch is loaded and before a directory is made.
-    splits = load_splits(config.data, config.evaluation, train=rows, demonstrations=False)
-    split = config.evaluation.eval_split
-    if not (splits.test if split == "test" else splits.dev):
-        raise DataError(f"{config.data.dataset_name} has no {split} problems to evaluate")
-    for name in filter(None, (config.model.model_name_or_path, config.evaluation.against)):
-        _refuse_trained(config, splits, name, rows)
-    rollouts = rollout_settings(config.sampling, config.environment, seed=config.training.seed)
-    held_out, environment = [d.problem for d in splits.held_out], config.environment.environment
-    scorer = Scorer.of(config.selection, held_out, environment=environment)
+    with Progress("" if config.quiet else "reading the data"):
+        splits = load_splits(config.data, config.evaluation, train=rows, demonstrations=False)
+        split = config.evaluation.eval_split
+        if not (splits.test if split == "test" else splits.dev):
+            raise DataError(f"{config.data.dataset_name} has no {split} problems to evaluate")
+        for name in filter(None, (config.model.model_name_or_path, config.evaluation.against)):
+            _refuse_trained(config, splits, name, rows)
+        rollouts = rollout_settings(config.sampling, config.environment, seed=config.training.seed)
+        held_out, environment = [d.problem for d in splits.held_out], config.environment.environment
+        scorer = Scorer.of(config.selection, held_out, environment=environment, own=splits.reward)
     if note := splits.note_conflicts(None if environment else scorer.columns_read):
         say(note, quiet=config.quiet)
 
-    from bcft.policy.loading import cpu_threads
+    with Progress("" if config.quiet else "loading torch"):
+        from bcft.policy.loading import cpu_threads
 
     with (
         open_run(
@@ -75,6 +79,7 @@ def run_config(config: Config, *, rows: Rows | None = None) -> dict[str, Any]:
             debug="debug" in config.flags,
         ) as directory,
         cpu_threads(),
+        Progress("" if config.quiet else "evaluate, other work", around=True),
     ):
         directory.write_status("running")
         summaries = _evaluate(config, splits, directory, rollouts=rollouts, scorer=scorer)
@@ -86,7 +91,8 @@ def _refuse_trained(config: Config, splits: Splits, name: str, rows: Rows | None
     """Raise UsageError when a run of the same dataset trained on problems that are to be evaluated.
 
     How many problems of a small dataset are held out depends on how many are asked for: a later evaluation that asks
-    for more would take training problems of the run.
+    for more would take training problems of the run. With other `dataset_args`, such as a seed far away, a generator
+    may give the same texts in other splits.
     """
     # A run, its best/, or a model of a round; versions.json shows that a config.yaml is a run's.
     places = (Path(name), Path(name).parent, Path(name).parent.parent) if Path(name).is_dir() else ()
@@ -97,16 +103,21 @@ def _refuse_trained(config: Config, splits: Splits, name: str, rows: Rows | None
         return
     fewer = {key: min(made[key], getattr(config.evaluation, key)) for key in asked}
     evaluation = replace(config.evaluation, **fewer)
-    if evaluation == config.evaluation:
+    data = replace(config.data, **{key: made[key] for key in GENERATOR if key in made})
+    if evaluation == config.evaluation and data == config.data:
         return
-    trained = {d.problem.id for d in load_splits(config.data, evaluation, train=rows, demonstrations=False).train}
+    trained = {d.problem.id for d in load_splits(data, evaluation, train=rows, demonstrations=False).train}
     split = config.evaluation.eval_split
     again = [d for d in (splits.test if split == "test" else splits.dev) if d.problem.id in trained]
     if again:
-        first = next(key for key in asked if fewer[key] != getattr(config.evaluation, key))
+        changed = [key for key in GENERATOR if getattr(data, key) != getattr(config.data, key)]
+        first = next(
+            key for key in (*changed, *asked) if key in changed or fewer[key] != getattr(config.evaluation, key)
+        )
+        recorded = " and ".join(f"{key}: {made[key]}" for key in changed or asked)
         raise UsageError(
             f"{first}: {len(again)} of the {split} problems, such as {again[0].problem.where}, were training problems "
-            f"of {name}, whose recipe has {' and '.join(f'{key}: {made[key]}' for key in asked)}: ask for no more"
+            f"of {name}, whose recipe has {recorded}: {'give the same' if changed else 'ask for no more'}"
         )
 
 
@@ -127,7 +138,8 @@ def _evaluate(
 
     def measured_model(part: str, name: str) -> Measured:
         """Load one model and evaluate it; it is freed before the next one is loaded."""
-        policy = load_policy(name, config.model, trainable=False)
+        with Progress("" if config.quiet else f"{part}, loading"):
+            policy = load_policy(name, config.model, trainable=False)
         say(f"{part}: {name} on {policy.precision.why}", quiet=config.quiet)
         if policy.note:
             say(policy.note, quiet=config.quiet)
@@ -140,7 +152,7 @@ def _evaluate(
             scorer=scorer,
             examples=[],
             directory=directory.path / part,
-            quiet=config.quiet,
+            label="" if config.quiet else f"{part}, {split}",
         )
 
     measured = {part: measured_model(part, name) for part, name in names.items() if name}

@@ -21,6 +21,7 @@ from bcft.environments.base import rollout_settings
 from bcft.reporting.report import check_against, write_report
 from bcft.reporting.tables import say
 from bcft.rewards.base import Reward, described
+from bcft.runs.progress import Progress
 from bcft.selection.scoring import Scorer
 from bcft.types import Environment, show
 
@@ -98,13 +99,14 @@ def run_config(
     if against:
         check_against(against)
     # Data, then functions and environment, are checked before torch is loaded and before a directory is made.
-    splits = load_splits(config.data, config.evaluation, train=rows, demonstrations=False)
-    splits.require_dev(config.evaluation.eval_dev_problems)
-    problems = splits.problems_to_attempt()
-    rollouts = rollout_settings(config.sampling, config.environment, seed=config.training.seed, make=environment)
-    held_out = [d.problem for d in splits.held_out]
-    name = config.environment.environment
-    scorer = Scorer.of(config.selection, held_out, environment=name, reward_funcs=reward_funcs)
+    with Progress("" if config.quiet else "reading the data"):
+        splits = load_splits(config.data, config.evaluation, train=rows, demonstrations=False)
+        splits.require_dev(config.evaluation.eval_dev_problems)
+        problems = splits.problems_to_attempt()
+        rollouts = rollout_settings(config.sampling, config.environment, seed=config.training.seed, make=environment)
+        held_out = [d.problem for d in splits.held_out]
+        name = config.environment.environment
+        scorer = Scorer.of(config.selection, held_out, environment=name, reward_funcs=reward_funcs, own=splits.reward)
     if note := splits.note_conflicts(None if name else scorer.columns_read):
         say(note, quiet=config.quiet)
     report = partial(write_report, command=config.command_line, against=against)

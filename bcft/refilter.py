@@ -17,7 +17,7 @@ from bcft.cli import execute
 from bcft.config.entries import Recipe
 from bcft.config.loader import Config, load
 from bcft.config.python import switches
-from bcft.data.loading import HELD_OUT
+from bcft.data.sources import HELD_OUT, own_reward
 from bcft.environments.base import step_checker
 from bcft.errors import DataError, UsageError
 from bcft.evaluation.metrics import diversity, tally
@@ -82,11 +82,13 @@ def run_config(config: Config) -> dict[str, Any]:
     if missing := attempted - problems.keys():
         raise DataError(f"{top / 'problems.jsonl'}: {len(missing)} problems of the rollouts are missing")
     environment = made["environment"]
-    scorer = Scorer.of(config.selection, [problems[identity] for identity in attempted], environment=environment)
+    attempted_problems = [problems[identity] for identity in attempted]
+    scorer = Scorer.of(config.selection, attempted_problems, environment=environment, own=own_reward(made))
     last = max(trajectory.round for trajectory in trajectories)
     with open_run(output, command=config.command, recipe=recipe, debug="debug" in config.flags) as directory:
         directory.write_status("running")
-        scores = scorer.score(trajectories, problems, store=output / JOURNAL / "000.jsonl")
+        label = "" if config.quiet else "score"
+        scores = scorer.score(trajectories, problems, store=output / JOURNAL / "000.jsonl", label=label)
         filtered = apply_filter(
             scores,
             rule_of(config.selection, seed=config.training.seed, number=last),

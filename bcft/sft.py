@@ -15,6 +15,7 @@ from bcft.config.loader import Config, load
 from bcft.config.python import Rows, named_rows, rows_of, switches
 from bcft.data.loading import load_splits
 from bcft.environments.base import rollout_settings
+from bcft.runs.progress import Progress
 from bcft.selection.scoring import Scorer
 
 
@@ -48,10 +49,11 @@ def run_config(config: Config, *, rows: Rows | None = None) -> dict[str, Any]:
         _dry_run(config, rows)
         return {}
     # Data, then functions and environment, are checked before torch is loaded and before a directory is made.
-    splits = load_splits(config.data, config.evaluation, train=rows)
-    rollouts = rollout_settings(config.sampling, config.environment, seed=config.training.seed)
-    held_out = [d.problem for d in splits.held_out]
-    scorer = Scorer.of(config.selection, held_out, environment=config.environment.environment)
+    with Progress("" if config.quiet else "reading the data"):
+        splits = load_splits(config.data, config.evaluation, train=rows)
+        rollouts = rollout_settings(config.sampling, config.environment, seed=config.training.seed)
+        held_out = [d.problem for d in splits.held_out]
+        scorer = Scorer.of(config.selection, held_out, environment=config.environment.environment, own=splits.reward)
 
     def work(session: Session) -> dict[str, Any]:
         """Train, or resume training."""

@@ -19,11 +19,13 @@ LIGHT = [
     *("reporting.tables", "reporting.report", "algorithms.session", "cli"),
     *("config.effects", "config.entries", "config.python", "reporting.costs", "reporting.dry_run"),
     *("evaluation.budget", "runs.disk", "data.files", "data.sources", "policy.hub_errors", "policy.text_ids"),
+    "integrations.reasoning_gym",
     *("policy.template", "selection.functions", "selection.store", "rewards.signature", "rewards.awaiting"),
-    *("sft", "filtered", "evaluate", "collect", "refilter", "preview"),
+    *("policy.gguf", "runs.progress", "sft", "filtered", "evaluate", "collect", "refilter", "preview"),
 ]
 BROAD_EXCEPT = {"rollout/episode.py", "rewards/base.py"}
-"""Files that may catch everything: users' environments and users' reward functions may raise anything."""
+BROAD_EXCEPT |= {"integrations/reasoning_gym.py", "integrations/reasoning_gym_items.py"}
+"""Files that may catch everything: users' code and other projects' generators and scorers may raise anything."""
 FORBIDDEN = {"pickle", "dill", "eval", "exec", "sympify", "parse_expr"}
 
 

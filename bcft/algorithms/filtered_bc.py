@@ -81,7 +81,7 @@ def filtered_bc(
     recent: dict[int, list[Score]] = {}
 
     while number := history.next_round():
-        load_weights(learner, history, number)
+        load_weights(run, learner, history, number)
         directory = history.path(number)
         with clock.phase("rollout"):
             trajectories = roll_out_round(run, learner, number, directory)

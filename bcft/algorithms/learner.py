@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from bcft.config.loader import Config
 from bcft.policy.loading import Policy, restore, save_policy
+from bcft.runs.progress import Progress
 from bcft.runs.storage import storage, write_manifest
 from bcft.types import TrainingExample
 
@@ -33,12 +34,15 @@ class Learner:
         restore(self.policy, weights, self.config.model)
 
     def train(
-        self, examples: Sequence[TrainingExample], number: int, *, carry_from: Path | None
+        self, examples: Sequence[TrainingExample], number: int, *, carry_from: Path | None, progress: Progress
     ) -> "tuple[Fit, dict[str, Any]]":
         """Train for a round; return what training did and the optimizer's state, empty with `reset_optimizer`.
 
-        carry_from: the saved weights whose optimizer state to begin with; None for a fresh optimizer.
+        carry_from: the saved weights whose optimizer state to begin with; None for a fresh optimizer. progress: counts
+        the steps.
         """
+        if self.trainer is None:
+            progress.turn_to("loading trl")
         # trl takes longer to import than everything before: the first evaluations and rollouts do not wait for it.
         from bcft.training import trainer  # noqa: PLC0415 - see above
 
@@ -56,7 +60,7 @@ class Learner:
         trainer.next_round(self.trainer, examples, seed=training_seed(training.seed, number), learning_rate=rate)
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
         self.policy = dataclasses.replace(self.policy, model=model)
-        fitted = trainer.fit(self.trainer, examples)
+        fitted = trainer.fit(self.trainer, examples, progress=progress)
         state = {} if rounds.reset_optimizer else trainer.optimizer_state(self.trainer)
         trainer.release(self.trainer)
         return fitted, state

@@ -1,12 +1,14 @@
 """Filtered behavior cloning before its first round: checks, the policy, the sanity check, the base's evaluation."""
 
 import shutil
+import time
 from collections.abc import Collection
 
 from bcft.algorithms.learner import Learner
 from bcft.algorithms.run import Run
 from bcft.data.examples import check_prompts, replay_examples, without_special_tokens
 from bcft.errors import FaultError
+from bcft.evaluation.held_out import UNFINISHED
 from bcft.evaluation.results import Measured, stored
 from bcft.policy.loading import check_disk, check_model, load_policy, longest_row, with_adapter
 from bcft.policy.precision import choose_precision
@@ -16,6 +18,7 @@ from bcft.runs.disk import copies_of_rounds
 from bcft.runs.distributed import barrier, connect, rank
 from bcft.runs.drift import GRADING, discard_attempts, remeasures, retrains
 from bcft.runs.history import History
+from bcft.runs.progress import Progress
 from bcft.training.checks import check_training
 from bcft.types import TrainingExample
 
@@ -27,8 +30,9 @@ def start(run: Run, history: History) -> tuple[Learner, list[TrainingExample]]:
     are loaded.
     """
     config, splits, session = run.config, run.splits, run.session
-    notes = [run.scorer.check(list(run.problems.values()))]
-    replay, note = _check(run, history)
+    with Progress(session.label("checking references and prompts")):
+        notes = [run.scorer.check(list(run.problems.values()))]
+        replay, note = _check(run, history)
     notes.append(note)
     if drift := session.directory.drift:
         connect(cpu=choose_precision(history.base_model, config.model).device == "cpu")
@@ -38,14 +42,15 @@ def start(run: Run, history: History) -> tuple[Learner, list[TrainingExample]]:
         barrier()  # none loads what is deleted
     # Which round is the best is not known before the base is evaluated: it needs the weights before training first.
     at = history.weights_round_after(history.last) if "eval" in history.records[0] else 0
-    loaded = load_policy(history.weights_path(at), config.model)
-    policy = with_adapter(loaded, config.model, seed=config.training.seed)
+    with Progress(session.label("loading the model")):
+        loaded = load_policy(history.weights_path(at), config.model)
+        policy = with_adapter(loaded, config.model, seed=config.training.seed)
     learner = Learner(config, policy, session.path)
     if policy is not loaded and rank() == 0:  # a new adapter is saved as round 0
         learner.save(history.path(0) / "model", {})
     session.say(f"model: {history.base_model} on {policy.precision.why}")
     session.say(f"data: {len(run.problems):,} problems to attempt, {splits.held_out_words}")
-    session.say(f"evaluation: {run.budget}")
+    session.say(f"evaluation: {run.budget.plan}")
     if config.environment.environment:
         session.say(f"environment: {config.environment.environment}, at most {config.environment.max_turns} turns")
     functions = run.scorer.described
@@ -112,10 +117,15 @@ def try_first_problems(run: Run, learner: Learner, history: History) -> SanityCh
     attempts = run.attempts(1)[: PROBLEMS * config.sampling.num_generations]
     with run.clock.phase("rollout"):
         trajectories = play_journaled(
-            learner.policy, attempts, run.rollouts, directory=directory, clock=run.clock, label=run.label
+            learner.policy,
+            attempts,
+            run.rollouts,
+            directory=directory,
+            clock=run.clock,
+            label=run.session.label("sanity check, roll out"),
         )
     with run.clock.phase("score"):
-        scores = run.score(trajectories, directory, step=0)
+        scores = run.score(trajectories, directory, step=0, during="sanity check")
     check = sanity_check(
         scores,
         run.problems,
@@ -136,11 +146,16 @@ def evaluate_base(run: Run, learner: Learner, history: History, check: SanityChe
     directory = history.path(0)
     test, dev = stored(directory / "test"), stored(directory)
     missing = not (test and dev)
+    begun = bool(test or dev) or any((place / UNFINISHED).exists() for place in (directory / "test", directory))
     if missing and history.last:  # another recipe, whose evaluations are missing, continues with these rounds
         learner.restore(history.weights_path(0))
     with run.clock.left_out():
-        test = test or run.measure(learner, directory / "test", "test", step=0)
-        dev = dev or run.measure(learner, directory, "dev", step=0)
+        start = time.perf_counter()
+        test = test or run.measure(learner, directory / "test", "test", during="base", step=0)
+        dev = dev or run.measure(learner, directory, "dev", during="base", step=0)
+        seconds = time.perf_counter() - start
+    if not begun and not history.last and run.budget.evaluated:
+        run.session.say(f"evaluation: {run.budget.time(seconds)}")
     history.start(dev.summary)
     if missing and history.last:
         learner.restore(history.weights_path(history.weights_round_after(history.last)))

@@ -23,6 +23,7 @@ from bcft.reporting.tables import conclusion, print_table, round_line
 from bcft.rollout.sample import roll_out
 from bcft.runs.distributed import barrier, broadcast, rank
 from bcft.runs.history import History
+from bcft.runs.progress import Progress
 from bcft.runs.storage import (
     KEPT,
     ROLLOUTS,
@@ -43,24 +44,27 @@ from bcft.selection.scoring import Score, stored_scores
 from bcft.types import TrainingExample, Trajectory
 
 
-def load_weights(learner: Learner, history: History, number: int) -> None:
+def load_weights(run: Run, learner: Learner, history: History, number: int) -> None:
     """Give the learner the weights that a round starts from, unless it has them."""
     start_from = history.weights_round_before(number)
     if start_from != history.weights_round_after(number - 1):
-        learner.restore(history.weights_path(start_from))
+        with Progress(run.session.label(f"round {number}, load round {start_from}")):
+            learner.restore(history.weights_path(start_from))
 
 
 def roll_out_round(run: Run, learner: Learner, number: int, directory: Path) -> list[Trajectory]:
     """Return the trajectories of a round's attempts; those that are journaled already are not played again."""
+    label = run.session.label(f"round {number}, roll out")
     attempts = run.attempts(number)
-    return roll_out(learner.policy, attempts, run.rollouts, directory=directory, clock=run.clock, label=run.label)
+    return roll_out(learner.policy, attempts, run.rollouts, directory=directory, clock=run.clock, label=label)
 
 
 def score_round(run: Run, history: History, trajectories: Sequence[Trajectory], directory: Path) -> list[Score]:
     """Score a round's trajectories, or read their scores. Raises FaultError when too many environments failed."""
     if sealed(directory, SCORES):
         return stored_scores(directory)
-    return run.score(trajectories, directory, step=history.steps(history.last))
+    during = f"round {history.last + 1}"
+    return run.score(trajectories, directory, step=history.steps(history.last), during=during)
 
 
 def scores_in_scope(
@@ -87,19 +91,20 @@ def select_round(
     scope: the scores to select from, by round; replay: the demonstrations of which some are trained on as well.
     """
     config, seed = run.config, run.config.training.seed
-    filtered = apply_filter(
-        [score for n in sorted(scope) for score in scope[n]],
-        rule_of(config.selection, seed=seed, number=number),
-        run.problems,
-        source="self",
-        train_on=config.data.train_on,
-        check_steps=step_checker(config.data.dataset_name, config.environment.environment),
-    )
-    examples = [*filtered.examples, *draw_replay(replay, number, seed=seed, most=len(filtered.examples))]
-    if rank() == 0:
-        with run.clock.phase("other"):
-            filtered.write(directory, examples)
-            seal(directory, ROLLOUTS, SCORES, KEPT)
+    with Progress(run.session.label(f"round {number}, select")):
+        filtered = apply_filter(
+            [score for n in sorted(scope) for score in scope[n]],
+            rule_of(config.selection, seed=seed, number=number),
+            run.problems,
+            source="self",
+            train_on=config.data.train_on,
+            check_steps=step_checker(config.data.dataset_name, config.environment.environment),
+        )
+        examples = [*filtered.examples, *draw_replay(replay, number, seed=seed, most=len(filtered.examples))]
+        if rank() == 0:
+            with run.clock.phase("other"):
+                filtered.write(directory, examples)
+                seal(directory, ROLLOUTS, SCORES, KEPT)
     return filtered, examples
 
 
@@ -157,10 +162,11 @@ def train_round(
         learner.restore(history.weights_path(0))
     before = history.last_trained(number - 1)
     carry_from = history.path(before) / "model" if before and not rounds.reset_optimizer else None
-    fitted, state = learner.train(examples, number, carry_from=carry_from)
+    with Progress(run.session.label(f"round {number}, train")) as progress:
+        fitted, state = learner.train(examples, number, carry_from=carry_from, progress=progress)
     figures = {name: getattr(fitted, name) for name in (part.name for part in dataclasses.fields(Trained))}
     if rank() == 0:
-        with run.clock.phase("other"):
+        with run.clock.phase("other"), Progress(run.session.label(f"round {number}, save")):
             learner.save(directory / "model", state, {"rows": rows, "train": figures})
     return Trained(**figures)
 
@@ -188,7 +194,7 @@ def evaluate_round(
     dev = stored(place)
     if not dev and not run.budget.is_due(number):
         return {}
-    dev = dev or run.measure(learner, place, "dev", step=step)
+    dev = dev or run.measure(learner, place, "dev", during=f"round {number}", step=step)
     return {**dev.summary, "vs_base": conclusion(base_dev, dev).get("vs_base", {})}
 
 
@@ -197,13 +203,14 @@ def commit(run: Run, learner: Learner, history: History, record: Mapping[str, An
     number = history.last + 1
     directory = history.path(number)
     history.append(record)
-    if rank() == 0:
-        write_json(directory / "metrics.json", record)
-        commit_round(directory, tokenizer=learner.policy.renderer.fingerprint)
-        write_jsonl(run.session.path / "metrics.jsonl", history.records[1:])
-        for past in set(range(number)) - history.rounds_to_keep():
-            shutil.rmtree(history.path(past) / "model", ignore_errors=True)
-    barrier()  # the other processes wait for the files
+    with Progress(run.session.label(f"round {number}, commit")):
+        if rank() == 0:
+            write_json(directory / "metrics.json", record)
+            commit_round(directory, tokenizer=learner.policy.renderer.fingerprint)
+            write_jsonl(run.session.path / "metrics.jsonl", history.records[1:])
+            for past in set(range(number)) - history.rounds_to_keep():
+                shutil.rmtree(history.path(past) / "model", ignore_errors=True)
+        barrier()  # the other processes wait for the files
     run.session.say(round_line(record))
 
 
@@ -218,7 +225,7 @@ def conclude(run: Run, learner: Learner, history: History, base_test: Measured) 
         place = history.path(best) / "test"
         # As many samples as the base had: a run with more rounds may choose another number.
         tested = stored(place) or run.measure(
-            learner, place, "test", step=history.steps(best), samples=base_test.samples
+            learner, place, "test", during=f"round {best}", step=history.steps(best), samples=base_test.samples
         )
     metrics = {"base": base_test.summary, "best": tested.summary, "best_round": best, "rounds": last}
     metrics |= conclusion(base_test, tested)
@@ -230,7 +237,8 @@ def conclude(run: Run, learner: Learner, history: History, base_test: Measured) 
     if tested.summary:
         print_table({"base": base_test.summary, f"round {best}": tested.summary}, quiet=session.quiet)
     if rank() == 0:
-        write_best(run, learner, metrics)
+        with Progress(session.label("saving the best round")):
+            write_best(run, learner, metrics)
     target = session.path / "best"
     following = config.evaluating(str(target))
     session.say(f"The model is in {target}, from round {best}" + (f"; next: {following}" if following else ""))

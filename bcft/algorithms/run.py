@@ -47,11 +47,6 @@ class Run:
             graded=self.scorer.measures != "nothing",
         )
 
-    @property
-    def label(self) -> str:
-        """The label of the progress bar of rollouts; '' for none."""
-        return "" if self.session.quiet else "roll out"
-
     def attempts(self, number: int) -> list[Attempt]:
         """Return a round's attempts: training problems, drawn without replacement."""
         return draw(
@@ -62,21 +57,24 @@ class Run:
             samples=self.config.sampling.num_generations,
         )
 
-    def score(self, trajectories: Sequence[Trajectory], directory: Path, *, step: int) -> list[Score]:
+    def score(self, trajectories: Sequence[Trajectory], directory: Path, *, step: int, during: str) -> list[Score]:
         """Ask the reward functions on one process, once for each attempt: again they might answer differently.
 
-        directory: of the round, where the answers are kept; step: optimizer steps so far.
+        directory: of the round, where the answers are kept; step: optimizer steps so far; during: what, as `round 3`.
         """
-        store = answers_path(directory)
+        store, label = answers_path(directory), self.session.label(f"{during}, score")
         scores: list[Score] = broadcast(
-            self.scorer.score(trajectories, self.problems, store=store, step=step) if rank() == 0 else []
+            self.scorer.score(trajectories, self.problems, store=store, step=step, label=label) if rank() == 0 else []
         )
         return scores
 
     def measure(
-        self, learner: Learner, directory: Path, split: str, *, step: int, samples: int | None = None
+        self, learner: Learner, directory: Path, split: str, *, during: str, step: int, samples: int | None = None
     ) -> Measured:
-        """Evaluate the policy on `dev` or `test`; samples: of each problem, None: as the recipe says."""
+        """Evaluate the policy on `dev` or `test`.
+
+        during: what, as `round 3`; samples: of each problem, None: as the recipe says.
+        """
         graded = self.scorer.measures != "nothing"
         return measure(
             learner.policy,
@@ -87,6 +85,6 @@ class Run:
             scorer=self.scorer,
             examples=[],
             directory=directory,
-            quiet=self.session.quiet or split == "dev",
+            label=self.session.label(f"{during}, {split}"),
             step=step,
         )

@@ -10,6 +10,7 @@ from bcft.data.loading import Splits
 from bcft.reporting.tables import say
 from bcft.runs.directory import RunDirectory, open_run
 from bcft.runs.distributed import rank
+from bcft.runs.progress import Progress
 from bcft.runs.storage import read_json
 
 
@@ -28,6 +29,10 @@ class Session:
     def say(self, text: str) -> None:
         """Print a line on rank 0, unless quiet."""
         say(text, quiet=self.quiet)
+
+    def label(self, phase: str) -> str:
+        """Return the label of a phase's progress: '' when quiet."""
+        return "" if self.quiet else phase
 
 
 def run_or_report(
@@ -57,15 +62,20 @@ def run_or_report(
         session = Session(directory, config.quiet)
         directory.check_recipe()
         directory.check_data(splits.digest)
-        if directory.finished and not directory.prolonged:
-            metrics = read_json(directory.path / "metrics.json")
-            session.say(f"{directory.path} is finished")
-        else:
-            directory.check_versions()
-            metrics = work(session)
+        # Around all phases, so that what is between two of them is not silent either.
+        with Progress(session.label(f"{config.command}, other work"), around=True):
+            if directory.finished and not directory.prolonged:
+                metrics = read_json(directory.path / "metrics.json")
+                session.say(f"{directory.path} is finished")
+            else:
+                with Progress(session.label("loading torch")):
+                    directory.check_versions()
+                metrics = work(session)
         try:
             if report and rank() == 0:
-                session.say(f"Report with the learning curve: {report(directory.path)}")
+                with Progress(session.label("writing the report")):
+                    page = report(directory.path)
+                session.say(f"Report with the learning curve: {page}")
         finally:  # the run is finished, whatever becomes of its report
             say(metrics["conclusion"], quiet=False)
     return metrics

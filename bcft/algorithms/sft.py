@@ -17,7 +17,7 @@ from bcft.config.loader import Config
 from bcft.data.examples import ExampleCounts, check_prompts, make_examples, without_special_tokens
 from bcft.data.loading import Splits
 from bcft.errors import UsageError
-from bcft.evaluation.budget import samples_of
+from bcft.evaluation.budget import samples_of, test_attempts
 from bcft.evaluation.held_out import measure
 from bcft.evaluation.results import stored
 from bcft.policy.chat_template import Renderer
@@ -36,6 +36,7 @@ from bcft.reporting.tables import before_and_after, conclusion, print_table
 from bcft.runs.disk import copies_of_sft
 from bcft.runs.distributed import barrier, broadcast, rank
 from bcft.runs.drift import remeasures, retrains
+from bcft.runs.progress import Progress
 from bcft.runs.storage import SEAL, read_json, read_manifest, storage, write_json, write_manifest, write_text
 from bcft.selection.scoring import Scorer
 from bcft.training.checks import check_training
@@ -64,8 +65,10 @@ def sft(
     rollouts: how held-out problems are attempted; scorer: what they are measured by.
     """
     # 1. Demonstrations to examples: every label is counted before weights are loaded.
-    rows = _rows(config, splits, session)
-    policy = load_policy(config.model.model_name_or_path, config.model)
+    with Progress(session.label("making rows")):
+        rows = _rows(config, splits, session)
+    with Progress(session.label("loading the model")):
+        policy = load_policy(config.model.model_name_or_path, config.model)
     session.say(f"model: {config.model.model_name_or_path} on {policy.precision.why}")
     session.say(f"data: {splits}")
     changed = session.directory.changed_functions(scorer.described)
@@ -79,24 +82,28 @@ def sft(
     session.directory.record(held_out, splits.digest, functions=scorer.described)
 
     # 2. The policy as it is, on problems that are not in training.
+    samples = samples_of(config.evaluation, "test", graded=scorer.measures != "nothing")
+    if attempts := test_attempts(len(splits.test), len(splits.harder), samples):
+        session.say(f"evaluation: {attempts:,} attempts before training and as many after")
     evaluate = partial(
         measure,
         splits=splits,
         settings=rollouts,
         split="test",
-        samples=samples_of(config.evaluation, "test", graded=scorer.measures != "nothing"),
+        samples=samples,
         scorer=scorer,
         examples=rows.test,
-        quiet=session.quiet,
     )
     base_directory, final_directory = session.path / "base", session.path / "final"
-    base = stored(base_directory) or evaluate(policy, directory=base_directory)
+    label = session.label("base, test")
+    base = stored(base_directory) or evaluate(policy, directory=base_directory, label=label)
 
     # 3. One SFT run, from the newest complete checkpoint if there is one, or its saved weights if it has ended.
     policy, train = _trained(config, session, policy, rows)
 
     # 4. The trained policy, and what changed.
-    final = stored(final_directory) or evaluate(policy, directory=final_directory, step=train["steps"])
+    label = session.label("final, test")
+    final = stored(final_directory) or evaluate(policy, directory=final_directory, step=train["steps"], label=label)
     metrics = {"base": base.summary, "final": final.summary, "train": train}
     metrics |= conclusion(base, final)
     if rank() == 0:
@@ -165,7 +172,8 @@ def _trained(config: Config, session: Session, policy: Policy, rows: Rows) -> tu
         return policy, dict(saved["train"])
     if rank() == 0:
         shutil.rmtree(session.path / "final", ignore_errors=True)  # of other weights
-    policy, fitted = _train(config, session, policy, rows)
+    with Progress(session.label("train")) as progress:
+        policy, fitted = _train(config, session, policy, rows, progress)
     session.say(
         f"train: {fitted.steps} steps in {fitted.seconds:.0f} s, {fitted.tokens_per_second:,.0f} supervised "
         f"tokens/s, loss {fitted.loss_first:.4f} to {fitted.loss_last:.4f}"
@@ -173,8 +181,9 @@ def _trained(config: Config, session: Session, policy: Policy, rows: Rows) -> tu
     return policy, dataclasses.asdict(fitted)
 
 
-def _train(config: Config, session: Session, policy: Policy, rows: Rows) -> "tuple[Policy, Fit]":
+def _train(config: Config, session: Session, policy: Policy, rows: Rows, progress: Progress) -> "tuple[Policy, Fit]":
     """Fit the examples, save and seal the weights; return the policy with them, and what training did."""
+    progress.turn_to("loading trl")
     # trl takes longer to import than everything before: the evaluation of the base does not wait for it.
     from bcft.training import trainer  # noqa: PLC0415 - see above
 
@@ -185,7 +194,7 @@ def _train(config: Config, session: Session, policy: Policy, rows: Rows) -> "tup
         output_dir=output,
         autocast=policy.precision.autocast,
         use_cpu=policy.precision.device == "cpu",
-        disable_tqdm=session.quiet,
+        disable_tqdm=True,
     )
     bc_trainer = trainer.BCTrainer(
         with_adapter(policy, config.model, seed=settings.seed).model,
@@ -199,12 +208,14 @@ def _train(config: Config, session: Session, policy: Policy, rows: Rows) -> "tup
         return dataclasses.replace(policy, model=bc_trainer.accelerator.unwrap_model(bc_trainer.model))
 
     def save(fitted: "Fit") -> None:
+        progress.turn_to("saving")
         if rank() == 0:
             with storage(session.path):
                 files = save_policy(trained(), session.path)
             write_manifest(session.path, files, name=SEAL, about={"train": dataclasses.asdict(fitted)})
 
-    fitted = trainer.fit(bc_trainer, rows.train, resume=trainer.newest_checkpoint(output), save=save)
+    resume = trainer.newest_checkpoint(output)
+    fitted = trainer.fit(bc_trainer, rows.train, resume=resume, save=save, progress=progress)
     return trained(), fitted
 
 

@@ -68,6 +68,9 @@ _VALUES = (
     ),
 )  # fmt: skip
 
+GENERATOR = ("dataset_args", "answer_format", "prompt_suffix")
+"""Keys of a reasoning-gym dataset."""
+
 _ADAPTER = {
     "lora_r": "r",
     "lora_alpha": "lora_alpha",
@@ -91,6 +94,9 @@ def without_effect(
     for key, reason in (*_missing(values, in_file, overrides), *_unsuited(values, in_file, overrides)):
         if command in KEYS[key].commands:
             yield key, f"has no effect {reason}"
+    for key, reason in _of_generator(values, in_file, overrides):
+        if command in KEYS[key].commands:
+            yield key, reason
     if command == "evaluate":
         split = values["eval_split"]
         other = "eval_dev_samples" if split == "test" else "eval_test_samples"
@@ -114,6 +120,15 @@ def _missing(values: Mapping[str, Any], in_file: Collection[str], overrides: Col
             # A default is what a run has anyway; but whoever writes any key of an adapter wants one.
             if key in given and (other == "use_peft" or values[key] != KEYS[key].default):
                 yield key, f"without {words}"
+
+
+def _of_generator(values: Mapping[str, Any], in_file: Collection[str], overrides: Collection[str]) -> Iterator[Finding]:
+    """Yield the keys of a reasoning-gym dataset without one, and those of other datasets with one."""
+    generated = values["dataset_name"].startswith("reasoning-gym:")
+    for key in ("dataset_config", "dataset_test_split") if generated else GENERATOR:
+        only_in_file = key in in_file and key not in overrides and "dataset_name" in overrides
+        if (key in in_file or key in overrides) and values[key] != KEYS[key].default and not only_in_file:
+            yield key, f"has no effect {'with' if generated else 'without'} a reasoning-gym dataset"
 
 
 def _unsuited(values: Mapping[str, Any], in_file: Collection[str], overrides: Collection[str]) -> Iterator[Finding]:

@@ -48,7 +48,8 @@ DOTTED_PATHS = {
 QUOTES = ("'", '"', "`", "\u2018", "\u2019", "\u201c", "\u201d")
 """What an output_dir cannot begin with: quotation marks that were meant for the shell, typographic ones included."""
 COMMAND_LINE = "command line"
-OF_DATASET = ("dataset_config", "dataset_train_split", "dataset_test_split")
+_NAMING = ("dataset_config", "dataset_test_split", "dataset_args", "answer_format", "prompt_suffix")
+OF_DATASET = ("dataset_train_split", *_NAMING)
 """Keys of a recipe that say nothing about rows that Python gives in place of its dataset."""
 
 
@@ -111,7 +112,7 @@ class Config:
         """Return the command that measures a model as this run does; '' if it needs `python_objects`."""
         if self.python_objects:
             return ""
-        own = {"model_name_or_path", "output_dir", "against"}
+        own = {"model_name_or_path", "gguf_file", "output_dir", "against"}
         return shlex.join([*self._words("evaluate", without=own), "--model_name_or_path", model])
 
     def _words(self, command: str, *, without: Collection[str] = ()) -> list[str]:
@@ -226,8 +227,11 @@ def _config(
     values["output_dir"] = f"runs/{os.path.splitext(os.path.basename(path))[0] or command}"
     file_values, file_places = _valid(in_file, tuple(COMMANDS), findings)
     override_values, override_places = _valid(overrides, (command,), findings)
+    if "model_name_or_path" in override_places:  # another model, of which the file's `gguf_file` is no part
+        file_values.pop("gguf_file", None)
+        file_places.pop("gguf_file", None)
     if "dataset_name" in objects:  # rows in place of the recipe's dataset
-        others = [key for key in ("dataset_config", "dataset_test_split") if key in override_places]
+        others = [key for key in _NAMING if key in override_places]
         findings += [f"{override_places[key]}: {key}: has no effect with train_dataset" for key in others]
         findings += _named_split(override_values, override_places)
         file_values = {key: value for key, value in file_values.items() if key not in OF_DATASET}
@@ -325,7 +329,7 @@ def _checked(entry: Entry, commands: Sequence[str]) -> Any:
     if SECRET.search(str(entry.raw)):
         raise ValueError("holds a token; tokens never go into recipes, set HF_TOKEN in the environment instead")
     value = convert(entry.raw, key)
-    if value == "" and name != "success_func":
+    if value == "" and name not in ("success_func", "prompt_suffix"):
         raise ValueError(f"wants {wanted(key)}, and is empty")
     if isinstance(value, str) and (name, value) in REFUSED_VALUES:
         raise ValueError(f"{value} is refused: {REFUSED_VALUES[name, value]}")

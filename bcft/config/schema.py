@@ -38,9 +38,18 @@ class ModelSettings(Settings):
     """The policy: its weights, its precision and its adapter."""
 
     model_name_or_path: str = library(
-        "model_name_or_path", default="", note="a Hub id, a directory, or bcft:tiny-math, which is embedded"
+        "model_name_or_path",
+        default="",
+        note="a Hub id, a directory, a .gguf file, package:NAME/FILE.gguf, a file inside an installed package, or "
+        "bcft:tiny-math, which is embedded",
     )
     model_revision: str = of_rows("model_revision")
+    gguf_file: str | None = own(
+        None,
+        "a GGUF file in the directory or repository that model_name_or_path names, such as model.Q4_1.gguf; its "
+        "weights are dequantized, and an ordinary model is saved",
+        commands=SPLITTING,
+    )
     trust_remote_code: bool = of_rows("trust_remote_code")
     attn_implementation: str | None = played("attn_implementation")
     chat_template_path: str | None = of_rows("chat_template_path")
@@ -67,9 +76,19 @@ class ModelSettings(Settings):
     use_dora: bool = trained("use_dora")
 
     def conflicts(self) -> Iterator[Conflict]:
-        """Yield bf16 and fp16 in one run."""
+        """Yield bf16 and fp16 in one run, what `gguf_file` cannot be, and 4-bit weights of a GGUF file."""
         if self.bf16 and self.fp16:
             yield ("fp16", "bf16"), "bf16 is on too; a run has one precision"
+        name, file = self.model_name_or_path, self.gguf_file
+        if file and (name.endswith(".gguf") or name.startswith("bcft:")):
+            yield ("gguf_file",), f"has no effect: {name} is no directory or Hub id that has a GGUF file: leave it out"
+        elif file and (not file.endswith(".gguf") or file.startswith("/") or ".." in file.split("/")):
+            yield ("gguf_file",), f"wants a file in {name or 'model_name_or_path'}, such as model.Q4_1.gguf, not {file}"
+        if self.load_in_4bit and (file or name.endswith(".gguf")):
+            yield (
+                ("load_in_4bit",),
+                "the weights of a GGUF file are dequantized: save them as an ordinary model first, or leave it out",
+            )
 
 
 @dataclass(frozen=True)
@@ -77,7 +96,10 @@ class DataSettings(Settings):
     """The source of problems and demonstrations, and the rules that make examples of them."""
 
     dataset_name: str = library(
-        "dataset_name", default="", note="a Hub id, a file, a directory, or bcft:arithmetic, which is embedded"
+        "dataset_name",
+        default="",
+        note="a Hub id, a file, a directory, reasoning-gym:NAME, a generator of the package reasoning-gym, or "
+        "bcft:arithmetic, which is embedded",
     )
     dataset_config: str | None = of_rows("dataset_config")
     dataset_train_split: str = of_rows("dataset_train_split")
@@ -85,6 +107,24 @@ class DataSettings(Settings):
         "dataset_test_split",
         default=None,
         note="null: `test` if the dataset has it, else a share of the problems by the hash of their text",
+    )
+    dataset_args: Mapping[str, Any] = own(
+        {},
+        "configuration of a reasoning-gym generator, such as {max_terms: 3, max_digits: 2, seed: 0}; of "
+        "reasoning-gym:composite {datasets: [{name: chain_sum, weight: 1, config: {max_terms: 3}}]}",
+        commands=SPLITTING,
+    )
+    answer_format: Literal["text", "tag", "hash", "boxed"] = own(
+        "text",
+        "where a reply states its answer to a reasoning-gym problem. text: the whole reply; tag: in "
+        "<answer></answer>; hash: after the last ####; boxed: in the last \\boxed{}",
+        commands=SPLITTING,
+    )
+    prompt_suffix: str | None = own(
+        None,
+        "what a reasoning-gym prompt ends with, after a blank line; null: a sentence that asks for answer_format, "
+        "for text nothing; '': nothing",
+        commands=SPLITTING,
     )
     max_length: int | None = library(
         "max_length",

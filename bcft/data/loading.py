@@ -1,8 +1,9 @@
 """Datasets to demonstrations and held-out problems.
 
-A dataset is a name of this package (`bcft:arithmetic`), a file (`files`), a directory with one such file for each
-split, anything that `datasets.load_dataset` takes, rows given in Python, or the kept rows of a run (of `collect`,
-`refilter` or a round): the held-out problems are then those of that run. `readers` documents the columns of a row.
+A dataset is a name of this package (`bcft:arithmetic`), a generator of another (`reasoning-gym:chain_sum`), a file
+(`files`), a directory with one such file for each split, anything that `datasets.load_dataset` takes, rows given in
+Python, or the kept rows of a run (of `collect`, `refilter` or a round): the held-out problems are then those of that
+run. `readers` documents the columns of a row.
 
 Test is the split `test`, dev the split `validation`. Where there is none it is taken out of training by the hash of the
 problems' text.
@@ -20,13 +21,15 @@ from typing import Any
 from bcft.config.schema import DataSettings, EvaluationSettings
 from bcft.data.files import SUFFIXES, Row, read_json_rows
 from bcft.data.readers import TEMPLATE_COLUMN, demonstration
-from bcft.data.sources import HELD_OUT, SOURCE, Dataset, DataSource, parse_split, rows_of
+from bcft.data.sources import HELD_OUT, Dataset, DataSource, parse_split, rows_of
 from bcft.environments.base import SHARES, Split, embedded_datasets
 from bcft.errors import DataError, UsageError
+from bcft.integrations import reasoning_gym
+from bcft.rewards.base import Reward
 from bcft.runs.storage import KEPT, MANIFEST, read_json, read_yaml
 from bcft.types import Demonstration, Problem, bucket, messages, show
 
-__all__ = ["HELD_OUT", "SOURCE", "SUFFIXES", "Splits", "load_splits"]
+__all__ = ["HELD_OUT", "SUFFIXES", "Splits", "load_splits"]
 
 HARDER_PROBLEMS = 200
 EMBEDDED_ROWS = 20_000
@@ -51,6 +54,8 @@ class Splits:
     """Demonstrations of `replay_dataset`, none of a held-out problem."""
     repeated: tuple[tuple[Problem, Problem], ...] = ()
     """The first row of a prompt, and a later one with another value in one of its columns."""
+    reward: Reward | None = None
+    """The reward function that the problems come with; it takes the place of the default one."""
 
     @property
     def held_out(self) -> tuple[Demonstration, ...]:
@@ -158,11 +163,12 @@ def load_splits(
     if data.replay_dataset is None:
         return splits
     # A configuration belongs to its dataset; the train split, its slice included, is taken from either dataset.
-    config = data.dataset_config if data.replay_dataset == data.dataset_name else None
+    same = data.replay_dataset == data.dataset_name
     replayed = replace(
         source,
         dataset_name=data.replay_dataset,
-        dataset_config=config,
+        dataset_config=data.dataset_config if same else None,
+        dataset_args=data.dataset_args if same else {},
         eval_dev_problems=0,
         eval_test_problems=0,
     )
@@ -204,6 +210,8 @@ def _load(
     dataset = Dataset(source)
     if given is None and name.startswith("bcft:"):
         return _embedded(name, dataset.train_slice, dev=dev, test=test)
+    if given is None and (generated := source.generated):
+        return _generated(generated, dataset, dev=dev, test=test)
     if given is None and (kept := _kept_file(name)) is not None:
         return _kept(source, kept, dataset.train_slice, dev=dev, test=test, allow_overlap=allow_overlap)
     rows = dataset.read(dataset.train_split) if given is None else given
@@ -345,6 +353,15 @@ def _embedded(name: str, train: slice, *, dev: int, test: int) -> Splits:
         problems("test", test),
         demonstrations(harder, "harder"),
     )
+
+
+# Generated datasets
+def _generated(source: reasoning_gym.Source, dataset: Dataset, *, dev: int, test: int) -> Splits:
+    if dataset.train_split != "train":
+        raise DataError(f"dataset_train_split: {source.name} has the split train, and no {dataset.train_split!r}")
+    rows = reasoning_gym.problems(source, test=test, dev=dev, train=dataset.train_slice)
+    train, dev_part, test_part = (tuple(_problems(rows[name])) for name in ("train", "dev", "test"))
+    return Splits(train, dev_part, test_part, reward=reasoning_gym.reward_function(source))
 
 
 # Splits by hash

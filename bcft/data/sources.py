@@ -1,8 +1,8 @@
 """Where the rows of a split come from: a file, a directory with a file for each split, a Hub dataset, or Python."""
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,9 @@ from typing import Any
 from bcft.config import python
 from bcft.data.files import SUFFIXES, Row, read_rows, suffix_of
 from bcft.errors import DataError
+from bcft.integrations.reasoning_gym import PREFIX, AnswerFormat, Source, checked_source, reward_function
 from bcft.policy.hub_errors import hub_reason
+from bcft.rewards.base import Reward
 
 _SPLIT = re.compile(r"([\w.-]+)(?:\[(\d*):(\d*)\])?")
 SAVED = ("dataset_dict.json", "state.json")
@@ -27,11 +29,28 @@ class DataSource:
     dataset_test_split: str | None
     eval_dev_problems: int
     eval_test_problems: int
+    dataset_args: Mapping[str, Any] = field(default_factory=dict)
+    answer_format: AnswerFormat = "text"
+    prompt_suffix: str | None = None
+
+    @property
+    def generated(self) -> Source | None:
+        """The checked generator of a reasoning-gym dataset; None for another. Raises as `checked_source` does."""
+        if not self.dataset_name.startswith(PREFIX):
+            return None
+        form, suffix = self.answer_format, self.prompt_suffix
+        return checked_source(self.dataset_name, self.dataset_args, answer_format=form, prompt_suffix=suffix)
 
 
-HELD_OUT = tuple(field.name for field in fields(DataSource))
-SOURCE = HELD_OUT[:4]
-"""The keys that name the dataset; the others of `HELD_OUT` decide how much of a small one is held out."""
+HELD_OUT = tuple(key.name for key in fields(DataSource))
+
+
+def own_reward(recorded: Mapping[str, Any]) -> Reward | None:
+    """Return the reward function that the problems of a run come with, from its config.yaml; None if there is none."""
+    if not recorded["dataset_name"].startswith(PREFIX):
+        return None
+    source = DataSource(**{name: recorded[name] for name in HELD_OUT}).generated
+    return reward_function(source) if source else None
 
 
 def parse_split(text: str, *, key: str) -> tuple[str, slice]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from bcft.config.schema import EvaluationSettings, RoundSettings
 from bcft.runs.history import evaluation_interval, is_due
+from bcft.runs.progress import duration
 
 HARDER_SAMPLES = 4
 """The most sampled attempts at each harder problem."""
@@ -85,6 +86,31 @@ class Budget:
         """Return whether a round is one to be evaluated on dev."""
         return is_due(self.rounds, number, evaluated=self.dev, played=self.rolled_out // self.rounds.num_rounds)
 
+    @property
+    def opening(self) -> int:
+        """Attempts of the evaluation of the base, before the first round."""
+        return self.test + self.dev
+
+    @property
+    def plan(self) -> str:
+        """When evaluation comes, in words."""
+        if not self.evaluated:
+            return "none"
+        rounds, due = self.rounds.num_rounds, self.times - 1
+        parts = [f"{self.opening:,} attempts at the start"]
+        if self.dev and due:
+            after = (
+                f"{due} of {rounds} rounds" if due < rounds else f"each of {rounds} rounds" if due > 1 else "the round"
+            )
+            parts.append(f"{self.dev:,} in {after}")
+        parts += [f"{self.test:,} at the end"] if self.test else []
+        return f"{', '.join(parts)} ({100 * self.share:.0f} % of all attempts)"
+
+    def time(self, seconds: float) -> str:
+        """Return how long all evaluation takes, in words; seconds: what that of the base took."""
+        whole = duration(seconds * self.evaluated / self.opening)
+        return f"about {whole} in all, of which {duration(seconds)} have passed"
+
     def __str__(self) -> str:
         return (
             f"{self.evaluated:,} attempts beside {self.rolled_out:,} of rounds: {100 * self.share:.0f} % of all "
@@ -102,6 +128,11 @@ def samples_of(evaluation: EvaluationSettings, split: str, *, graded: bool) -> i
     if split == "dev":
         return evaluation.eval_dev_samples
     return TEST_SAMPLES[0] if evaluation.eval_test_samples == "auto" else int(evaluation.eval_test_samples)
+
+
+def test_attempts(test: int, harder: int, samples: int) -> int:
+    """Return the attempts of one evaluation on test. test, harder: problems; samples: of each test problem."""
+    return test * (1 + samples) + (harder * (1 + min(samples, HARDER_SAMPLES)) if test else 0)
 
 
 def _choices(
@@ -122,7 +153,6 @@ def _choices(
 def _count(rounds: RoundSettings, evaluation: EvaluationSettings, problems: Problems, played: int) -> Budget:
     """Return the budget of settings without `auto`."""
     samples = samples_of(evaluation, "test", graded=problems.graded)
-    harder = problems.harder * (1 + min(samples, HARDER_SAMPLES))
     dev = problems.dev * (1 + samples_of(evaluation, "dev", graded=problems.graded))
     trained = range(rounds.warmup_rounds + 1, rounds.num_rounds + 1)
     due = sum(is_due(rounds, number, evaluated=dev, played=played) for number in trained)
@@ -130,7 +160,7 @@ def _count(rounds: RoundSettings, evaluation: EvaluationSettings, problems: Prob
         rounds=rounds,
         evaluation=evaluation,
         dev=dev,
-        test=problems.test * (1 + samples) + (harder if problems.test else 0),
+        test=test_attempts(problems.test, problems.harder, samples),
         times=1 + due,
         rolled_out=rounds.num_rounds * played,
     )

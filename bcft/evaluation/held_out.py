@@ -12,7 +12,6 @@ evaluation without playing or asking again.
 
 import json
 import shutil
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -34,6 +33,7 @@ from bcft.rollout.episode import GREEDY, Attempt
 from bcft.rollout.sample import play_journaled
 from bcft.runs.clock import Clock
 from bcft.runs.distributed import broadcast, rank
+from bcft.runs.progress import Progress
 from bcft.runs.storage import plain, write_json, write_jsonl
 from bcft.selection.scoring import Score, Scorer
 from bcft.selection.store import answers_path
@@ -59,27 +59,23 @@ def evaluate(
 ) -> Evaluation:
     """Attempt every problem once greedily and `samples` times with the settings' sampling; grade the attempts.
 
-    phase: `dev` or `test`, part of the noise's key; label: of the progress bar; '' for none. directory: where attempts
+    phase: `dev` or `test`, part of the noise's key; label: of the progress; '' for none. directory: where attempts
     and answers are kept, of this policy and these problems alone. step: the optimizer steps behind the policy.
 
     Raises FaultError when too many environments or a function failed; whatever the engine raises.
     """
     identities = [(d, sample) for d in demonstrations for sample in range(GREEDY, samples)]
     attempts = [Attempt(d.problem, 0, sample) for d, sample in identities]
-    start, resumed = time.perf_counter(), directory.exists()
     trajectories = play_journaled(
         policy, attempts, settings, directory=directory, clock=Clock(), label=label, phase=phase
     )
-    if label and rank() == 0:
-        seconds, tokens = (
-            time.perf_counter() - start,
-            sum(len(turn.action_ids) for t in trajectories for turn in t.turns),
-        )
-        speed = "some played before" if resumed else f"{tokens / seconds:,.0f} tokens/s"
-        print(f"{label}: {len(trajectories):,} attempts in {seconds:.0f} s, {speed}", flush=True)
     problems = {d.problem.id: d.problem for d in demonstrations}
     scores: list[Score] = broadcast(
-        scorer.score_held_out(trajectories, problems, store=answers_path(directory), step=step) if rank() == 0 else []
+        scorer.score_held_out(
+            trajectories, problems, store=answers_path(directory), step=step, label=label and f"{label}, score"
+        )
+        if rank() == 0
+        else []
     )
     single_turn = settings.make_environment is SingleTurn
     by_reward = scorer.measures == "reward"
@@ -128,18 +124,18 @@ def measure(
     scorer: Scorer,
     examples: Sequence[TrainingExample],
     directory: Path,
-    quiet: bool,
+    label: str,
     step: int = 0,
 ) -> Measured:
     """Evaluate a policy on `dev` or `test` and write the result into a directory.
 
     samples: of each problem, as `samples_of` returns it; examples: of held-out demonstrations, for their loss; may be
-    empty; step: the optimizer steps behind the policy. The directory's name is the label of the progress bar.
+    empty; label: of the progress; '' for none; step: the optimizer steps behind the policy.
     """
     problems = splits.test if split == "test" else splits.dev
     if not problems:
         return Measured(Evaluation(()), {})
-    label, answers, unfinished = "" if quiet else directory.name, scorer.answers, directory / UNFINISHED
+    answers, unfinished = scorer.answers, directory / UNFINISHED
     measured = partial(evaluate, policy, settings=settings, scorer=scorer, phase=split, step=step)
 
     def place(part: str, rows: Sequence[Demonstration]) -> Path:
@@ -156,7 +152,7 @@ def measure(
         )
         summary["harder"] = harder.summary(answers)
     if examples:
-        summary["loss"] = held_out_loss(policy, examples)
+        summary["loss"] = held_out_loss(policy, examples, label=label and f"{label}, loss")
     if rank() == 0:
         write_jsonl(directory / "evaluation.jsonl", evaluation.attempts)
         write_json(directory / "evaluation.json", summary)
@@ -181,10 +177,14 @@ def evaluation_key(policy: Policy, settings: RolloutSettings, problems: Sequence
 
 
 @torch.no_grad()
-def held_out_loss(policy: Policy, examples: Sequence[TrainingExample]) -> float:
-    """Return the mean negative log-likelihood of the supervised tokens of held-out examples, in nats."""
+def held_out_loss(policy: Policy, examples: Sequence[TrainingExample], *, label: str = "") -> float:
+    """Return the mean negative log-likelihood of the supervised tokens of held-out examples, in nats.
+
+    label: of the progress; '' for none.
+    """
     total, count = 0.0, 0
-    with sampling_mode(policy.model, autocast=policy.precision.autocast):
+    with sampling_mode(policy.model, autocast=policy.precision.autocast), Progress(label) as progress:
+        progress.count(len(examples), "examples")
         for batch in _batches(sorted(examples, key=lambda example: len(example.input_ids))):
             width = len(batch[-1].input_ids)
             device = policy.model.device
@@ -196,6 +196,7 @@ def held_out_loss(policy: Policy, examples: Sequence[TrainingExample]) -> float:
                 logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum"
             )
             total, count = total + float(loss), count + int((labels[:, 1:] != IGNORED).sum())
+            progress.advance(len(batch))
     return total / max(count, 1)
 
 

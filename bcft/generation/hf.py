@@ -25,7 +25,8 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 
 from bcft.generation.kv_cache import GrowingLayer, Sessions, cached_numbers_per_token, select_rows, stack
-from bcft.generation.noise import gumbel, identity_seed
+from bcft.generation.noise import identity_seed, sample
+from bcft.policy import cpu
 from bcft.policy.precision import AUTOCAST_DTYPES
 from bcft.policy.shape import context_length
 from bcft.types import Action, Request, Sampling, Stop
@@ -34,6 +35,8 @@ _COMPACT_EVERY = 8
 """Steps between two checks for finished rows: each check waits for the device."""
 _PREFILL_TOKENS = 16_384
 """Padded prompt tokens in one forward pass of prompts."""
+_CPU_PREFILL_TOKENS = 1_024
+"""The same for a model on a CPU that is not small: more are no faster, and have more padding."""
 _MOST_ROWS = 512
 
 
@@ -125,6 +128,8 @@ class HFEngine:
         self.keep_sessions = keep_sessions
         self.sessions = Sessions()
         self.context = context_length(model.config)
+        large = model.device.type == "cpu" and model.num_parameters() >= cpu.SMALL
+        self.prefill_tokens = _CPU_PREFILL_TOKENS if large else _PREFILL_TOKENS
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Action]:
         """Yield one action for each request, in the order they finish.
@@ -195,13 +200,27 @@ class HFEngine:
     def _begin(self, requests: list[Request], sampling: Sampling, warpers: LogitsProcessorList) -> _Rows:
         """Read the contexts of requests: only the new tokens of those that continue a session."""
         known = [request for request in requests if self.sessions.known(request)]
-        if not known:
-            return self._prefill(requests, sampling, warpers)
-        rows = self._resume(known, sampling, warpers)
         continued = {request.key for request in known}
-        if fresh := [request for request in requests if request.key not in continued]:
-            rows.join(self._prefill(fresh, sampling, warpers))
-        return rows
+        parts = [self._resume(known, sampling, warpers)] if known else []
+        for fresh in self._parts([request for request in requests if request.key not in continued]):
+            parts.append(self._prefill(fresh, sampling, warpers))
+        for part in parts[1:]:
+            parts[0].join(part)
+        return parts[0]
+
+    def _parts(self, requests: list[Request]) -> Iterator[list[Request]]:
+        """Yield requests, the longest contexts first, by forward passes of prompts; all at once if rows cannot join."""
+        joins = all(type(layer) is DynamicLayer for layer in DynamicCache(config=self.model.config).layers)
+        part: list[Request] = []
+        contexts: set[tuple[int, ...]] = set()
+        for request in requests:
+            contexts.add(request.context_ids)
+            if joins and len(contexts) > 1 and len(contexts) * len(part[0].context_ids) > self.prefill_tokens:
+                yield part
+                part, contexts = [], {request.context_ids}
+            part.append(request)
+        if part:
+            yield part
 
     def _keep(self, rows: _Rows) -> None:
         """Keep the caches of finished rows, for the next turns of their sessions."""
@@ -353,9 +372,7 @@ def _warpers(sampling: Sampling) -> LogitsProcessorList:
 def _sample_tokens(rows: _Rows, logits: torch.Tensor, sampling: Sampling, warpers: LogitsProcessorList) -> None:
     """Sample a token from logits (B, V) for each row that is not done."""
     scores = warpers(rows.seen, logits.float())
-    if sampling.temperature > 0.0:
-        scores = scores + gumbel(rows.seeds, rows.made.int(), scores.shape[1])
-    token = scores.argmax(-1)
+    token = sample(scores, rows.seeds, rows.made.int()) if sampling.temperature > 0.0 else scores.argmax(-1)
     live = ~rows.done
     index = torch.arange(len(token), device=token.device)
     column = rows.made.clamp(max=rows.ids.shape[1] - 1)

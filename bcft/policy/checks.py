@@ -30,10 +30,10 @@ def check_model(name: str, settings: ModelSettings, *, trainable: bool = True) -
     can sample the model; ids against embeddings; pickles; 4-bit weights; the adapter. trainable: False for a policy
     that is only sampled. Raises UsageError, and DataError for templates and pickles.
     """
-    source = locate(name)
+    source = locate(name, settings)
     if trainable:
         check_dtype(source, settings)
-    check_base(name)
+    check_base(source)
     base = adapter_base(source)
     tokenizer, generation = load_tokenizer(name, settings), load_generation_file(name, settings)
     renderer = Renderer(tokenizer, generation.stop_ids, settings.chat_template_kwargs)
@@ -96,7 +96,8 @@ def check_disk(
     `save_strategy` says.
     """
     model = build_without_storage(name, base_config(name, settings), settings)
-    base, source = adapter_base(locate(name)), locate(name)
+    source = locate(name, settings)
+    base = adapter_base(source)
     parameters = model.num_parameters()
     if base or settings.use_peft:
         parameters = trained_parameters(model, source if base else "", settings)

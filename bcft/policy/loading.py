@@ -15,9 +15,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, G
 
 from bcft.config.schema import ModelSettings
 from bcft.errors import UsageError
+from bcft.policy import cpu
 from bcft.policy.adapters import lora_config
 from bcft.policy.chat_template import Renderer
 from bcft.policy.checks import check_disk, check_four_bits, check_model
+from bcft.policy.gguf import PACKAGE, is_gguf
 from bcft.policy.precision import AUTOCAST_DTYPES, Precision, choose_precision, cpu_threads
 from bcft.policy.shape import context_length
 from bcft.policy.sources import (
@@ -25,6 +27,7 @@ from bcft.policy.sources import (
     adapter_base,
     adapter_errors,
     base_config,
+    check_gguf,
     from_pretrained,
     locate,
     refuse_pickles,
@@ -39,9 +42,6 @@ __all__ = [
     "locate", "longest_row", "lora_config", "refuse_pickles", "restore", "save_policy", "with_adapter",
 ]  # fmt: skip
 
-ONE_THREAD_BELOW = 2_000_000
-"""Models with fewer parameters run faster on one CPU thread."""
-
 
 @dataclass(frozen=True)
 class Policy:
@@ -51,7 +51,7 @@ class Policy:
     renderer: Renderer
     precision: Precision
     note: str = ""
-    """One line about what the model's own generation config holds and is not saved; '' if nothing."""
+    """A line about dequantized weights, and one about what the model's own generation config holds and is not saved."""
 
     @property
     def adapter(self) -> bool:
@@ -69,7 +69,9 @@ def load_policy(name: str, settings: ModelSettings, *, trainable: bool = True) -
     precision, tokenizer = choose_precision(name, settings), checked.renderer.tokenizer
     connect(cpu=precision.device == "cpu")
     model = load_model(name, settings, precision, trainable=trainable)
-    if precision.device == "cpu" and precision.autocast == "no" and model.num_parameters() < ONE_THREAD_BELOW:
+    if precision.device == "cpu":
+        cpu.prepare(model)
+    if precision.device == "cpu" and precision.autocast == "no" and model.num_parameters() < cpu.SMALL:
         torch.set_num_threads(1)
         precision = dataclasses.replace(precision, why="cpu, float32, one thread (more would slow a model this small)")
     base = model.get_base_model() if hasattr(model, "peft_config") else model
@@ -79,7 +81,22 @@ def load_policy(name: str, settings: ModelSettings, *, trainable: bool = True) -
         bos_token_id=tokenizer.bos_token_id if checked.generation.bos_id is None else checked.generation.bos_id,
     )
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    return Policy(model, checked.renderer, precision, checked.generation.note)
+    notes = (_dequantized(name, settings, base), checked.generation.note)
+    return Policy(model, checked.renderer, precision, "\n".join(filter(None, notes)))
+
+
+def _dequantized(name: str, settings: ModelSettings, base: Any) -> str:
+    """Return one line about the weights of a GGUF file; '' for any other model."""
+    source = locate(name, settings)
+    source = adapter_base(source) or source
+    if not is_gguf(source):
+        return ""
+    kind = f"{check_gguf(source, settings)} GGUF".strip()
+    size = sum(
+        p.numel() for name, p in base.named_parameters() if ".lora_" not in name and ".modules_to_save." not in name
+    )
+    numbers = str(base.dtype).removeprefix("torch.")
+    return f"weights: {Path(source).name}, {kind}, dequantized to {numbers}, {size / 1e6:,.1f} M parameters"
 
 
 def longest_row(name: str, settings: ModelSettings, max_length: int | None) -> int:
@@ -94,7 +111,7 @@ def load_model(name: str, settings: ModelSettings, precision: Precision, *, trai
     Raises DataError when the weights are a pickle, UsageError when they cannot be loaded or are not complete, or for
     trainable 4-bit weights without an adapter.
     """
-    source = locate(name)
+    source = locate(name, settings)
     if name == "bcft:tiny-init":
         torch.manual_seed(0)
         return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source), dtype=torch.float32)
@@ -127,6 +144,8 @@ def load_model(name: str, settings: ModelSettings, precision: Precision, *, trai
             f"model_name_or_path: {where!r} has no weights for {len(missing)} tensors of its model, such as "
             f"{missing[0]}, which would be random: give a complete model"
         )
+    if is_gguf(where):
+        model.name_or_path = _recorded(name, where)
     if base:
         from peft import PeftModel  # noqa: PLC0415 - peft takes seconds to import, and most runs have no adapter
 
@@ -134,6 +153,14 @@ def load_model(name: str, settings: ModelSettings, precision: Precision, *, trai
         with adapter_errors(source):
             model = PeftModel.from_pretrained(model, source, is_trainable=trainable)
     return model if settings.load_in_4bit or precision.device == "cuda" else model.to(precision.device)
+
+
+def _recorded(name: str, where: str) -> str:
+    """Return how an adapter names the GGUF file that is its base: as the recipe does, so that others find it too."""
+    if name.startswith(PACKAGE):
+        return name
+    # PEFT would ask the Hub for a path that reads like a Hub id.
+    return where if where.startswith(("/", ".")) or ":" in where or where.count("/") > 1 else f"./{where}"
 
 
 def with_adapter(policy: Policy, settings: ModelSettings, *, seed: int) -> Policy:

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 from bcft.config.schema import ModelSettings
 from bcft.errors import UsageError
 from bcft.policy.chat_template import Renderer
+from bcft.policy.gguf import is_gguf, split
 from bcft.policy.sources import adapter_base, cannot_load, from_pretrained, locate
 
 _FILE = "generation_config.json"
@@ -55,7 +56,7 @@ def load_tokenizer(name: str, settings: ModelSettings) -> Any:
 
     The pad token is taken from the vocabulary: embeddings are never resized.
     """
-    name = locate(name)
+    name = locate(name, settings)
     if not (Path(name) / "tokenizer_config.json").is_file():
         name = adapter_base(name) or name
     tokenizer = from_pretrained(AutoTokenizer, name, settings)
@@ -79,8 +80,10 @@ def load_generation_file(name: str, settings: ModelSettings) -> GenerationFile:
     Raises UsageError for a file that cannot be read, is not JSON, or whose stop ids are no token ids. What else it
     holds is never an error: transformers refuses to load or to save some of it.
     """
-    source = locate(name)
+    source = locate(name, settings)
     source = adapter_base(source) or source
+    if is_gguf(source):
+        source, _ = split(source)
     path = _find(source, settings)
     if path is None:
         return GenerationFile()

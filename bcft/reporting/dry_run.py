@@ -331,10 +331,10 @@ def _check_disk(parts: _Parts, plan: Plan, *, plays: bool) -> None:
 def _functions(plan: Plan, splits: Splits | Missing, *, plays: bool) -> tuple[tuple[str, ...], bool]:
     """Import and check environment and rewards; return notes, and whether evaluations can measure anything."""
     rollout_settings(plan.sampling, plan.environment, seed=plan.training.seed, make=plan.make_environment)
-    environment, held_out = plan.environment.environment, []
+    environment, held_out, own = plan.environment.environment, [], None
     if isinstance(splits, Splits):
-        held_out = [d.problem for d in splits.held_out]
-    scorer = Scorer.of(plan.selection, held_out, environment=environment, reward_funcs=plan.reward_funcs)
+        held_out, own = [d.problem for d in splits.held_out], splits.reward
+    scorer = Scorer.of(plan.selection, held_out, environment=environment, reward_funcs=plan.reward_funcs, own=own)
     if isinstance(splits, Missing):
         return (), True
     if not plays:
@@ -348,7 +348,7 @@ def _renderer(model: ModelSettings) -> "Renderer | Missing":
     """Check the model and return its renderer; a directory with only a configuration, to plan with, has none."""
     from bcft.policy.loading import adapter_base, check_model, locate  # noqa: PLC0415 - reads HF_HUB_OFFLINE
 
-    name = locate(model.model_name_or_path)
+    name = locate(model.model_name_or_path, model)
     places = [Path(place) for place in (name, adapter_base(name)) if place]
     if all(place.is_dir() and not [*place.glob("*token*"), *place.glob("vocab*")] for place in places):
         return Missing(f"unknown: {name} has no tokenizer")

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from bcft.data.loading import SUFFIXES
 from bcft.errors import BcftError
+from bcft.policy.gguf import PACKAGE
 
 T = TypeVar("T")
 PATIENCE = 3.0
@@ -24,7 +25,12 @@ def work_offline_if_unreachable(names: Iterable[str]) -> None:
 
     Call it before the libraries are imported, because they read the variable then.
     """
-    local = all(name.startswith("bcft:") or name.endswith(SUFFIXES) or Path(name).exists() for name in names)
+    local = all(
+        name.startswith(("bcft:", "reasoning-gym:", PACKAGE))
+        or name.endswith((*SUFFIXES, ".gguf"))
+        or Path(name).exists()
+        for name in names
+    )
     if not local and "HF_HUB_OFFLINE" not in os.environ and not _answers():
         os.environ["HF_HUB_OFFLINE"] = "1"
 

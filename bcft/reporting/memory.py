@@ -65,7 +65,7 @@ def outline(settings: ModelSettings) -> Outline:
 
     Raises UsageError for a configuration that does not define a model, and for an adapter that does not fit the model.
     """
-    name = locate(settings.model_name_or_path)
+    name = locate(settings.model_name_or_path, settings)
     check_base(name)
     base = adapter_base(name)
     refuse_pickles(base or name)

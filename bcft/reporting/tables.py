@@ -3,8 +3,6 @@
 Nothing here computes a figure except the paired comparison that a conclusion needs.
 """
 
-import os
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +12,7 @@ from rich.table import Table
 from bcft.evaluation.results import Evaluation, Measured, compare
 from bcft.runs.distributed import rank
 from bcft.runs.history import AVERAGES
+from bcft.runs.progress import tell
 from bcft.types import Demonstration
 
 FORMS = {"return": ".2f", "reward": ".4g"}
@@ -22,13 +21,8 @@ FORMS = {"return": ".2f", "reward": ".4g"}
 
 def say(text: str, *, quiet: bool) -> None:
     """Print a line at once, on rank 0 only; nothing with `quiet`. Exits with code 1 when the output pipe is closed."""
-    if rank() > 0 or quiet:
-        return
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:  # as in `bcft sft RECIPE | head`; Python flushes again at exit, which must not fail
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(1) from None
+    if rank() == 0 and not quiet:
+        tell(text)
 
 
 def print_table(columns: Mapping[str, Mapping[str, Any]], quiet: bool) -> None:

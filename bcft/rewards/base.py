@@ -60,6 +60,8 @@ class Answers:
     """A completion -> the answer that it states, or '' if it states none."""
     key: Callable[[str], str]
     """An answer -> a text that equal answers share."""
+    check: Callable[[Sequence[Problem]], str] | None = None
+    """Checks references before a run in a way of its own: problems -> what it found, in words."""
 
 
 def answers_of(function: Reward | None) -> Answers | None:

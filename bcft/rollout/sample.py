@@ -4,13 +4,10 @@ An attempt in the journal is not played again, whichever process played it, unle
 depend on an attempt's identity alone, so an interrupted round ends in the same file as an uninterrupted one.
 """
 
-import sys
-import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-
-from tqdm.auto import tqdm
 
 from bcft.generation import make_engine
 from bcft.policy.loading import Policy
@@ -18,8 +15,9 @@ from bcft.rollout.episode import Attempt, play
 from bcft.rollout.failures import refuse_failures
 from bcft.runs.clock import Clock
 from bcft.runs.distributed import gather, rank, world_size
+from bcft.runs.progress import Progress
 from bcft.runs.storage import ROLLOUTS, Journal, read_journal, read_jsonl, seal, sealed, write_jsonl
-from bcft.types import Problem, RolloutSettings, Trajectory
+from bcft.types import Action, Engine, Problem, Request, RolloutSettings, Trajectory
 
 CHUNK = 128
 """Trajectories written to the journal at once. A kill costs those not written yet: fewer than these have ended, and all
@@ -57,6 +55,8 @@ def roll_out(
 ) -> list[Trajectory]:
     """Return the trajectories of a round's attempts, in their order: from its sealed file if there is one.
 
+    label: of the progress; '' for none.
+
     Raises FaultError, and seals nothing, when too many environments failed: the same command plays those again.
     """
     if sealed(directory, ROLLOUTS):
@@ -82,47 +82,56 @@ def play_journaled(
 ) -> list[Trajectory]:
     """Play this process's share of the attempts, each chunk written to its journal below the directory.
 
-    phase: `rollout`, `dev` or `test`, part of the noise's key; attempts of two phases need directories of their own.
-    Attempts whose environment failed are played again. Returns the trajectories of all processes, in the order of the
-    attempts.
+    label: of the progress; '' for none. phase: `rollout`, `dev` or `test`, part of the noise's key; attempts of two
+    phases need directories of their own. Attempts whose environment failed are played again. Returns the trajectories
+    of all processes, in the order of the attempts.
     """
     journal = Journal(directory / "journal" / f"{rank():03d}.jsonl")
     lines = [line for file in sorted(journal.path.parent.glob("*.jsonl")) for line in read_journal(file)]
     known = {line["id"]: Trajectory.from_json(line) for line in lines if line["ended"] != "error"}
     missing = [attempt for attempt in share(attempts) if attempt.id not in known]
-    for chunk in _chunks(play_attempts(policy, missing, settings, phase=phase, label=label)):
-        with clock.phase("other"):
-            journal.append([trajectory.to_json() for trajectory in chunk])
-        known |= {trajectory.id: trajectory for trajectory in chunk}
-    with clock.phase("other"):
+    shown = f"{label} (process 1 of {world_size()})" if label and world_size() > 1 else label
+    with Progress(shown, summary=phase == "test") as progress:
+        for chunk in _chunks(play_attempts(policy, missing, settings, phase=phase, progress=progress)):
+            with clock.phase("other"):
+                journal.append([trajectory.to_json() for trajectory in chunk])
+            known |= {trajectory.id: trajectory for trajectory in chunk}
+    with Progress(label and f"{label}, wait for the other processes"), clock.phase("other"):
         gathered = gather([known[attempt.id] for attempt in attempts if attempt.id in known])
     everyone = {trajectory.id: trajectory for trajectory in gathered}
     return [everyone[attempt.id] for attempt in attempts]
 
 
 def play_attempts(
-    policy: Policy, attempts: Sequence[Attempt], settings: RolloutSettings, *, phase: str, label: str
+    policy: Policy, attempts: Sequence[Attempt], settings: RolloutSettings, *, phase: str, progress: Progress
 ) -> Iterator[Trajectory]:
     """Play attempts with the policy's engine; yield trajectories as they finish.
 
-    phase: `rollout`, `dev` or `test`, part of the noise's key; label: of the progress bar; '' for none.
+    phase: `rollout`, `dev` or `test`, part of the noise's key; progress: counts attempts and their tokens.
     """
+    if attempts:
+        progress.count(len(attempts), "attempts")
     with make_engine(policy, settings) as engine:
-        trajectories = play(attempts, settings, policy.renderer, engine, phase=phase)
-        yield from _with_progress(trajectories, total=len(attempts), label=label)
-
-
-def _with_progress(trajectories: Iterable[Trajectory], *, total: int, label: str) -> Iterator[Trajectory]:
-    """Pass trajectories on; on a terminal, show attempts done, tokens a second and time left."""
-    tokens, start = 0, time.perf_counter()
-    shown = bool(label) and rank() == 0 and sys.stderr.isatty()
-    with tqdm(total=total, desc=label, unit="attempt", disable=not shown, leave=False) as bar:
-        for trajectory in trajectories:
-            tokens += sum(len(turn.action_ids) for turn in trajectory.turns)
-            bar.update()
-            if bar.n % 16 == 0:
-                bar.set_postfix_str(f"{tokens / (time.perf_counter() - start):,.0f} tokens/s", refresh=False)
+        part = 1 / (max(len(attempts), 1) * settings.max_turns)  # of the work, if every attempt takes all its turns
+        counted = _Counted(engine, progress, part)
+        for trajectory in play(attempts, settings, policy.renderer, counted, phase=phase):
+            progress.advance(share=part * (settings.max_turns - len(trajectory.turns)))
             yield trajectory
+
+
+@dataclass(frozen=True)
+class _Counted:
+    """An engine whose actions are counted as they finish: attempts of many turns all end late."""
+
+    engine: Engine
+    progress: Progress
+    part: float
+    """Of the work, that is one action."""
+
+    def generate(self, requests: Sequence[Request]) -> Iterator[Action]:
+        for action in self.engine.generate(requests):
+            self.progress.advance(0, tokens=len(action.ids), share=self.part)
+            yield action
 
 
 def _chunks(trajectories: Iterable[Trajectory]) -> Iterator[list[Trajectory]]:

@@ -11,7 +11,7 @@ GRADING = frozenset({"reward_funcs", "reward_weights", "reward_args", "success_f
 """Keys that change what attempts are worth, and no attempt."""
 MODEL = frozenset(
     {
-        *("model_name_or_path", "model_revision", "use_peft", "use_rslora", "use_dora"),
+        *("model_name_or_path", "model_revision", "gguf_file", "use_peft", "use_rslora", "use_dora"),
         *("load_in_4bit", "bnb_4bit_quant_type", "use_bnb_nested_quant"),
         *(key for key in KEYS if key.startswith("lora_")),
     }

@@ -44,17 +44,22 @@ def choose_functions(
     *,
     environment: str | None,
     reward_funcs: Reward | str | Sequence[Reward | str] | None,
+    own: Reward | None = None,
 ) -> tuple[tuple[Reward, ...], Reward | None]:
     """Return the reward functions with `reward_args` bound, and the one that decides about success, if any does.
 
-    reward_funcs: replace those of the recipe. Success is decided by `success_func`: a dotted path, or the name of one
-    of the functions; without it by the only reward function.
+    reward_funcs: replace those of the recipe. own: the function that the problems come with, in place of the default
+    one; a recipe gives its name to list it beside others. Success is decided by `success_func`: a dotted path, or the
+    name of one of the functions; without it by the only reward function.
 
     Raises UsageError with the key for a function that does not exist, several without a `success_func`, and an argument
     that no function takes.
     """
     given: Any = reward_funcs or reward_names(selection, environment=environment)
     items = [given] if isinstance(given, str) or callable(given) else given
+    if own:
+        by_default = reward_funcs is None and selection.reward_funcs is None
+        items = [own if item == name_of(own) or (by_default and item == DEFAULT_REWARD) else item for item in items]
     functions = reward_functions(items)
     paths = [item if isinstance(item, str) else "" for item in items]
     success = _success(selection.success_func, functions, paths)
@@ -131,11 +136,15 @@ def check_columns(functions: Sequence[Reward], problems: Sequence[Problem], *, r
             raise DataError(why_missing(function, missing, columns, row=row))
 
 
-def check_references(function: Reward, problems: Sequence[Problem]) -> None:
+def check_references(function: Reward, problems: Sequence[Problem]) -> str:
     """Grade each reference against itself: a refused one would make every attempt at its problem wrong.
 
-    Raises DataError with the first reference that the function does not accept.
+    Returns what a function says that has a check of its own; else ''. Raises DataError with the first reference that
+    the function does not accept.
     """
+    answers = answers_of(function)
+    if answers and answers.check:
+        return answers.check(problems)
     texts = [reference(problem) for problem in problems]
     if "" in texts:
         bare = problems[texts.index("")]
@@ -160,6 +169,7 @@ def check_references(function: Reward, problems: Sequence[Problem]) -> None:
             f"{refused[0].where}: {name_of(function)} does not accept the reference {reference(refused[0])[-60:]!r} "
             f"as its own solution{more}: correct or remove it, or name other reward functions"
         )
+    return ""
 
 
 def _reply(text: str, problem: Problem) -> str | list[Message]:

@@ -11,6 +11,7 @@ from bcft.errors import UsageError
 from bcft.rewards.base import REFERENCE_COLUMNS, Answers, Batch, Reward, answers_of, ask_all, described, name_of, solved
 from bcft.rewards.signature import named_columns, takes
 from bcft.rollout.failures import refuse_failures
+from bcft.runs.progress import Progress
 from bcft.runs.storage import ROLLOUTS, SCORES, read_jsonl
 from bcft.selection.filter import Candidate
 from bcft.selection.functions import check_columns, check_references, choose_functions, have_references
@@ -94,13 +95,14 @@ def score(
     success: Reward | None,
     store: Path | None = None,
     step: int = 0,
+    label: str = "",
 ) -> list[Score]:
     """Score trajectories with reward functions in TRL's signature, in the form of each problem's prompt.
 
     weights: one for each function, as in TRL: summed over the functions that did not return None. Success is the last
     known one of the environment, else it follows from the success function: solved at 1.0 or more, unknown at None.
     store: a journal that gets every answer at once; an attempt that is there is not asked for again. step: optimizer
-    steps so far.
+    steps so far. label: of the progress; '' for none.
 
     Raises FaultError when a function raises or returns another number of values than it was given completions.
     """
@@ -114,12 +116,15 @@ def score(
         if trajectory.ended != "error"
     }
     columns = list(dict.fromkeys(key for problem in problems.values() for key in problem.columns))
-    for batch in _batches(list(attempts.values())):
-        missing = [[pair for pair in batch if kept.get(number, *pair) is None] for number in range(len(asked))]
-        numbers = [number for number, pairs in enumerate(missing) if pairs]
-        requests = [(asked[n], _batch(missing[n], problems, columns=columns, step=step)) for n in numbers]
-        for place, returned in ask_all(requests):
-            kept.add(numbers[place], missing[numbers[place]], returned)
+    with Progress(label) as progress:
+        progress.count(len(attempts), "attempts")
+        for batch in _batches(list(attempts.values())):
+            missing = [[pair for pair in batch if kept.get(number, *pair) is None] for number in range(len(asked))]
+            numbers = [number for number, pairs in enumerate(missing) if pairs]
+            requests = [(asked[n], _batch(missing[n], problems, columns=columns, step=step)) for n in numbers]
+            for place, returned in ask_all(requests):
+                kept.add(numbers[place], missing[numbers[place]], returned)
+            progress.advance(len(batch))
     names = [name_of(function) for function in functions]
     decides = next((number for number, function in enumerate(asked) if function is success), None)
     scores = []
@@ -224,19 +229,22 @@ class Scorer:
         *,
         environment: str | None,
         reward_funcs: Reward | str | Sequence[Reward | str] | None = None,
+        own: Reward | None = None,
     ) -> "Scorer":
         """Return the scorer of a recipe. `reward_funcs` replace the functions that the recipe names.
+
+        own: the reward function that the problems come with, if they do.
 
         Raises UsageError for another number of weights than of functions, and as `choose_functions` does; DataError
         when the held-out problems lack a column that is needed, or when the success function reads answers and does
         not accept one of their references as its own solution.
         """
-        functions, success = choose_functions(selection, environment=environment, reward_funcs=reward_funcs)
+        functions, success = choose_functions(selection, environment=environment, reward_funcs=reward_funcs, own=own)
         weights = selection.reward_weights or (1.0,) * len(functions)
         if len(weights) != len(functions):
             raise UsageError(f"reward_weights: {len(weights)} weights for {len(functions)} reward functions")
         by_default = not reward_funcs and selection.reward_funcs is None and bool(functions)
-        unreferenced = by_default and not have_references(held_out)
+        unreferenced = by_default and own is None and not have_references(held_out)
         if unreferenced and selection.success_func is None:
             success = None
         scorer = cls(functions, weights, success, bool(environment), unreferenced)
@@ -285,11 +293,10 @@ class Scorer:
         """
         check_columns(self.functions, problems, row="row")
         readers = [function for function in self.functions if answers_of(function)]
-        for function in readers:
-            check_references(function, problems)
+        notes = [check_references(function, problems) for function in readers]
         if self.functions and not readers:
             return "references: not graded against themselves, no reward function is known to read them"
-        return ""
+        return "; ".join(filter(None, notes))
 
     def score(
         self,
@@ -298,15 +305,16 @@ class Scorer:
         *,
         store: Path | None = None,
         step: int = 0,
+        label: str = "",
     ) -> list[Score]:
-        """Score trajectories; `store` and `step` are those of `score`.
+        """Score trajectories; `store`, `step` and `label` are those of `score`.
 
         Raises FaultError when too many environments failed, or when a function fails.
         """
         refuse_failures(trajectories)
         return score(
             trajectories, problems, self.functions,
-            weights=self.weights, success=self.success, store=store, step=step,
+            weights=self.weights, success=self.success, store=store, step=step, label=label,
         )  # fmt: skip
 
     def score_held_out(
@@ -316,10 +324,11 @@ class Scorer:
         *,
         store: Path | None = None,
         step: int = 0,
+        label: str = "",
     ) -> list[Score]:
         """Score held-out trajectories by what `measures` says: with the success function alone, or with the rewards.
 
         Raises FaultError as `score` does.
         """
         held_out = self if self.measures == "reward" else replace(self, functions=(), weights=())
-        return held_out.score(trajectories, problems, store=store, step=step)
+        return held_out.score(trajectories, problems, store=store, step=step, label=label)

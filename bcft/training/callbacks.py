@@ -1,51 +1,35 @@
-"""Callbacks of the trainer: a progress bar, a stop on request that loses no finished step, and what its end calls."""
+"""Callbacks of the trainer: its progress, a stop on request that loses no finished step, and what its end calls."""
 
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
+from bcft.runs.progress import Progress
 
-class Progress(TrainerCallback):  # type: ignore[misc]
-    """One bar with rate and time left; without a terminal, a line at about every tenth of the steps."""
+
+class CountSteps(TrainerCallback):  # type: ignore[misc]
+    """Counts the steps of a training, and shows the latest losses."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
-        """Open the bar at the step from which a resumed run starts."""
-        self.bar = tqdm(
-            total=state.max_steps,
-            initial=state.global_step,
-            desc="train",
-            unit="step",
-            dynamic_ncols=True,
-            disable=not (state.is_world_process_zero and sys.stderr.isatty()),
-        )
-        self.printed = state.global_step
+        """Count from the step at which a resumed run starts."""
+        self.progress.count(state.max_steps, "steps", before=state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
-        """Advance."""
-        self.bar.update(state.global_step - self.bar.n)
+        """Count a step."""
+        self.progress.advance()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:  # noqa: ARG002
         """Show the latest losses."""
-        losses = {k: f"{logs[k]:.4f}" for k in ("loss", "eval_loss") if k in (logs or {})}
-        if not losses or not state.is_world_process_zero:
-            return
-        if not self.bar.disable:
-            self.bar.set_postfix(losses)
-        elif state.global_step >= self.printed + state.max_steps / 10:
-            self.printed = state.global_step
-            line = ", ".join(f"{key} {value}" for key, value in losses.items())
-            print(f"train: step {state.global_step} of {state.max_steps}, {line}", flush=True)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
-        """Close the bar."""
-        self.bar.close()
+        losses = [f"{key} {logs[key]:.4f}" for key in ("loss", "eval_loss") if key in (logs or {})]
+        self.progress.advance(0, note=", ".join(losses))
 
 
 class AtTheEnd(TrainerCallback):  # type: ignore[misc]

@@ -8,6 +8,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,12 @@ from trl import SFTConfig, SFTTrainer
 
 from bcft.config.schema import TrainingSettings
 from bcft.errors import DivergedError, Preempted, StorageError, UsageError
+from bcft.policy import cpu
+from bcft.runs.progress import Progress
 from bcft.runs.storage import MANIFEST, committed, read_json, storage, write_manifest
-from bcft.training.callbacks import AtTheEnd, Progress, StopGently
-from bcft.types import TrainingExample
+from bcft.training.callbacks import AtTheEnd, CountSteps, StopGently
+from bcft.training.lean import by_length, labeled_positions_only
+from bcft.types import IGNORED, TrainingExample
 
 
 class BCTrainer(SFTTrainer):  # type: ignore[misc]
@@ -58,17 +62,26 @@ class BCTrainer(SFTTrainer):  # type: ignore[misc]
         # The Trainer's own callbacks print every log as a dictionary, or as a table in a notebook.
         for callback in (PrinterCallback, ProgressCallback, DEFAULT_PROGRESS_CALLBACK):
             self.pop_callback(callback)
-        if not args.disable_tqdm:
-            self.add_callback(Progress())
         self.stop_gently = StopGently(self.accelerator, checkpoints=checkpoints)
         self.add_callback(self.stop_gently)
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
                 parameter.data = exact.get(name, parameter.data).float()
+        # A small model gains nothing, and its weights are known to the bit.
+        self.lean = self.model.device.type == "cpu" and self.model.num_parameters() >= cpu.SMALL
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-        """Run one micro-batch; raise DivergedError, on every process, before a bad gradient reaches the weights."""
-        loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+        """Run one micro-batch; raise DivergedError, on every process, before a bad gradient reaches the weights.
+
+        On a CPU its rows are run in groups of like length, to the same loss and gradient but for rounding.
+        """
+        grouped = self.lean and self.accelerator.num_processes == 1 and num_items_in_batch is not None
+        groups = by_length(inputs) if grouped else [inputs]
+        with labeled_positions_only() if self.lean else nullcontext():
+            losses = [super(BCTrainer, self).training_step(model, group, num_items_in_batch) for group in groups]
+        loss = torch.stack(losses).sum()
+        if len(groups) > 1:
+            _join(self._metrics["train"], [int((group["labels"] != IGNORED).sum()) for group in groups])
         if not bool(torch.isfinite(self.accelerator.reduce(loss.detach()))):
             raise DivergedError(
                 f"step {self.state.global_step + 1}: the loss is not finite, and no weights were saved from "
@@ -166,11 +179,12 @@ def fit(
     *,
     resume: str = "",
     save: Callable[[Fit], None] | None = None,
+    progress: Progress | None = None,
 ) -> Fit:
     """Train, from a checkpoint directory if `resume` names one; return what training did.
 
     save: called with it on every process as soon as training has ended. A tracker hears of the end later: one that
-    fails then loses no weights.
+    fails then loses no weights. progress: counts the steps.
 
     Raises DivergedError when a loss or a weight is not finite, or when no weight changed, Preempted when a signal
     stopped the training before its end, UsageError when memory runs out, StorageError when the disk is full.
@@ -189,8 +203,9 @@ def fit(
         if save:
             save(ended[0])
 
-    first = AtTheEnd(end)
+    first, steps = AtTheEnd(end), CountSteps(progress or Progress(""))
     trainer.callback_handler.callbacks.insert(0, first)
+    trainer.add_callback(steps)
     try:
         with storage(Path(trainer.args.output_dir)), trainer.stop_gently.listening():
             _train(trainer, resume)
@@ -201,6 +216,7 @@ def fit(
         ) from error
     finally:
         trainer.remove_callback(first)
+        trainer.remove_callback(steps)
     if trainer.stop_gently.requested:
         saved = "and saved " if trainer.stop_gently.checkpoints else ""
         raise Preempted(f"stopped {saved}at step {trainer.state.global_step}; re-run the same command to resume")
@@ -275,6 +291,14 @@ def release(trainer: BCTrainer) -> None:
     trainer.optimizer = trainer.lr_scheduler = None
     trainer.model.zero_grad(set_to_none=True)
     trainer.accelerator.free_memory()
+
+
+def _join(metrics: dict[str, list[float]], weights: Sequence[int]) -> None:
+    """Replace the last values of entropy and accuracy, one of each group, by their mean over the labels."""
+    for name in ("entropy", "mean_token_accuracy"):
+        values = metrics[name][-len(weights) :]
+        mean = sum(value * weight for value, weight in zip(values, weights, strict=True)) / max(sum(weights), 1)
+        metrics[name][-len(weights) :] = [mean]
 
 
 def _train(trainer: BCTrainer, resume: str) -> None:

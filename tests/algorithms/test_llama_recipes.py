@@ -151,9 +151,9 @@ def test_with_bf16_every_phase_of_every_round_computes_in_bf16(tmp_path, small, 
         layers[0].register_forward_hook(note)
         return learner, replay
 
-    def numbering(learner, history, next_number):
+    def numbering(run, learner, history, next_number):
         number[0] = next_number
-        load_weights(learner, history, next_number)
+        load_weights(run, learner, history, next_number)
 
     monkeypatch.setattr(filtered_bc, "start", watching)
     monkeypatch.setattr(filtered_bc, "load_weights", numbering)

@@ -125,7 +125,7 @@ def test_a_tracker_that_fails_at_the_end_loses_no_weights(tmp_path, monkeypatch,
         def on_train_end(self, *_, **__):
             raise error("the tracker is down")
 
-    monkeypatch.setattr(trainer, "Progress", Tracker)
+    monkeypatch.setattr(trainer, "CountSteps", lambda _: Tracker())
     with pytest.raises(error):
         sft.run(None, output_dir=str(tmp_path), **SFT)
     monkeypatch.undo()

@@ -7,6 +7,7 @@ import pytest
 
 from bcft.config.schema import EvaluationSettings, RoundSettings
 from bcft.evaluation.budget import TEST_SAMPLES, Budget, samples_of
+from bcft.runs.progress import duration
 
 SIZES = [
     (10, 2048, 128, 500, 0),
@@ -52,6 +53,34 @@ def test_the_keys_defaults_by_hand():
     assert (found.evaluation.eval_test_samples, found.rounds.eval_every) == (4, 2)
     assert (found.dev, found.times, found.test) == (640, 6, 2500)
     assert str(found) == "8,840 attempts beside 20,480 of rounds: 30 % of all attempts"
+
+
+PLANS = [
+    ((10, 2048, 128, 500, 0), {}, "3,140 attempts at the start, 640 in 5 of 10 rounds, 2,500 at the end (30 %"),
+    ((3, 4096, 128, 500, 0), {}, "2,140 attempts at the start, 640 in each of 3 rounds, 1,500 at the end (31 %"),
+    ((1, 12288, 128, 500, 200), {}, "2,740 attempts at the start, 640 in the round, 2,100 at the end (31 %"),
+    ((5, 64, 8, 0, 0), {"eval_every": 5}, "40 attempts at the start, 40 in 1 of 5 rounds (20 %"),
+    ((5, 64, 0, 10, 0), {"warmup_rounds": 1}, "50 attempts at the start, 50 at the end (24 %"),
+]
+
+
+@pytest.mark.parametrize(("sizes", "settings", "plan"), PLANS, ids=str)
+def test_the_plan_says_when_how_many_attempts_are_evaluated(sizes, settings, plan):
+    found = budget(*sizes, **settings)
+    assert found.plan == f"{plan} of all attempts)"
+    assert found.opening + (found.times - 1) * found.dev + found.test == found.evaluated
+
+
+def test_without_held_out_problems_the_plan_is_none():
+    assert budget(5, 64, 0, 0, 0).plan == "none"
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_the_time_of_all_evaluation_follows_from_that_of_the_base(sizes):
+    found = budget(*sizes)
+    assert found.time(60.0 * found.opening) == (
+        f"about {duration(60.0 * found.evaluated)} in all, of which {duration(60.0 * found.opening)} have passed"
+    )
 
 
 @pytest.mark.parametrize("samples", [1, 2, 5, 16, 40])

@@ -186,7 +186,7 @@ def test_measure_writes_its_result_and_samples_harder_problems_less(policy, tmp_
     assert stored(directory) is None
     measured = measure(
         policy, splits, rollout_settings(), split="test", samples=6, scorer=graded(success=always), examples=examples,
-        directory=directory, quiet=False,
+        directory=directory, label="base",
     )  # fmt: skip
     again = stored(directory)
     assert (again.evaluation, again.summary) == (measured.evaluation, measured.summary)
@@ -198,7 +198,7 @@ def test_measure_writes_its_result_and_samples_harder_problems_less(policy, tmp_
     assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == ["base", "base, harder"]
     nothing = measure(
         policy, splits, rollout_settings(), split="dev", samples=6, scorer=graded(success=always), examples=[],
-        directory=tmp_path / "dev", quiet=True,
+        directory=tmp_path / "dev", label="",
     )  # fmt: skip
     assert (nothing.evaluation.attempts, nothing.summary, stored(tmp_path / "dev")) == ((), {}, None)
     assert capsys.readouterr().out == ""
@@ -241,7 +241,7 @@ def measured_at(policy, directory, success, *, split="test", samples=3, settings
     )  # fmt: skip
     return measure(
         policy, splits, settings or rollout_settings(), split=split, samples=samples, scorer=graded(success=success),
-        examples=[], directory=directory, quiet=True,
+        examples=[], directory=directory, label="",
     )  # fmt: skip
 
 
@@ -331,7 +331,7 @@ def test_attempts_at_harder_problems_do_not_depend_on_the_test_problems(policy, 
     )  # fmt: skip
     measure(
         policy, splits, rollout_settings(), split="test", samples=3, scorer=graded(success=Counted()), examples=[],
-        directory=tmp_path / "run", quiet=True,
+        directory=tmp_path / "run", label="",
     )  # fmt: skip
     assert len(played) == 24 + 8 + 16
 

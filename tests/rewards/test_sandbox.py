@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
-from typing import get_args
+from typing import cast, get_args
 
 import pytest
 
@@ -228,16 +228,16 @@ def test_a_forked_copy_has_its_own_server_that_dies_with_it(sandbox: Sandbox) ->
 @pytest.mark.parametrize("executable", ["/bin/false", "/nonexistent/python"])
 def test_a_sandbox_that_cannot_start_says_so(executable: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", executable)
-    with pytest.raises(FaultError, match=r"the math sandbox did not start .*import math_verify"):
+    with pytest.raises(FaultError, match=r"the sandbox for math_verify did not start .*import math_verify"):
         Sandbox().verify([HALF])
 
 
 def compare_with(work: Callable[[str, str], Verdict], *, memory: int = resource.RLIM_INFINITY) -> list[Verdict]:
     """Run the server's part in this process, with other work than math-verify's."""
     ours, theirs = socket.socketpair()
-    with ours, theirs, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "compare", work)
-        return module._compare_all(theirs, [("", "first"), ("", "second"), ("", "third")], 0.5, memory, 2)
+    with ours, theirs:
+        requests = [("", "first"), ("", "second"), ("", "third")]
+        return cast(list[Verdict], module._call_all(theirs, work, requests, 0.5, memory, 2))
 
 
 def test_each_way_to_fail_has_its_name_and_spares_the_others() -> None:
@@ -260,7 +260,7 @@ def test_nothing_is_compared_once_the_other_end_is_gone() -> None:
     ours, theirs = socket.socketpair()
     ours.close()
     with theirs, pytest.raises(ConnectionResetError):
-        module._compare_all(theirs, [HALF], 0.5, resource.RLIM_INFINITY, 1)
+        module._call_all(theirs, in_this_process, [HALF], 0.5, resource.RLIM_INFINITY, 1)
 
 
 def test_a_worker_has_little_memory_and_no_files(tmp_path: Path) -> None:

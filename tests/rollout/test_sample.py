@@ -13,6 +13,7 @@ from bcft.policy.chat_template import Renderer
 from bcft.rollout import sample
 from bcft.rollout.sample import ROLLOUTS, draw, play_journaled, roll_out, share
 from bcft.runs.clock import Clock
+from bcft.runs.progress import Progress
 from bcft.runs.storage import Journal, read_journal, read_jsonl, sealed
 from bcft.types import Problem, Trajectory
 
@@ -91,6 +92,54 @@ def test_processes_share_whole_problems_and_leave_none_out(monkeypatch):
 def test_trajectories_come_back_in_the_order_of_their_attempts(policy, engines, tmp_path):
     given = attempts(5, 3)[::-1]
     assert [t.id for t in played(play_journaled, policy, tmp_path, given)] == [a.id for a in given]
+    assert requested(engines) == 15
+
+
+def test_attempts_and_the_tokens_of_their_actions_are_counted_as_they_finish(policy, engines):
+    """The share of the work never falls, ends at 1, and grows before the first attempt of many turns has ended."""
+    given, seen = attempts(5, 3), []
+
+    class Seen(Progress):
+        def advance(self, more=1, **keys):
+            super().advance(more, **keys)
+            seen.append((self.done, self.tokens, self.share))
+
+    progress = Seen("")
+    settings = rollout_settings(Counting)
+    trajectories = list(sample.play_attempts(policy, given, settings, phase="rollout", progress=progress))
+    sampled = sum(len(turn.action_ids) for trajectory in trajectories for turn in trajectory.turns)
+    assert (progress.total, progress.done, progress.tokens) == (15, 15, sampled)
+    assert [share for *_, share in seen] == sorted(share for *_, share in seen)
+    assert progress.share == pytest.approx(1)
+    before = max(share for done, _, share in seen if not done)
+    assert before == pytest.approx((Counting.turns - 1) / settings.max_turns, abs=1 / settings.max_turns)
+    assert engines
+
+
+@pytest.mark.parametrize("failing", ["reset", "step"])
+def test_the_work_of_attempts_whose_environment_fails_is_counted_too(policy, engines, failing):
+    class Broken(Counting):
+        pass
+
+    def fail(*_, **__):
+        raise ValueError("broken")
+
+    setattr(Broken, failing, fail)
+    progress = Progress("")
+    list(sample.play_attempts(policy, attempts(2, 2), rollout_settings(Broken), phase="rollout", progress=progress))
+    assert (progress.done, progress.share) == (4, pytest.approx(1))
+    assert engines
+
+
+def test_what_was_played_before_is_not_counted(policy, engines, tmp_path, capsys):
+    given = attempts(5, 3)
+    for done in (9, 15, 15):
+        play_journaled(
+            policy, given[:done], rollout_settings(Counting), directory=tmp_path, clock=Clock(), label="base, test",
+            phase="test",
+        )  # fmt: skip
+    counts = [line.split(" in ")[0] for line in capsys.readouterr().out.splitlines()]
+    assert counts == ["base, test: 9 attempts", "base, test: 6 attempts"]
     assert requested(engines) == 15
 
 

@@ -15,6 +15,7 @@ from bcft.config.keys import KEYS, PASSED_THROUGH
 from bcft.config.loader import load
 from bcft.config.schema import TrainingSettings
 from bcft.errors import DivergedError, Preempted
+from bcft.runs.progress import Progress
 from bcft.training.trainer import BCTrainer, fit, newest_checkpoint, to_dataset, training_arguments
 from bcft.types import IGNORED, TrainingExample
 
@@ -74,6 +75,16 @@ def example_loss(network, example):
         scores = network(torch.tensor([example.input_ids])).logits[0].log_softmax(-1)
     picked = [scores[i - 1, label] for i, label in enumerate(example.labels) if label != IGNORED and i > 0]
     return -float(sum(picked)), len(picked)
+
+
+def test_steps_are_counted_with_their_loss_and_the_trainer_forgets_who_counted(tmp_path, tokenizer):
+    made = trainer(model(), tmp_path, tokenizer, max_steps=3)
+    callbacks = list(made.callback_handler.callbacks)
+    progress = Progress("train")
+    fitted = fit(made, examples(), progress=progress)
+    assert (progress.total, progress.done, progress.unit) == (3, 3, "steps")
+    assert progress.note == f"loss {fitted.loss_last:.4f}"
+    assert made.callback_handler.callbacks == callbacks
 
 
 @pytest.mark.parametrize("multiple", [None, 8, 64])
