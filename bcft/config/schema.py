@@ -114,10 +114,10 @@ class DataSettings(Settings):
         "reasoning-gym:composite {datasets: [{name: chain_sum, weight: 1, config: {max_terms: 3}}]}",
         commands=SPLITTING,
     )
-    answer_format: Literal["text", "tag", "hash", "boxed"] = own(
+    answer_format: Literal["text", "number", "tag", "hash", "boxed"] = own(
         "text",
-        "where a reply states its answer to a reasoning-gym problem. text: the whole reply; tag: in "
-        "<answer></answer>; hash: after the last ####; boxed: in the last \\boxed{}",
+        "where a reply states its answer to a reasoning-gym problem. text: the whole reply; number: its last number; "
+        "tag: in <answer></answer>; hash: after the last ####; boxed: in the last \\boxed{}",
         commands=SPLITTING,
     )
     prompt_suffix: str | None = own(

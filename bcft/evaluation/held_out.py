@@ -25,7 +25,7 @@ from bcft.data.loading import Splits
 from bcft.environments.single_turn import SingleTurn
 from bcft.evaluation.budget import HARDER_SAMPLES
 from bcft.evaluation.results import Evaluation, Measured
-from bcft.generation.hf import sampling_mode
+from bcft.generation.mode import sampling_mode
 from bcft.policy.chat_template import Renderer
 from bcft.policy.loading import Policy
 from bcft.rewards.base import described, reference

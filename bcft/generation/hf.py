@@ -8,7 +8,6 @@ leave and be trimmed together.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +26,6 @@ from transformers.cache_utils import DynamicLayer
 from bcft.generation.kv_cache import GrowingLayer, Sessions, cached_numbers_per_token, select_rows, stack
 from bcft.generation.noise import identity_seed, sample
 from bcft.policy import cpu
-from bcft.policy.precision import AUTOCAST_DTYPES
 from bcft.policy.shape import context_length
 from bcft.types import Action, Request, Sampling, Stop
 
@@ -38,34 +36,6 @@ _PREFILL_TOKENS = 16_384
 _CPU_PREFILL_TOKENS = 1_024
 """The same for a model on a CPU that is not small: more are no faster, and have more padding."""
 _MOST_ROWS = 512
-
-
-@contextmanager
-def sampling_mode(model: Any, *, autocast: str = "no") -> Iterator[None]:
-    """Put a model into eval mode, gradient checkpointing off, under the training's autocast; restore all afterwards.
-
-    autocast: `no`, `bf16` or `fp16`. Before its first `train()` a Trainer's model is not under autocast: the first
-    evaluation would compute in another precision than the later ones.
-    """
-    training, checkpointing = model.training, model.is_activation_checkpointing
-    mixed = autocast != "no"
-    model.eval()
-    if checkpointing:
-        model.activation_checkpointing_disable()
-    if model.device.type == "cpu":
-        for module in model.modules():
-            # In eval mode bitsandbytes repacks 4-bit weights for CPUs with bf16, which rounds their scales for good.
-            # The layer does not read the mode for anything else. PEFT's wrapper has the same name, and `train()` on it
-            # would turn the adapter's dropout on.
-            if type(module).__name__ == "Linear4bit" and type(module).__module__.startswith("bitsandbytes"):
-                module.training = True
-    try:
-        with torch.autocast(model.device.type, dtype=AUTOCAST_DTYPES[autocast] if mixed else None, enabled=mixed):
-            yield
-    finally:
-        if checkpointing:
-            model.activation_checkpointing_enable()
-        model.train(training)
 
 
 @dataclass
@@ -114,7 +84,7 @@ class _Rows:
 
 
 class HFEngine:
-    """Sample with a transformers model. Call it inside `sampling_mode`.
+    """Sample with a transformers model. Call it inside `sampling_mode` of `mode`.
 
     rows: most attempts decoded together; None: as many as the free memory holds, at most 512. When memory runs out the
     number is halved and only the unfinished attempts are repeated, to the same tokens.

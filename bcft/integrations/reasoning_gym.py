@@ -29,7 +29,7 @@ from bcft.types import Message, Problem, problem_id, show
 
 PREFIX = "reasoning-gym:"
 INSTALL = "pip install 'bcft[reasoning-gym]'"
-AnswerFormat = Literal["text", "tag", "hash", "boxed"]
+AnswerFormat = Literal["text", "number", "tag", "hash", "boxed"]
 Split = Literal["test", "dev", "train"]
 FIRST: dict[Split, int] = {"test": 0, "dev": 2_000, "train": 4_000}
 """The index of each split's first item; a split ends where the next begins, the last one where the generator ends."""
@@ -39,6 +39,7 @@ PATIENCE = 1_000
 """Items in succession without a new text, or that cannot be made, after which a split ends."""
 SUFFIXES: dict[AnswerFormat, str] = {
     "text": "",
+    "number": "",
     "tag": "Give the final answer between <answer> and </answer>.",
     "hash": "End with the final answer after ####.",
     "boxed": r"Put the final answer in \boxed{}.",
@@ -46,6 +47,8 @@ SUFFIXES: dict[AnswerFormat, str] = {
 """What a prompt ends with, unless `prompt_suffix` says otherwise: it asks for the marker. A frozen text."""
 _TAG = re.compile(r"<answer>\s?(.*?)\s?</answer>", re.DOTALL)
 """As in reasoning-gym's own `extract_answer`."""
+_NUMBER = re.compile(r"(?:(?<![\w)])[-−])?\d[\d,]{0,300}(?:\.\d{1,300})?")
+"""A minus behind a digit, a letter or a bracket subtracts."""
 _BOX = re.compile(r"\\boxed\s*\{")
 _DECIMAL = re.compile(r"[-+]?(?:0|[1-9][0-9]{0,300})(?:\.[0-9]{0,300})?")
 
@@ -213,7 +216,7 @@ def stated(answer: str, answer_format: AnswerFormat) -> str:
     >>> stated("43", "hash")
     '#### 43'
     """
-    forms = {"text": "{}", "tag": "<answer>{}</answer>", "hash": "#### {}", "boxed": r"\boxed{{{}}}"}
+    forms = {"text": "{}", "number": "{}", "tag": "<answer>{}</answer>", "hash": "#### {}", "boxed": r"\boxed{{{}}}"}
     return forms[answer_format].format(answer)
 
 
@@ -225,6 +228,8 @@ def extract(reply: str, answer_format: AnswerFormat) -> str:
     """
     if answer_format == "text":
         return reply.strip()
+    if answer_format == "number":
+        return next((match[0].rstrip(",").replace("−", "-") for match in reversed([*_NUMBER.finditer(reply)])), "")
     if answer_format == "hash":
         return reply.rpartition("####")[2].strip() if "####" in reply else ""
     if answer_format == "tag":

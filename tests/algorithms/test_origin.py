@@ -14,7 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from bcft.data.examples import make_examples
 from bcft.evaluation.statistics import wilson
-from bcft.generation.hf import HFEngine, sampling_mode
+from bcft.generation.hf import HFEngine
+from bcft.generation.mode import sampling_mode
 from bcft.policy.chat_template import Renderer
 from bcft.types import IGNORED, Demonstration, Problem, Request, Sampling
 

@@ -5,8 +5,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from bcft.errors import UsageError
-from bcft.generation.hf import HFEngine, sampling_mode
+from bcft.generation.hf import HFEngine
 from bcft.generation.kv_cache import cached_numbers_per_token
+from bcft.generation.mode import sampling_mode
 from bcft.policy.shape import check_engine, context_length
 from bcft.types import Request, Sampling
 

@@ -5,7 +5,8 @@ import torch
 from helpers.sampling import VOCABULARY, random_llama, requests, tokens
 
 from bcft.generation import hf
-from bcft.generation.hf import HFEngine, sampling_mode
+from bcft.generation.hf import HFEngine
+from bcft.generation.mode import sampling_mode
 from bcft.types import Request, Sampling
 
 

@@ -5,8 +5,9 @@ import torch
 from helpers.sampling import random_llama, requests, tokens
 from transformers import DynamicCache, LlamaConfig
 
-from bcft.generation.hf import HFEngine, sampling_mode
+from bcft.generation.hf import HFEngine
 from bcft.generation.kv_cache import cached_numbers_per_token
+from bcft.generation.mode import sampling_mode
 from bcft.types import Request, Sampling
 
 

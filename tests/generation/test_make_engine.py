@@ -10,7 +10,8 @@ from helpers.tiny import llama_tokenizer, save_llama
 from bcft.config.schema import ModelSettings
 from bcft.environments.single_turn import SingleTurn
 from bcft.generation import make_engine
-from bcft.generation.hf import HFEngine, sampling_mode
+from bcft.generation.hf import HFEngine
+from bcft.generation.mode import sampling_mode
 from bcft.policy.chat_template import Renderer
 from bcft.policy.loading import Policy, Precision, load_policy, with_adapter
 from bcft.types import RolloutSettings, Sampling

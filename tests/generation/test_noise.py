@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bcft.generation.noise import gumbel, identity_seed
+from bcft.generation.noise import gumbel, identity_seed, sample
 
 
 def test_noise_is_standard_gumbel_along_tokens_positions_and_attempts():
@@ -27,3 +27,22 @@ def test_one_value_of_the_noise_is_pinned():
     seeds = torch.tensor([identity_seed(42, "test", 0, "0123456789abcdef", 3, 0)], dtype=torch.int32)
     noise = gumbel(seeds, torch.tensor([7], dtype=torch.int32), 5)[0].tolist()
     assert noise == pytest.approx([-0.311211, -0.194526, -0.227373, 0.003328, 0.865346], abs=1e-5)
+
+
+@pytest.mark.parametrize("vocabulary", [30, 5000])
+@pytest.mark.parametrize("scale", [0.0, 0.1, 3.0, 30.0])
+def test_a_token_is_the_argmax_of_scores_and_noise_however_few_tokens_get_noise(scale: float, vocabulary: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    seeds = torch.randint(-(2**31), 2**31, (64, 2), generator=generator).int()
+    for position in range(4):
+        scores = torch.randn(64, vocabulary, generator=generator) * scale
+        scores[0, 3:] = -torch.inf  # as a warper leaves them
+        positions = torch.full((64,), position).int()
+        expected = (scores + gumbel(seeds, positions, vocabulary)).argmax(-1)
+        assert torch.equal(sample(scores, seeds, positions), expected)
+
+
+def test_of_equal_sums_the_first_token_is_sampled_and_without_numbers_the_token_is_still_one() -> None:
+    seeds = torch.tensor([[1, 2]], dtype=torch.int32)
+    nan = torch.full((1, 5000), torch.nan)
+    assert 0 <= int(sample(nan, seeds, torch.zeros(1).int())) < 5000

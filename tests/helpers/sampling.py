@@ -3,7 +3,8 @@
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bcft.generation.hf import HFEngine, sampling_mode
+from bcft.generation.hf import HFEngine
+from bcft.generation.mode import sampling_mode
 from bcft.types import Request, Sampling
 
 VOCABULARY = 37

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bcft.environments.single_turn import SingleTurn
 from bcft.errors import Preempted
-from bcft.generation.hf import HFEngine, sampling_mode
+from bcft.generation.hf import HFEngine
+from bcft.generation.mode import sampling_mode
 from bcft.policy.chat_template import Renderer
 from bcft.policy.loading import ASSETS
 from bcft.rollout.episode import GREEDY, MOST_AT_ONCE, Attempt, play

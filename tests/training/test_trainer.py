@@ -117,6 +117,24 @@ def test_four_rows_at_once_and_four_times_one_row_make_the_same_step(tmp_path, t
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+def test_groups_of_like_length_make_the_same_step_and_the_same_figures(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr("bcft.training.lean.GROUP_TOKENS", 12)
+    given = examples(8)
+    results = []
+    for lean in (False, True):
+        made = trainer(model(), tmp_path, tokenizer, given=given, per_device_train_batch_size=4, max_steps=2)
+        made.lean = lean
+        fitted = fit(made, given)
+        logged = [(e["loss"], e["entropy"], e["mean_token_accuracy"]) for e in made.state.log_history if "entropy" in e]
+        results.append((made.model.state_dict(), logged, fitted.loss))
+    plain, grouped = results
+    for name, weight in plain[0].items():
+        torch.testing.assert_close(grouped[0][name], weight, rtol=1e-5, atol=1e-6)
+    assert len(plain[1]) == 2
+    for expected, got in zip(plain[1], grouped[1], strict=True):
+        assert got == pytest.approx(expected, rel=1e-5)
+
+
 def test_training_follows_the_definition_of_gradient_descent(tmp_path, tokenizer):
     """One SGD step by hand, on the token mean over the batch, gives the trainer's weights."""
     given = examples(4)
