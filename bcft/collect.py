@@ -56,7 +56,7 @@ def run_config(config: Config, *, rows: Rows | None = None) -> dict[str, Any]:
     rows: in place of the dataset that the recipe names.
     """
     # Data, then functions and environment, are checked before torch is loaded and before a directory is made.
-    with Progress("" if config.quiet else "reading the data"):
+    with Progress(config.label("reading the data")):
         splits = load_splits(config.data, config.evaluation, train=rows, demonstrations=False)
         problems = splits.problems_to_attempt()
         rollouts = rollout_settings(config.sampling, config.environment, seed=config.training.seed)

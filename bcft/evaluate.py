@@ -54,7 +54,7 @@ def run_config(config: Config, *, rows: Rows | None = None) -> dict[str, Any]:
     The result and every attempt are written below `<output_dir>/evaluate`. rows: in place of the dataset.
     """
     # Data, then functions and environment, are checked before torch is loaded and before a directory is made.
-    with Progress("" if config.quiet else "reading the data"):
+    with Progress(config.label("reading the data")):
         splits = load_splits(config.data, config.evaluation, train=rows, demonstrations=False)
         split = config.evaluation.eval_split
         if not (splits.test if split == "test" else splits.dev):
@@ -67,7 +67,7 @@ def run_config(config: Config, *, rows: Rows | None = None) -> dict[str, Any]:
     if note := splits.note_conflicts(None if environment else scorer.columns_read):
         say(note, quiet=config.quiet)
 
-    with Progress("" if config.quiet else "loading torch"):
+    with Progress(config.label("loading torch")):
         from bcft.policy.loading import cpu_threads
 
     with (
@@ -79,7 +79,7 @@ def run_config(config: Config, *, rows: Rows | None = None) -> dict[str, Any]:
             debug="debug" in config.flags,
         ) as directory,
         cpu_threads(),
-        Progress("" if config.quiet else "evaluate, other work", around=True),
+        Progress(config.label("evaluate, other work"), around=True),
     ):
         directory.write_status("running")
         summaries = _evaluate(config, splits, directory, rollouts=rollouts, scorer=scorer)
@@ -92,7 +92,7 @@ def _refuse_trained(config: Config, splits: Splits, name: str, rows: Rows | None
 
     How many problems of a small dataset are held out depends on how many are asked for: a later evaluation that asks
     for more would take training problems of the run. With other `dataset_args`, such as a seed far away, a generator
-    may give the same texts in other splits.
+    may give the same texts in other splits; they are compared as the run asked them, whatever the suffix is now.
     """
     # A run, its best/, or a model of a round; versions.json shows that a config.yaml is a run's.
     places = (Path(name), Path(name).parent, Path(name).parent.parent) if Path(name).is_dir() else ()
@@ -107,10 +107,13 @@ def _refuse_trained(config: Config, splits: Splits, name: str, rows: Rows | None
     if evaluation == config.evaluation and data == config.data:
         return
     trained = {d.problem.id for d in load_splits(data, evaluation, train=rows, demonstrations=False).train}
+    asked_alike = replace(data, dataset_args=config.data.dataset_args)
+    if asked_alike != config.data:
+        splits = load_splits(asked_alike, config.evaluation, train=rows, demonstrations=False)
     split = config.evaluation.eval_split
     again = [d for d in (splits.test if split == "test" else splits.dev) if d.problem.id in trained]
     if again:
-        changed = [key for key in GENERATOR if getattr(data, key) != getattr(config.data, key)]
+        changed = ["dataset_args"] if data.dataset_args != config.data.dataset_args else []
         first = next(
             key for key in (*changed, *asked) if key in changed or fewer[key] != getattr(config.evaluation, key)
         )
@@ -138,7 +141,7 @@ def _evaluate(
 
     def measured_model(part: str, name: str) -> Measured:
         """Load one model and evaluate it; it is freed before the next one is loaded."""
-        with Progress("" if config.quiet else f"{part}, loading"):
+        with Progress(config.label(f"{part}, loading")):
             policy = load_policy(name, config.model, trainable=False)
         say(f"{part}: {name} on {policy.precision.why}", quiet=config.quiet)
         if policy.note:
@@ -152,7 +155,7 @@ def _evaluate(
             scorer=scorer,
             examples=[],
             directory=directory.path / part,
-            label="" if config.quiet else f"{part}, {split}",
+            label=config.label(f"{part}, {split}"),
         )
 
     measured = {part: measured_model(part, name) for part, name in names.items() if name}

@@ -99,7 +99,7 @@ def run_config(
     if against:
         check_against(against)
     # Data, then functions and environment, are checked before torch is loaded and before a directory is made.
-    with Progress("" if config.quiet else "reading the data"):
+    with Progress(config.label("reading the data")):
         splits = load_splits(config.data, config.evaluation, train=rows, demonstrations=False)
         splits.require_dev(config.evaluation.eval_dev_problems)
         problems = splits.problems_to_attempt()

@@ -24,6 +24,7 @@ from bcft.evaluation.metrics import diversity, tally
 from bcft.reporting.tables import say
 from bcft.runs.directory import open_run
 from bcft.runs.distributed import rank
+from bcft.runs.progress import Progress
 from bcft.runs.storage import (
     KEPT,
     MANIFEST,
@@ -59,54 +60,65 @@ def run(recipe: Recipe | None = None, *, quiet: bool = False, **overrides: Any) 
 def run_config(config: Config) -> dict[str, Any]:
     """Run a configuration; the files of an earlier refilter in its directory are replaced.
 
-    All attempts of the rollouts are selected from together, with the draws of their last round.
-
     Raises UsageError without rollouts, DataError where they are not as a run wrote them.
     """
     if rank() > 0:  # there is nothing to share among processes
         return {}
     if config.selection.rollouts is None:
         raise UsageError("rollouts: required: a rollouts.jsonl, a round, or the directory of a run")
-    files = rollout_files(Path(config.selection.rollouts))
-    top = run_of(files[0])
-    made = read_yaml(top / "config.yaml")
-    # Problems, held-out problems and the environment are those of the run that made the rollouts.
-    recipe = {**config.resolved, **{key: made[key] for key in (*HELD_OUT, "environment") if key in made}}
-    output = Path(config.training.output_dir)
-    if output.resolve() in {top.resolve(), *(file.parent.resolve() for file in files)}:
-        raise UsageError(f"output_dir: {output} holds the rollouts: give another")
-    problems = {line["problem_id"]: _problem(line) for line in read_jsonl(top / "problems.jsonl")}
-    trajectories = [_trajectory(line, file) for file in files for line in read_jsonl(file)]
+    with Progress(config.label("refilter, other work"), around=True):
+        metrics = _refilter(config, Path(config.selection.rollouts))
+    say(metrics["conclusion"], quiet=False)
+    return metrics
+
+
+def _refilter(config: Config, path: Path) -> dict[str, Any]:
+    """Select from the rollouts at a path and write what was kept; return the metrics.
+
+    All attempts are selected from together, with the draws of their last round.
+    """
+    with Progress(config.label("reading the rollouts")):
+        files = rollout_files(path)
+        top = run_of(files[0])
+        made = read_yaml(top / "config.yaml")
+        output = Path(config.training.output_dir)
+        if output.resolve() in {top.resolve(), *(file.parent.resolve() for file in files)}:
+            raise UsageError(f"output_dir: {output} holds the rollouts: give another")
+        problems = {line["problem_id"]: _problem(line) for line in read_jsonl(top / "problems.jsonl")}
+        trajectories = [_trajectory(line, file) for file in files for line in read_jsonl(file)]
     say(f"rollouts: {len(trajectories):,} attempts of {len(files)} rounds in {top}", quiet=config.quiet)
     attempted = {trajectory.problem_id for trajectory in trajectories}
     if missing := attempted - problems.keys():
         raise DataError(f"{top / 'problems.jsonl'}: {len(missing)} problems of the rollouts are missing")
-    environment = made["environment"]
-    attempted_problems = [problems[identity] for identity in attempted]
-    scorer = Scorer.of(config.selection, attempted_problems, environment=environment, own=own_reward(made))
+    with Progress(config.label("checking references")):
+        attempted_problems = [problems[identity] for identity in attempted]
+        environment, own = made["environment"], own_reward(made)
+        scorer = Scorer.of(config.selection, attempted_problems, environment=environment, own=own)
     last = max(trajectory.round for trajectory in trajectories)
+    # Problems, held-out problems and the environment are those of the run that made the rollouts.
+    recipe = {**config.resolved, **{key: made[key] for key in (*HELD_OUT, "environment") if key in made}}
     with open_run(output, command=config.command, recipe=recipe, debug="debug" in config.flags) as directory:
         directory.write_status("running")
-        label = "" if config.quiet else "score"
-        scores = scorer.score(trajectories, problems, store=output / JOURNAL / "000.jsonl", label=label)
-        filtered = apply_filter(
-            scores,
-            rule_of(config.selection, seed=config.training.seed, number=last),
-            problems,
-            source="self" if "num_rounds" in made else "teacher",
-            train_on=config.data.train_on,
-            check_steps=step_checker(made["dataset_name"], environment),
-        )
-        filtered.write(output)
-        metrics: dict[str, Any] = {
-            "rollout": tally(scores),
-            "selection": filtered.metrics,
-            "diversity": diversity(scores),
-        }
+        store = output / JOURNAL / "000.jsonl"
+        scores = scorer.score(trajectories, problems, store=store, label=config.label("score"))
+        with Progress(config.label("select")):
+            filtered = apply_filter(
+                scores,
+                rule_of(config.selection, seed=config.training.seed, number=last),
+                problems,
+                source="self" if "num_rounds" in made else "teacher",
+                train_on=config.data.train_on,
+                check_steps=step_checker(made["dataset_name"], environment),
+            )
+            filtered.write(output)
+            metrics: dict[str, Any] = {
+                "rollout": tally(scores),
+                "selection": filtered.metrics,
+                "diversity": diversity(scores),
+            }
         metrics["conclusion"] = filtered.conclusion(config.path, output)
         _write(output, recipe, metrics, files)
         shutil.rmtree(output / JOURNAL, ignore_errors=True)  # it is not there if nothing was asked
-    say(metrics["conclusion"], quiet=False)
     return metrics
 
 

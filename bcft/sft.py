@@ -49,7 +49,7 @@ def run_config(config: Config, *, rows: Rows | None = None) -> dict[str, Any]:
         _dry_run(config, rows)
         return {}
     # Data, then functions and environment, are checked before torch is loaded and before a directory is made.
-    with Progress("" if config.quiet else "reading the data"):
+    with Progress(config.label("reading the data")):
         splits = load_splits(config.data, config.evaluation, train=rows)
         rollouts = rollout_settings(config.sampling, config.environment, seed=config.training.seed)
         held_out = [d.problem for d in splits.held_out]

@@ -13,7 +13,7 @@ from bcft.evaluation.results import Measured, stored
 from bcft.policy.loading import check_disk, check_model, load_policy, longest_row, with_adapter
 from bcft.policy.precision import choose_precision
 from bcft.reporting.sanity_check import PROBLEMS, SanityCheck, sanity_check
-from bcft.rollout.sample import play_journaled
+from bcft.rollout.sample import journal_path, play_journaled
 from bcft.runs.disk import copies_of_rounds
 from bcft.runs.distributed import barrier, connect, rank
 from bcft.runs.drift import GRADING, discard_attempts, remeasures, retrains
@@ -107,14 +107,16 @@ def try_first_problems(run: Run, learner: Learner, history: History) -> SanityCh
     """Play and score the first problems of round 1, and check that there is something to learn.
 
     Attempts and answers stay in the round's journal. It costs little, so it comes before the evaluation of the base: a
-    reward function that raises does it here. None once a round is committed. Raises FaultError when nothing can be
-    learned from the attempts.
+    reward function that raises does it here. How long they took says how long evaluation will take. None once a round
+    is committed. Raises FaultError when nothing can be learned from the attempts.
     """
     run.clock.lap()
     if history.last:
         return None
     config, directory = run.config, history.path(1)
+    resumed = journal_path(directory).exists()
     attempts = run.attempts(1)[: PROBLEMS * config.sampling.num_generations]
+    start = time.perf_counter()
     with run.clock.phase("rollout"):
         trajectories = play_journaled(
             learner.policy,
@@ -126,6 +128,7 @@ def try_first_problems(run: Run, learner: Learner, history: History) -> SanityCh
         )
     with run.clock.phase("score"):
         scores = run.score(trajectories, directory, step=0, during="sanity check")
+    seconds = time.perf_counter() - start
     check = sanity_check(
         scores,
         run.problems,
@@ -135,6 +138,8 @@ def try_first_problems(run: Run, learner: Learner, history: History) -> SanityCh
     )
     run.session.say("\n".join(check.lines))
     _refuse(check.reason)
+    if run.budget.evaluated and not resumed:  # an attempt that is in the journal took no time now
+        run.session.say(f"evaluation: {run.budget.expected(seconds, attempts=len(attempts))}")
     return check
 
 

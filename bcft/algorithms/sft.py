@@ -6,6 +6,7 @@ them: with the last evaluation, whose attempts are journaled as well.
 
 import dataclasses
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -36,7 +37,7 @@ from bcft.reporting.tables import before_and_after, conclusion, print_table
 from bcft.runs.disk import copies_of_sft
 from bcft.runs.distributed import barrier, broadcast, rank
 from bcft.runs.drift import remeasures, retrains
-from bcft.runs.progress import Progress
+from bcft.runs.progress import Progress, duration
 from bcft.runs.storage import SEAL, read_json, read_manifest, storage, write_json, write_manifest, write_text
 from bcft.selection.scoring import Scorer
 from bcft.training.checks import check_training
@@ -77,6 +78,8 @@ def sft(
     barrier()  # every process has read the directory before it is written
     if session.directory.drift and rank() == 0:
         _discard_stale(session)
+    base_directory, final_directory = session.path / "base", session.path / "final"
+    begun = base_directory.exists()
     barrier()  # none reads what is deleted
     held_out = [d.problem for d in splits.held_out]
     session.directory.record(held_out, splits.digest, functions=scorer.described)
@@ -94,9 +97,12 @@ def sft(
         scorer=scorer,
         examples=rows.test,
     )
-    base_directory, final_directory = session.path / "base", session.path / "final"
     label = session.label("base, test")
+    start = time.perf_counter()
     base = stored(base_directory) or evaluate(policy, directory=base_directory, label=label)
+    if base.summary and not begun:
+        passed = duration(time.perf_counter() - start)
+        session.say(f"evaluation: {passed} before training, and about as long after")
 
     # 3. One SFT run, from the newest complete checkpoint if there is one, or its saved weights if it has ended.
     policy, train = _trained(config, session, policy, rows)

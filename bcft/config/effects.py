@@ -68,6 +68,8 @@ _VALUES = (
     ),
 )  # fmt: skip
 
+GYM = "reasoning-gym:"
+"""How the name of a reasoning-gym dataset begins."""
 GENERATOR = ("dataset_args", "answer_format", "prompt_suffix")
 """Keys of a reasoning-gym dataset."""
 
@@ -123,9 +125,14 @@ def _missing(values: Mapping[str, Any], in_file: Collection[str], overrides: Col
 
 
 def _of_generator(values: Mapping[str, Any], in_file: Collection[str], overrides: Collection[str]) -> Iterator[Finding]:
-    """Yield the keys of a reasoning-gym dataset without one, and those of other datasets with one."""
-    generated = values["dataset_name"].startswith("reasoning-gym:")
-    for key in ("dataset_config", "dataset_test_split") if generated else GENERATOR:
+    """Yield the keys of a reasoning-gym dataset without one, and those of other datasets with one.
+
+    Demonstrations of a reasoning-gym dataset to replay are asked and stated in these forms as well.
+    """
+    generated = values["dataset_name"].startswith(GYM)
+    replayed = str(values["replay_dataset"]).startswith(GYM)
+    without = ("dataset_args",) if replayed else GENERATOR
+    for key in ("dataset_config", "dataset_test_split") if generated else without:
         only_in_file = key in in_file and key not in overrides and "dataset_name" in overrides
         if (key in in_file or key in overrides) and values[key] != KEYS[key].default and not only_in_file:
             yield key, f"has no effect {'with' if generated else 'without'} a reasoning-gym dataset"

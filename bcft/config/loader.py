@@ -87,6 +87,10 @@ class Config:
         """Whether only the conclusion is printed."""
         return not self.flags.isdisjoint({"quiet", "json"})
 
+    def label(self, phase: str) -> str:
+        """Return the label of a phase's progress: '' when quiet."""
+        return "" if self.quiet else phase
+
     @property
     def resolved(self) -> dict[str, Any]:
         """The keys that decide the result, with their values: the content of `config.yaml`.

@@ -106,6 +106,10 @@ class Budget:
         parts += [f"{self.test:,} at the end"] if self.test else []
         return f"{', '.join(parts)} ({100 * self.share:.0f} % of all attempts)"
 
+    def expected(self, seconds: float, *, attempts: int) -> str:
+        """Return how long all evaluation will take, in words; seconds: what the sanity check's attempts took."""
+        return f"about {duration(self.evaluated * seconds / attempts)} in all at the rate of the sanity check"
+
     def time(self, seconds: float) -> str:
         """Return how long all evaluation takes, in words; seconds: what that of the base took."""
         whole = duration(seconds * self.evaluated / self.opening)

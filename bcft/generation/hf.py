@@ -98,8 +98,7 @@ class HFEngine:
         self.keep_sessions = keep_sessions
         self.sessions = Sessions()
         self.context = context_length(model.config)
-        large = model.device.type == "cpu" and model.num_parameters() >= cpu.SMALL
-        self.prefill_tokens = _CPU_PREFILL_TOKENS if large else _PREFILL_TOKENS
+        self.prefill_tokens = _CPU_PREFILL_TOKENS if cpu.is_large(model) else _PREFILL_TOKENS
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Action]:
         """Yield one action for each request, in the order they finish.

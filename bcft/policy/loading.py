@@ -69,9 +69,10 @@ def load_policy(name: str, settings: ModelSettings, *, trainable: bool = True) -
     precision, tokenizer = choose_precision(name, settings), checked.renderer.tokenizer
     connect(cpu=precision.device == "cpu")
     model = load_model(name, settings, precision, trainable=trainable)
-    if precision.device == "cpu":
-        cpu.prepare(model)
-    if precision.device == "cpu" and precision.autocast == "no" and model.num_parameters() < cpu.SMALL:
+    large = cpu.is_large(model)
+    if large:
+        cpu.keep_memory()
+    if precision.device == "cpu" and precision.autocast == "no" and not large:
         torch.set_num_threads(1)
         precision = dataclasses.replace(precision, why="cpu, float32, one thread (more would slow a model this small)")
     base = model.get_base_model() if hasattr(model, "peft_config") else model
@@ -92,9 +93,7 @@ def _dequantized(name: str, settings: ModelSettings, base: Any) -> str:
     if not is_gguf(source):
         return ""
     kind = f"{check_gguf(source, settings)} GGUF".strip()
-    size = sum(
-        p.numel() for name, p in base.named_parameters() if ".lora_" not in name and ".modules_to_save." not in name
-    )
+    size = sum(p.numel() for _, p in cpu.base_parameters(base))
     numbers = str(base.dtype).removeprefix("torch.")
     return f"weights: {Path(source).name}, {kind}, dequantized to {numbers}, {size / 1e6:,.1f} M parameters"
 
@@ -146,6 +145,8 @@ def load_model(name: str, settings: ModelSettings, precision: Precision, *, trai
         )
     if is_gguf(where):
         model.name_or_path = _recorded(name, where)
+    if precision.device == "cpu":
+        cpu.prepare(model)
     if base:
         from peft import PeftModel  # noqa: PLC0415 - peft takes seconds to import, and most runs have no adapter
 

@@ -120,6 +120,13 @@ def _from_gguf(auto: Any, name: str, settings: ModelSettings, **extra: Any) -> A
             return auto.from_pretrained(place, gguf_file=file, revision=revision, trust_remote_code=trust, **extra)
     except torch.OutOfMemoryError:
         raise
+    except MemoryError as error:
+        raise UsageError(
+            f"model_name_or_path: {name!r} does not fit into memory when it is dequantized: give a smaller model, or "
+            f"use a machine with more memory"
+        ) from error
+    except OSError as error:  # the file was whole a moment ago: the disk, or the Hub
+        raise cannot_load(place, error, settings, what=file) from error
     except gguf.DAMAGE as error:
         raise gguf.unreadable(name, error) from error
     except _FORESEEN as error:

@@ -1,5 +1,6 @@
 """Models and datasets that may have to come from the Hub, on a machine from which the Hub may be unreachable."""
 
+import json
 import os
 import urllib.error
 import urllib.request
@@ -21,15 +22,17 @@ class Missing(str):
 
 
 def work_offline_if_unreachable(names: Iterable[str]) -> None:
-    """Set HF_HUB_OFFLINE if one of the names may be a Hub id and the Hub does not answer.
+    """Set HF_HUB_OFFLINE if one of the names, or an adapter's base, may be a Hub id and the Hub does not answer.
 
     Call it before the libraries are imported, because they read the variable then.
     """
+    names = list(names)
     local = all(
         name.startswith(("bcft:", "reasoning-gym:", PACKAGE))
-        or name.endswith((*SUFFIXES, ".gguf"))
+        or name.endswith(SUFFIXES)
+        or (name.endswith(".gguf") and ":" not in name)  # owner/name:FILE.gguf is on the Hub
         or Path(name).exists()
-        for name in names
+        for name in (*names, *filter(None, map(_base, names)))
     )
     if not local and "HF_HUB_OFFLINE" not in os.environ and not _answers():
         os.environ["HF_HUB_OFFLINE"] = "1"
@@ -51,6 +54,15 @@ def available(load: Callable[[], T], name: str) -> T | Missing:
         if cause:
             return Missing(f"unknown: {name} is not on this machine, and the Hub is unreachable")
         raise
+
+
+def _base(name: str) -> str:
+    """Return the base that an adapter directory names; '' for any other name. What is damaged is told later."""
+    try:
+        values = json.loads((Path(name) / "adapter_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return ""
+    return str(values.get("base_model_name_or_path") or "") if isinstance(values, dict) else ""
 
 
 def _answers() -> bool:

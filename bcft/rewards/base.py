@@ -61,7 +61,7 @@ class Answers:
     key: Callable[[str], str]
     """An answer -> a text that equal answers share."""
     check: Callable[[Sequence[Problem]], str] | None = None
-    """Checks references before a run in a way of its own: problems -> what it found, in words."""
+    """Its own check of references before a run: problems -> what it found, in words."""
 
 
 def answers_of(function: Reward | None) -> Answers | None:

@@ -4,11 +4,17 @@ math-verify compares numbers after 6 decimals, and differences with 1e-15: so 9.
 3.141593. Here a decimal is the fraction that it writes, and numbers are compared exactly or to 60 digits.
 """
 
+import atexit
 import re
+from collections.abc import Sequence
 from functools import cache
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from bcft.rewards.plain import TEXT, plain
+from bcft.rewards.sandbox import MAX_TEXT_CHARS, Job, Sandbox
+
+Verdict = Literal["right", "wrong", "unparsable", "timeout", "memory", "died", "error"]
+"""`unparsable`: the reference cannot be read. The last four say why an answer could not be compared."""
 
 # Text to text, in the process that asks: every repetition is bounded.
 _DELIMITERS = re.compile(r"(?<!\\)\\[()\[\]]|(?<!\\)\$")
@@ -86,6 +92,49 @@ def _repeating(match: re.Match[str]) -> str:
 def _fraction(match: re.Match[str]) -> str:
     fraction = rf"\frac{{{int(match['whole'] + match['part'])}}}{{{10 ** len(match['part'])}}}"
     return f"{match['raised']}{{{fraction}}}" if match["raised"] else fraction
+
+
+# Formulas to verdicts, in this process.
+
+_WARM_UP = (
+    (r"\boxed{\frac{1}{2}}", r"\boxed{0.3}"),
+    (r"\boxed{x^2+1}", r"\boxed{1+x}"),
+    (r"\boxed{(1,2)}", r"\boxed{(1,3)}"),
+    (r"\boxed{\text{even}}", r"\boxed{\text{odd}}"),
+    (r"\boxed{2\sqrt{3}}", r"$\sqrt{13}\pi$"),
+    (r"\boxed{\pi}", r"\boxed{\frac{22}{7}}"),
+    (r"\boxed{[2,5)}", r"$[2,6) \cup \{7\}$"),
+    (r"\boxed{x \le 5}", r"\boxed{x = 5}"),
+    (r"\boxed{\log_2 3}", r"\boxed{\sin(30^\circ)}"),
+    (r"\boxed{\begin{pmatrix}1\\2\end{pmatrix}}", r"\boxed{\begin{pmatrix}1\\3\end{pmatrix}}"),
+    (r"\boxed{\frac{3x-1}{2}}", r"The answer is 50%"),
+)
+"""Pairs that load math-verify's lazy modules and fill its parser's tables, once for all workers."""
+
+
+class Verifier(Sandbox):
+    """The sandbox that compares formulas. `seconds` and `memory` (bytes) limit each answer."""
+
+    def __init__(self, *, seconds: float = 2.0, memory: int = 1 << 30, workers: int | None = None) -> None:
+        job = Job(f"{__name__}.{compare.__name__}", _WARM_UP, "math_verify")
+        super().__init__(job, seconds=seconds, memory=memory, workers=workers)
+
+    def verify(self, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
+        """Return a verdict for each (reference, answer) pair, in order; math-verify's `parse` reads both texts.
+
+        Raises FaultError when the server cannot be started at all.
+        """
+        texts = [(reference[-MAX_TEXT_CHARS:], answer[-MAX_TEXT_CHARS:]) for reference, answer in pairs]
+        known = {str(verdict): verdict for verdict in get_args(Verdict)}
+        return [known.get(result, "died") for result in self.call(texts)]
+
+
+@cache
+def default_sandbox() -> Verifier:
+    """Return the sandbox that the whole process shares; it ends with the process."""
+    sandbox = Verifier()
+    atexit.register(sandbox.close)
+    return sandbox
 
 
 # sympy to verdict, in a worker of the sandbox alone.

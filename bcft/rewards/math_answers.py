@@ -12,9 +12,8 @@ from typing import Any
 
 from bcft.errors import DataError
 from bcft.rewards.base import Answers
-from bcft.rewards.formulas import formula, is_literal_only, literal
+from bcft.rewards.formulas import default_sandbox, formula, is_literal_only, literal
 from bcft.rewards.plain import Quantity, choices, decimal_comma, plain, same, strip
-from bcft.rewards.sandbox import default_sandbox
 from bcft.rewards.stated import is_prose, last_side, named_value, relations, stated, unmarked, visible
 from bcft.types import Message, Prompt
 

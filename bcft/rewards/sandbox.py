@@ -1,16 +1,15 @@
-"""Compare answers with references, by math-verify or another package, in processes that can be killed.
+"""Call a function on texts of a policy, in processes that can be killed.
 
-An answer is written by a policy that is optimized against this very comparison: it may take minutes (`9^{9^9}`) or
+An answer is written by a policy that is optimized against this very call: it may take minutes (`9^{9^9}`) or
 gigabytes, or abort the process inside GMP, and no thread or signal in this process can stop that. So there are others:
 
-    this process --socket--> server (imports the package once) --fork--> one worker per answer, confined and killed
+    this process --socket--> server (imports the package once) --fork--> one worker per request, confined and killed
 
-Every answer starts from the same memory image, so an answer cannot affect a later one, and their order does not matter.
-The server itself never touches an answer. Left out: Windows (it cannot fork), and any evaluation of raw text: only
-the function of a `Job` reads it, for math that of math-verify.
+Every request starts from the same memory image, so an answer cannot affect a later one, and their order does not
+matter. The server itself never touches an answer. Left out: Windows (it cannot fork), and any evaluation of raw text:
+only the function of a `Job` reads it.
 """
 
-import atexit
 import contextlib
 import ctypes
 import gc
@@ -28,13 +27,9 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import Literal, NoReturn, get_args
+from typing import NoReturn, Self
 
 from bcft.errors import FaultError
-
-Verdict = Literal["right", "wrong", "unparsable", "timeout", "memory", "died", "error"]
-"""`unparsable`: the reference cannot be read. The last four say why an answer could not be compared."""
 
 MAX_TEXT_CHARS = 4096
 """Characters of a text that are read, counted from its end: a regular expression never sees more."""
@@ -67,49 +62,20 @@ FAILURES = ("timeout", "memory", "died", "error")
 """Why a worker has no result; it stands in the place of the result."""
 
 
-_WARM_UP = (
-    (r"\boxed{\frac{1}{2}}", r"\boxed{0.3}"),
-    (r"\boxed{x^2+1}", r"\boxed{1+x}"),
-    (r"\boxed{(1,2)}", r"\boxed{(1,3)}"),
-    (r"\boxed{\text{even}}", r"\boxed{\text{odd}}"),
-    (r"\boxed{2\sqrt{3}}", r"$\sqrt{13}\pi$"),
-    (r"\boxed{\pi}", r"\boxed{\frac{22}{7}}"),
-    (r"\boxed{[2,5)}", r"$[2,6) \cup \{7\}$"),
-    (r"\boxed{x \le 5}", r"\boxed{x = 5}"),
-    (r"\boxed{\log_2 3}", r"\boxed{\sin(30^\circ)}"),
-    (r"\boxed{\begin{pmatrix}1\\2\end{pmatrix}}", r"\boxed{\begin{pmatrix}1\\3\end{pmatrix}}"),
-    (r"\boxed{\frac{3x-1}{2}}", r"The answer is 50%"),
-)
-"""Pairs that load math-verify's lazy modules and fill its parser's tables, once for all workers."""
-MATH = Job("bcft.rewards.formulas.compare", _WARM_UP, "math_verify")
-"""Compare formulas: the function returns a `Verdict`."""
-
-
 class Sandbox:
     """A server process, started for the first answers and again whenever it is gone.
 
     Safe to share between threads; a forked copy of this process starts its own. `seconds` and `memory` (bytes) limit
-    each answer, `workers` is how many are compared at once. job: by default `MATH`.
+    each request, `workers` is how many run at once.
     """
 
     _server: subprocess.Popen[bytes] | None
     _socket: socket.socket | None
 
-    def __init__(
-        self, job: Job | None = None, *, seconds: float = 2.0, memory: int = 1 << 30, workers: int | None = None
-    ) -> None:
-        self._job, self._seconds, self._memory = job or MATH, seconds, memory
+    def __init__(self, job: Job, *, seconds: float, memory: int, workers: int | None = None) -> None:
+        self._job, self._seconds, self._memory = job, seconds, memory
         self._workers = workers or min(8, os.cpu_count() or 1)
         self._forget()
-
-    def verify(self, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
-        """Return a verdict for each (reference, answer) pair, in order; math-verify's `parse` reads both texts.
-
-        Raises FaultError when the server cannot be started at all.
-        """
-        texts = [(reference[-MAX_TEXT_CHARS:], answer[-MAX_TEXT_CHARS:]) for reference, answer in pairs]
-        known = {str(verdict): verdict for verdict in get_args(Verdict)}
-        return [known.get(result, "died") for result in self.call(texts)]
 
     def call(self, texts: Sequence[tuple[str, ...]]) -> list[str]:
         """Return what the job's function returns for each tuple of texts, in order, or one of `FAILURES`.
@@ -134,7 +100,7 @@ class Sandbox:
             self._socket.close()
         self._server = self._socket = None
 
-    def __enter__(self) -> "Sandbox":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -188,14 +154,6 @@ class Sandbox:
                 f"the sandbox for {package} did not start ({error}): check that this works: {command}"
             ) from error
         return self._socket
-
-
-@cache
-def default_sandbox() -> Sandbox:
-    """Return the sandbox that the whole process shares; it ends with the process."""
-    sandbox = Sandbox()
-    atexit.register(sandbox.close)
-    return sandbox
 
 
 def _environment() -> dict[str, str]:

@@ -70,6 +70,11 @@ def roll_out(
     return trajectories
 
 
+def journal_path(directory: Path) -> Path:
+    """Return where this process keeps the attempts that it has played."""
+    return directory / "journal" / f"{rank():03d}.jsonl"
+
+
 def play_journaled(
     policy: Policy,
     attempts: Sequence[Attempt],
@@ -86,7 +91,7 @@ def play_journaled(
     phases need directories of their own. Attempts whose environment failed are played again. Returns the trajectories
     of all processes, in the order of the attempts.
     """
-    journal = Journal(directory / "journal" / f"{rank():03d}.jsonl")
+    journal = Journal(journal_path(directory))
     lines = [line for file in sorted(journal.path.parent.glob("*.jsonl")) for line in read_journal(file)]
     known = {line["id"]: Trajectory.from_json(line) for line in lines if line["ended"] != "error"}
     missing = [attempt for attempt in share(attempts) if attempt.id not in known]

@@ -1,6 +1,9 @@
 """The run directory: one process at a time, one recipe, and beside the results what they were made with."""
 
 import fcntl
+import functools
+import hashlib
+import importlib.util
 import logging
 import os
 import platform
@@ -103,13 +106,21 @@ class RunDirectory:
             self._check_drift(frozenset({"the data"}), ["the dataset's rows have changed"], "other data")
 
     def check_versions(self) -> None:
-        """Raise UsageError if a run was started here with other packages or another number of processes."""
+        """Raise UsageError if a run was started here with other packages, processes, or weights in its model's file."""
         file = self.path / "versions.json"
         if not file.is_file():
             return
-        old, new = ({**seen["packages"], "processes": seen["world_size"]} for seen in (read_json(file), versions()))
+        before, now = read_json(file), versions(self.recipe)
+        old, new = ({**seen["packages"], "processes": seen["world_size"]} for seen in (before, now))
+        # What a recipe's data or model adds may not have been recorded yet.
+        old = {**{name: new[name] for name in new if name not in PACKAGES}, **old}
         drift = [f"{name} was {old.get(name, '')}, now {new[name]}" for name in new if old.get(name, "") != new[name]]
         self._check_drift(frozenset({"versions"} if drift else ()), drift, "other versions or processes")
+        was, is_now = before.get("weights"), now.get("weights")
+        if was and is_now and was != is_now:
+            old_file, new_file = (f"{seen['bytes']:,} bytes, SHA-256 {seen['sha256'][:12]}" for seen in (was, is_now))
+            lines = [f"it had {old_file}, now {new_file}"]
+            self._check_drift(frozenset({"model_name_or_path"}), lines, "another GGUF file of the same name")
 
     def _check_drift(
         self, drift: frozenset[str], lines: Sequence[str], what: str, *, repaired: frozenset[str] = frozenset()
@@ -155,7 +166,7 @@ class RunDirectory:
             return
         (self.path / MANIFEST).unlink(missing_ok=True)
         write_text(self.path / "config.yaml", yaml.safe_dump(dict(self.recipe), allow_unicode=True))
-        write_json(self.path / "versions.json", {**versions(), "data": digest, "functions": list(functions)})
+        write_json(self.path / "versions.json", {**versions(self.recipe), "data": digest, "functions": list(functions)})
         rows = ({**problem.columns, "problem_id": problem.id, "prompt": problem.prompt} for problem in problems)
         write_jsonl(self.path / "problems.jsonl", map(plain, rows))
         self.write_status("running")
@@ -247,21 +258,52 @@ def quiet_libraries(*, debug: bool) -> Iterator[None]:
             logger.setLevel(before)
 
 
-def versions() -> dict[str, Any]:
-    """Return what a result depends on besides the recipe: packages, Python, hardware."""
+def versions(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a result depends on besides the recipe: packages, Python, hardware, the weights of a GGUF file."""
     import torch  # noqa: PLC0415 - commands check recipe and data before they load it
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    named = [str(recipe.get(key) or "") for key in ("dataset_name", "replay_dataset")]
+    generated = any(name.startswith("reasoning-gym:") for name in named)
+    gguf = recipe.get("gguf_file") or str(recipe.get("model_name_or_path")).endswith(".gguf")
+    more = [package for package, used in (("reasoning-gym", generated), ("gguf", gguf)) if used]
+    file = _gguf_file(recipe)
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: _version(name) for name in (*PACKAGES, *more)},
+        **({"weights": _digest(file, file.stat().st_mtime_ns, file.stat().st_size)} if file else {}),
         "cpu": _cpu(),
         "cpus": os.cpu_count() or 0,
         "torch_threads": torch.get_num_threads(),
         "gpus": gpus,
         "world_size": world_size(),
     }
+
+
+def _gguf_file(recipe: Mapping[str, Any]) -> Path | None:
+    """Return the GGUF file on this machine that a recipe names; None where it names none, or it is not there.
+
+    A file on the Hub is fixed by `model_revision`, as other models are.
+    """
+    name, file = str(recipe.get("model_name_or_path") or ""), str(recipe.get("gguf_file") or "")
+    places = [name]
+    if name.startswith("package:"):
+        package, _, file = name.removeprefix("package:").partition("/")
+        try:
+            found = importlib.util.find_spec(package) if package.isidentifier() else None
+        except ValueError:  # a module without a place, such as __main__
+            found = None
+        places = list((found and found.submodule_search_locations) or ())
+    paths = (Path(place, file) for place in places)
+    return next((p for p in paths if p.suffix == ".gguf" and p.is_file() and os.access(p, os.R_OK)), None)
+
+
+@functools.lru_cache(maxsize=8)
+def _digest(file: Path, changed: int, size: int) -> dict[str, Any]:  # noqa: ARG001 - the key
+    """Return size and SHA-256 of a file, which is read again when it was changed."""
+    with file.open("rb") as content:
+        return {"bytes": size, "sha256": hashlib.file_digest(content, "sha256").hexdigest()}
 
 
 def _names(value: Any) -> Any:

@@ -22,7 +22,7 @@ EVERY = 30.0
 TICK = 1.0
 """Seconds between two looks at whether a line is due."""
 EARLY = (60.0, 0.05)
-"""Before these seconds and this share of the work, the attempts that have ended say little about those in the air."""
+"""Before these seconds and share of the work, the attempts that have ended say little about those still running."""
 
 
 class Progress:
@@ -47,25 +47,30 @@ class Progress:
         """Show the phase from now on."""
         self.opened = self.since = _now()
         if self.label and rank() == 0:
-            self._show_bar()
-            _THREAD.add(self)
+            shown = False
+            try:
+                self._show_bar()
+                _THREAD.add(self)
+                shown = True
+            finally:
+                if not shown:  # interrupted in here: the body of `with`, whose end calls `__exit__`, never begins
+                    self._end()
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
         """Stop showing it; print what a long phase has done, unless it failed."""
         if not (self.label and rank() == 0):
             return
-        _THREAD.remove(self)
-        if self._bar is not None:
-            self._bar.close()
+        self._end()
         if kind is None and self.done and (self.summary or _now() - self.opened >= FIRST):
             tell(self.summed_up(_now()))
 
     def count(self, total: int, unit: str, *, before: int = 0) -> None:
         """Count from now on. unit: the name of several; before: how many were done by an earlier process."""
-        self.total, self.unit, self.before, self.done, self.tokens = total, unit, before, 0, 0
-        self.share, self.doing, self.note, self.since = 0.0, "", "", _now()
-        self._show_bar()
+        with _THREAD.lock:
+            self.total, self.unit, self.before, self.done, self.tokens = total, unit, before, 0, 0
+            self.share, self.doing, self.note, self.since = 0.0, "", "", _now()
+            self._show_bar()
 
     def advance(self, more: int = 1, *, tokens: int = 0, share: float | None = None, note: str = "") -> None:
         """Count more of the unit, and tokens. share: of all work, where not every unit is as long; note: a figure."""
@@ -76,8 +81,9 @@ class Progress:
 
     def turn_to(self, doing: str) -> None:
         """Say from now on what the phase does, which cannot be counted."""
-        self.total, self.done, self.doing, self.since = 0, 0, doing, _now()
-        self._show_bar()
+        with _THREAD.lock:
+            self.total, self.done, self.doing, self.since = 0, 0, doing, _now()
+            self._show_bar()
 
     def line(self, now: float) -> str:
         """Return the phase in one line: what is done, the rate, the time left or else the time so far."""
@@ -125,8 +131,14 @@ class Progress:
             return ""
         return ", ".join(filter(None, (self._rate(now - self.since) if self.tokens else "", self.note)))
 
+    def _end(self) -> None:
+        """Show the phase no more."""
+        _THREAD.remove(self)
+        if self._bar is not None:
+            self._bar.close()
+
     def _show_bar(self) -> None:
-        """Replace the bar: of what is counted, or of the time alone."""
+        """Replace the bar: of what is counted, or of the time alone. The thread must not be showing it meanwhile."""
         if self.around or not self.label or rank() > 0 or not _on_terminal():
             return
         if self._bar is not None:
@@ -169,7 +181,7 @@ class _Thread:
             thread = None if self.phases else self.thread
             if thread:
                 self.stop.set()
-        if thread:
+        if thread and thread.is_alive():  # it is not when an interrupt came before it had started
             thread.join()
 
     def run(self, stop: threading.Event) -> None:

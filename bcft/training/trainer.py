@@ -68,14 +68,17 @@ class BCTrainer(SFTTrainer):  # type: ignore[misc]
             if parameter.requires_grad:
                 parameter.data = exact.get(name, parameter.data).float()
         # A small model gains nothing, and its weights are known to the bit.
-        self.lean = self.model.device.type == "cpu" and self.model.num_parameters() >= cpu.SMALL
+        self.lean = cpu.is_large(self.model)
+        # The loss of a mixture's router is a mean over the batch, and the noise of NEFTune depends on the padded width.
+        self.separable = not self.aux_loss_enabled and not args.neftune_noise_alpha
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """Run one micro-batch; raise DivergedError, on every process, before a bad gradient reaches the weights.
 
         On a CPU its rows are run in groups of like length, to the same loss and gradient but for rounding.
         """
-        grouped = self.lean and self.accelerator.num_processes == 1 and num_items_in_batch is not None
+        alone = self.accelerator.num_processes == 1 and num_items_in_batch is not None
+        grouped = self.lean and self.separable and alone
         groups = by_length(inputs) if grouped else [inputs]
         with labeled_positions_only() if self.lean else nullcontext():
             losses = [super(BCTrainer, self).training_step(model, group, num_items_in_batch) for group in groups]

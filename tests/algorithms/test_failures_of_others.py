@@ -24,6 +24,7 @@ from bcft.environments.single_turn import SingleTurn
 from bcft.errors import UsageError
 from bcft.evaluation.held_out import held_out_loss
 from bcft.generation import hf
+from bcft.generation.mode import sampling_mode
 from bcft.policy.chat_template import Renderer
 from bcft.policy.loading import Policy, Precision
 from bcft.rewards.math_answers import math_reward
@@ -260,7 +261,7 @@ def test_a_prompt_that_is_too_long_moves_nobody_elses_completion(renderer, tmp_p
     """One dropped long prompts and then zipped, so that every later completion had another's prompt."""
     network = tiny(tmp_path, renderer.tokenizer)
     problems = [Problem(f"{n}", "x" * n) for n in (1, 2, 100, 3, 4)]
-    with hf.sampling_mode(network):
+    with sampling_mode(network):
         engine = hf.HFEngine(network, pad_id=0)
         whole, alone = (played(given, renderer, engine) for given in (problems, problems[:2] + problems[3:]))
     assert whole.pop("100").turns[0].stop == "context_full"

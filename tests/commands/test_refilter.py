@@ -5,7 +5,9 @@ import yaml
 
 from bcft import refilter
 from bcft.errors import FaultError, UsageError
+from bcft.runs import progress
 from bcft.runs.storage import read_jsonl, seal, write_jsonl
+from bcft.selection import scoring
 from bcft.types import Trajectory, Turn
 
 KEYS = {"model_name_or_path": "bcft:tiny-math", "dataset_name": "bcft:arithmetic", "success_func": ""}
@@ -74,6 +76,30 @@ def test_a_finished_refilter_asks_anew_on_purpose(rollouts, tmp_path):
     assert not (tmp_path / "out" / "journal").exists()
     run(rollouts, tmp_path / "out")
     assert len((tmp_path / "calls").read_text().splitlines()) == 640
+
+
+def test_a_phase_is_open_in_all_that_may_take_long_and_none_with_quiet(rollouts, tmp_path, monkeypatch):
+    seen = {}
+
+    def within(holder, name):
+        original = getattr(holder, name)
+
+        def called(*args, **keys):
+            seen[name] = progress._THREAD.phases[-1].label if progress._THREAD.phases else ""
+            return original(*args, **keys)
+
+        monkeypatch.setattr(holder, name, called)
+
+    for holder, name in (
+        (refilter, "_trajectory"), (refilter.Scorer, "of"), (scoring, "ask_all"), (refilter, "apply_filter"),
+        (refilter, "_write"),
+    ):  # fmt: skip
+        within(holder, name)
+    run(rollouts, tmp_path / "out")
+    phases = ["reading the rollouts", "checking references", "score", "select", "refilter, other work"]
+    assert list(seen.values()) == phases
+    run(rollouts, tmp_path / "out", quiet=True)
+    assert list(seen.values()) == [""] * len(phases)
 
 
 def test_several_rewards_without_a_success_func_are_refused_before_any_is_asked(rollouts, tmp_path):

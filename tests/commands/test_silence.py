@@ -87,6 +87,9 @@ def test_a_filtered_run_in_a_file_names_each_round_and_phase_and_is_never_silent
     assert re.search(r"^round 2, roll out: \d+ of 36 attempts, [\d,]+ tokens/s, about \d+ s left$", text, flags=re.M)
     # Of 8 dev, 8 test and 8 harder problems each is attempted once greedily and twice sampled.
     assert "\nevaluation: 72 attempts at the start, 24 in each of 2 rounds, 48 at the end (" in text
+    expected = re.search(r"^evaluation: about \d+ s in all at the rate of the sanity check$", text, flags=re.M)
+    assert expected
+    assert expected.start() < text.index("base, test")
     assert re.search(r"^evaluation: about \d+ s in all, of which \d+ s have passed$", text, flags=re.M)
     # The thread is due every millisecond; what it may be late by is the machine's business.
     assert max(b - a for a, b in pairwise(moments)) < 10
@@ -103,6 +106,7 @@ def test_an_sft_run_in_a_file_is_never_silent(logged, phases):
     keys |= {"eval_test_problems": 8, "eval_test_samples": 2, "max_completion_length": 72, "max_steps": 4}
     text, _ = logged(sft.run, **keys)
     assert {"making rows", "loading the model", "base, test", "final, test", "train"} <= said(text)
+    assert re.search(r"^evaluation: \d+ s before training, and about as long after$", text, flags=re.M)
     assert re.search(r"^train: \d of 4 steps, .* left$", text, flags=re.M)
     assert all(all(labels) for labels in phases.values()), phases
     assert set(phases["save_policy"]) == {"train"}

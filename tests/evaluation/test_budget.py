@@ -83,6 +83,13 @@ def test_the_time_of_all_evaluation_follows_from_that_of_the_base(sizes):
     )
 
 
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_the_time_of_all_evaluation_is_expected_at_the_rate_of_the_sanity_check(sizes):
+    found = budget(*sizes)
+    whole = duration(2.0 * found.evaluated)
+    assert found.expected(2.0 * 64, attempts=64) == f"about {whole} in all at the rate of the sanity check"
+
+
 @pytest.mark.parametrize("samples", [1, 2, 5, 16, 40])
 @pytest.mark.parametrize("every", [1, 3, "auto"])
 def test_numbers_that_a_recipe_fixes_stay(samples, every):

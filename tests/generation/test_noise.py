@@ -42,7 +42,7 @@ def test_a_token_is_the_argmax_of_scores_and_noise_however_few_tokens_get_noise(
         assert torch.equal(sample(scores, seeds, positions), expected)
 
 
-def test_of_equal_sums_the_first_token_is_sampled_and_without_numbers_the_token_is_still_one() -> None:
+def test_scores_that_are_not_numbers_still_give_a_token_of_the_vocabulary() -> None:
     seeds = torch.tensor([[1, 2]], dtype=torch.int32)
     nan = torch.full((1, 5000), torch.nan)
     assert 0 <= int(sample(nan, seeds, torch.zeros(1).int())) < 5000

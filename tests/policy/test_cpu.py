@@ -45,6 +45,17 @@ def test_the_gradient_of_a_layer_within_a_network_is_right() -> None:
     assert fast.weight.grad is None
 
 
+@pytest.mark.parametrize("trains", [True, False])
+def test_a_layer_keeps_its_input_only_if_its_weight_trains(trains: bool) -> None:
+    _, fast = layers(bias=True)
+    fast.weight.requires_grad_(trains)
+    kept = []
+    x = torch.randn(6, 24, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.shape), lambda _: None):
+        fast(x)
+    assert kept == [*([x.shape] if trains else []), fast.weight.shape]
+
+
 def test_a_frozen_layer_under_no_grad_gives_the_same_values() -> None:
     plain, fast = layers(bias=True)
     x = torch.randn(6, 24)
@@ -70,3 +81,52 @@ def test_a_small_model_is_left_as_it_is_and_a_larger_one_keeps_its_weights() -> 
     assert type(large[0]) is cpu.OneDNNLinear
     assert type(large[1]) is nn.Bilinear
     assert all(torch.equal(before[name], tensor) for name, tensor in large.state_dict().items())
+
+
+class Mallopt:
+    """Records what a C library is told, and what it answers; `mallopt` itself where it has it."""
+
+    def __init__(self, answer: int) -> None:
+        self.told: list[tuple[int, int]] = []
+        self.answer = answer
+
+    def mallopt(self, key: int, value: int) -> int:
+        self.told.append((key, value))
+        return self.answer
+
+
+@pytest.mark.parametrize(("answer", "keys"), [(1, [-3, -1]), (0, [-3])])
+def test_memory_is_kept_only_where_glibc_takes_both_thresholds(
+    monkeypatch: pytest.MonkeyPatch, answer: int, keys: list[int]
+) -> None:
+    library = Mallopt(answer)
+    monkeypatch.setattr(cpu.sys, "platform", "linux")
+    monkeypatch.setattr(cpu.ctypes, "CDLL", lambda _: library)
+    cpu.keep_memory()
+    assert [key for key, _ in library.told] == keys
+
+
+@pytest.mark.parametrize("platform", ["win32", "darwin", "linux"])
+def test_without_mallopt_nothing_happens(monkeypatch: pytest.MonkeyPatch, platform: str) -> None:
+    monkeypatch.setattr(cpu.sys, "platform", platform)
+    # Windows has no library to open without a name.
+    monkeypatch.setattr(cpu.ctypes, "CDLL", lambda _: object() if platform == "linux" else pytest.fail("was opened"))
+    cpu.keep_memory()
+
+
+def test_only_the_base_s_parameters_on_a_cpu_make_a_model_large() -> None:
+    base = nn.Linear(1000, 1999, bias=False)
+    assert not cpu.is_large(base)
+    base.adapter = nn.ModuleDict({"lora_A": nn.Linear(1000, 64), "modules_to_save": nn.Linear(1000, 1999)})
+    assert not cpu.is_large(base)
+    base.rest = nn.Linear(1000, 1, bias=False)
+    assert cpu.is_large(base)
+    with torch.device("meta"):
+        assert not cpu.is_large(nn.Linear(2000, 2000))
+
+
+def test_a_packed_four_bit_weight_counts_all_its_numbers() -> None:
+    Params4bit = type("Params4bit", (nn.Parameter,), {})  # noqa: N806 - the class of bitsandbytes
+    layer = nn.Module()
+    layer.weight = Params4bit(torch.zeros(1_000_000, 1, dtype=torch.uint8), requires_grad=False)
+    assert cpu.is_large(layer)

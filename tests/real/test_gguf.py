@@ -20,7 +20,7 @@ from bcft.algorithms import sft as sft_algorithm
 from bcft.cli import main
 from bcft.config.schema import ModelSettings, TrainingSettings
 from bcft.errors import UsageError
-from bcft.policy import loading
+from bcft.policy import loading, sources
 from bcft.policy.loading import (
     base_config,
     check_disk,
@@ -292,12 +292,12 @@ def test_an_architecture_that_transformers_cannot_dequantize_is_refused(original
 
 
 @pytest.mark.parametrize("share", [0.0001, 0.001, 0.01, 0.1, 0.5, 0.999])
-def test_a_file_that_is_cut_short_is_refused_wherever_it_ends(original, tmp_path, monkeypatch, share):
+def test_a_file_that_is_truncated_is_refused_wherever_it_ends(original, tmp_path, monkeypatch, share):
     path = Path(write_gguf(original, tmp_path / "m.gguf"))
     whole = path.read_bytes()
     path.write_bytes(whole[: max(5, int(share * len(whole)))])
     line = refused({"model_name_or_path": str(path)}, monkeypatch)
-    assert line.startswith(f"model_name_or_path: '{path}' is damaged or cut short (")
+    assert line.startswith(f"model_name_or_path: '{path}' is damaged or truncated (")
     assert line.endswith("): download or copy it again")
 
 
@@ -306,7 +306,27 @@ def test_a_file_that_is_overwritten_is_refused(original, tmp_path, monkeypatch, 
     path = Path(write_gguf(original, tmp_path / "m.gguf"))
     whole = path.read_bytes()
     path.write_bytes(whole[:place] + b"\xff" * 8 + whole[place + 8 :])
-    assert "is damaged or cut short" in refused({"model_name_or_path": str(path)}, monkeypatch)
+    assert "is damaged or truncated" in refused({"model_name_or_path": str(path)}, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (MemoryError("Unable to allocate 9 GiB"), "'{path}' does not fit into memory when it is dequantized: give a"),
+        (OSError(5, "Input/output error"), "cannot load m.gguf of '{path.parent}': [Errno 5] Input/output error"),
+    ],
+)
+def test_a_whole_file_is_not_called_damaged_where_memory_or_disk_fail(original, tmp_path, monkeypatch, error, words):
+    path = Path(write_gguf(original, tmp_path / "m.gguf"))
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(sources.AutoModelForCausalLM, "from_pretrained", fail)
+    with pytest.raises(UsageError) as caught:
+        loaded({"model_name_or_path": str(path)})
+    assert str(caught.value).startswith(f"model_name_or_path: {words.format(path=path)}")
+    assert "\n" not in str(caught.value)
 
 
 def test_four_bits_of_an_adapter_with_such_a_base_are_refused(original, tmp_path, monkeypatch):

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from bcft.errors import DataError
 from bcft.rewards import math_answers
 from bcft.rewards.base import answers_of
+from bcft.rewards.formulas import Verdict
 from bcft.rewards.math_answers import answer_key, extract_answer, math_reward
-from bcft.rewards.sandbox import Verdict
 
 LAW = settings(max_examples=60, deadline=None)
 GSM8K = Path(__file__).parents[1] / "data" / "gsm8k_50.jsonl"

@@ -17,7 +17,8 @@ import pytest
 
 from bcft.errors import FaultError
 from bcft.rewards import sandbox as module
-from bcft.rewards.sandbox import Sandbox, Verdict
+from bcft.rewards.formulas import Verdict, Verifier
+from bcft.rewards.sandbox import Sandbox
 
 HALF = (r"\boxed{\frac{1}{2}}", r"\boxed{0.5}")
 NOT_HALF = (r"\boxed{\frac{1}{2}}", r"\boxed{0.7}")
@@ -66,31 +67,31 @@ HOSTILE = [
 
 
 @pytest.fixture(scope="module")
-def sandbox() -> Iterator[Sandbox]:
-    with pytest.MonkeyPatch.context() as patch, Sandbox(seconds=0.6, workers=8) as sandbox:
+def sandbox() -> Iterator[Verifier]:
+    with pytest.MonkeyPatch.context() as patch, Verifier(seconds=0.6, workers=8) as sandbox:
         patch.setenv("HF_TOKEN", CANARY)
         assert sandbox.verify([HALF, NOT_HALF]) == ["right", "wrong"]
         yield sandbox
 
 
-def server_of(sandbox: Sandbox) -> int:
+def server_of(sandbox: Verifier) -> int:
     assert sandbox._server is not None
     return sandbox._server.pid
 
 
-def test_verdicts_say_what_happened(sandbox: Sandbox) -> None:
+def test_verdicts_say_what_happened(sandbox: Verifier) -> None:
     pairs = [HALF, NOT_HALF, ("", "5"), ("no formula here", "5"), ("$5$", ""), ("$5$", "no idea")]
     assert sandbox.verify(pairs) == ["right", "wrong", "unparsable", "unparsable", "wrong", "wrong"]
     assert sandbox.verify(pairs[::-1]) == sandbox.verify(pairs)[::-1], "the order must not matter"
 
 
 def test_without_pairs_no_server_starts() -> None:
-    sandbox = Sandbox()
+    sandbox = Verifier()
     assert sandbox.verify([]) == []
     assert sandbox._server is None
 
 
-def test_hostile_answers_are_bounded_and_the_next_answer_is_right(sandbox: Sandbox, tmp_path: Path) -> None:
+def test_hostile_answers_are_bounded_and_the_next_answer_is_right(sandbox: Verifier, tmp_path: Path) -> None:
     canary = tmp_path / "ran"
     hostile = [text.replace("CANARY_FILE", str(canary)) for text in HOSTILE]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -109,7 +110,7 @@ def test_more_than_200_hostile_answers_are_bounded() -> None:
     wrapped = ["{}", "${}$", r"\boxed{{{}}}", r"\frac{{{}}}{{2}}", "The answer is {}.", "{}+x"]
     pairs = [("$5$", wrapper.format(text)) for text in HOSTILE for wrapper in wrapped]
     assert len(pairs) > 200
-    with Sandbox(seconds=0.3, workers=8) as sandbox:
+    with Verifier(seconds=0.3, workers=8) as sandbox:
         assert sandbox.verify([("$5$", "5")]) == ["right"]
         verdicts = sandbox.verify(pairs)
         assert sandbox.verify([("$5$", "5")]) == ["right"]
@@ -117,15 +118,15 @@ def test_more_than_200_hostile_answers_are_bounded() -> None:
     assert set(verdicts) <= set(get_args(Verdict)) - {"right", "unparsable"}
 
 
-def test_hostile_references_are_ungraded_and_not_wrong(sandbox: Sandbox) -> None:
+def test_hostile_references_are_ungraded_and_not_wrong(sandbox: Verifier) -> None:
     assert sandbox.verify([(r"\boxed{9^{9^9}}", "$5$"), ("???", "$5$")]) == ["timeout", "unparsable"]
 
 
-def test_a_harmless_answer_beside_a_hostile_one_gets_its_verdict(sandbox: Sandbox) -> None:
+def test_a_harmless_answer_beside_a_hostile_one_gets_its_verdict(sandbox: Verifier) -> None:
     assert sandbox.verify([HALF, TOWER, NOT_HALF, HALF]) == ["right", "timeout", "wrong", "right"]
 
 
-def test_many_threads_get_their_own_verdicts(sandbox: Sandbox) -> None:
+def test_many_threads_get_their_own_verdicts(sandbox: Verifier) -> None:
     questions = [[HALF, NOT_HALF][number % 2 :] for number in range(8)]
     with ThreadPoolExecutor(4) as pool:
         verdicts = list(pool.map(sandbox.verify, questions))
@@ -133,7 +134,7 @@ def test_many_threads_get_their_own_verdicts(sandbox: Sandbox) -> None:
 
 
 def test_the_sandbox_is_silent_and_leaves_an_outer_timer_alone(
-    sandbox: Sandbox, capfd: pytest.CaptureFixture[str]
+    sandbox: Verifier, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """math-verify's own timeouts cancel any alarm of the process that calls it."""
     handler = signal.getsignal(signal.SIGALRM)
@@ -149,7 +150,7 @@ def test_the_sandbox_is_silent_and_leaves_an_outer_timer_alone(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_the_server_does_not_inherit_secrets(sandbox: Sandbox) -> None:
+def test_the_server_does_not_inherit_secrets(sandbox: Verifier) -> None:
     sandbox.verify([HALF])
     environment = Path(f"/proc/{server_of(sandbox)}/environ").read_bytes()
     assert b"PYTHONHASHSEED=0" in environment
@@ -157,7 +158,7 @@ def test_the_server_does_not_inherit_secrets(sandbox: Sandbox) -> None:
     assert CANARY in os.environ["HF_TOKEN"]
 
 
-def test_an_interrupted_call_does_not_answer_the_next_one(sandbox: Sandbox) -> None:
+def test_an_interrupted_call_does_not_answer_the_next_one(sandbox: Verifier) -> None:
     """Late verdicts would be read as those of the next answers, all shifted."""
 
     class AlarmError(Exception):
@@ -182,7 +183,7 @@ def test_a_server_that_ends_is_replaced_once(dead: int, verdict: Verdict, monkey
     """It may have been killed by the system, and not by the answer."""
     servers: list[socket.socket] = []
 
-    def start(sandbox: Sandbox) -> socket.socket:
+    def start(sandbox: Verifier) -> socket.socket:
         sandbox._socket, server = socket.socketpair()
         servers.append(server)
         if len(servers) <= dead:
@@ -192,7 +193,7 @@ def test_a_server_that_ends_is_replaced_once(dead: int, verdict: Verdict, monkey
         return sandbox._socket
 
     monkeypatch.setattr(Sandbox, "_start", start)
-    with Sandbox() as sandbox:
+    with Verifier() as sandbox:
         assert sandbox.verify([HALF]) == [verdict]
     assert len(servers) == min(dead + 1, 2)
     for server in servers:
@@ -200,7 +201,7 @@ def test_a_server_that_ends_is_replaced_once(dead: int, verdict: Verdict, monkey
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="waits by pidfd")
-def test_a_forked_copy_has_its_own_server_that_dies_with_it(sandbox: Sandbox) -> None:
+def test_a_forked_copy_has_its_own_server_that_dies_with_it(sandbox: Verifier) -> None:
     """As in a DataLoader's worker: two processes on one socket would read each other's verdicts."""
     sandbox.verify([HALF])
     pipe, theirs = os.pipe()
@@ -229,7 +230,7 @@ def test_a_forked_copy_has_its_own_server_that_dies_with_it(sandbox: Sandbox) ->
 def test_a_sandbox_that_cannot_start_says_so(executable: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", executable)
     with pytest.raises(FaultError, match=r"the sandbox for math_verify did not start .*import math_verify"):
-        Sandbox().verify([HALF])
+        Verifier().verify([HALF])
 
 
 def compare_with(work: Callable[[str, str], Verdict], *, memory: int = resource.RLIM_INFINITY) -> list[Verdict]:
@@ -315,7 +316,7 @@ def in_this_process(reference: str, answer: str) -> Verdict:
     return "right" if verify(parse(reference), parse(answer)) else "wrong"
 
 
-def test_harmless_answers_get_the_verdicts_of_math_verify_in_this_process(sandbox: Sandbox) -> None:
+def test_harmless_answers_get_the_verdicts_of_math_verify_in_this_process(sandbox: Verifier) -> None:
     for pair in harmless(4 + len(FORMS))[::2]:
         assert sandbox.verify([pair]) == [in_this_process(*pair)], pair
 
@@ -323,7 +324,7 @@ def test_harmless_answers_get_the_verdicts_of_math_verify_in_this_process(sandbo
 @pytest.mark.slow
 def test_200_harmless_answers_get_the_verdicts_of_math_verify_in_this_process() -> None:
     pairs = harmless(200)
-    with Sandbox(seconds=10.0) as sandbox:
+    with Verifier(seconds=10.0) as sandbox:
         verdicts = sandbox.verify(pairs)
     assert verdicts == [in_this_process(*pair) for pair in pairs]
     assert 60 < verdicts.count("right") < 160, "the table must hold both kinds"

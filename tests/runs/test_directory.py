@@ -5,9 +5,10 @@ import yaml
 
 from bcft.config.keys import KEYS
 from bcft.errors import UsageError
-from bcft.runs.directory import RunDirectory
+from bcft.runs import directory as run_directory
+from bcft.runs.directory import PACKAGES, RunDirectory
 from bcft.runs.drift import GRADING, MODEL, remeasures, replays, retrains
-from bcft.runs.storage import write_json, write_manifest, write_text
+from bcft.runs.storage import read_json, write_json, write_manifest, write_text
 
 RECIPE = {"model_name_or_path": "m", "num_rounds": 2, "lora_r": 4, "use_peft": True, "success_func": "a.b", "seed": 0}
 
@@ -74,6 +75,66 @@ def checked(run):
     run.check_recipe()
     run.check_versions()
     return run
+
+
+def started(path, recipe, *, rounds=0, allow=False):
+    """Return the directory of a run that was started with a recipe, opened again."""
+    directory(path, {}, rounds=rounds)
+    run = RunDirectory(path, command="x", recipe=recipe, allow_drift=allow)
+    run.record([], "digest")
+    return run
+
+
+@pytest.mark.parametrize("named", ["path", "directory", "package"])
+def test_a_run_is_not_continued_with_other_weights_in_the_file_of_its_model(tmp_path, monkeypatch, named):
+    place = tmp_path / "site" / "has_a_file"
+    place.mkdir(parents=True)
+    (place / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    file = place / "m.gguf"
+    file.write_bytes(b"GGUF one")
+    recipe = {
+        "path": {"model_name_or_path": str(file)},
+        "directory": {"model_name_or_path": str(place), "gguf_file": "m.gguf"},
+        "package": {"model_name_or_path": "package:has_a_file/m.gguf"},
+    }[named]
+    strict = started(tmp_path / "strict", recipe)
+    allowed, with_rounds = (started(tmp_path / str(n), recipe, rounds=n, allow=True) for n in (0, 1))
+    for run in (strict, allowed, with_rounds):
+        run.check_versions()
+    file.write_bytes(b"GGUF three")
+    with pytest.raises(
+        UsageError, match=r"another GGUF file of the same name \(it had 8 bytes, SHA-256 \w{12}, now 10 "
+    ):
+        strict.check_versions()
+    allowed.check_versions()
+    assert allowed.drift == {"model_name_or_path"}
+    with pytest.raises(UsageError, match="its rounds were made with model_name_or_path: give another output_dir"):
+        with_rounds.check_versions()
+    file.unlink()  # the model is refused later, by name
+    strict.check_versions()
+
+
+@pytest.mark.parametrize("key", ["dataset_name", "replay_dataset"])
+def test_a_run_is_not_continued_with_another_version_of_what_makes_its_problems(tmp_path, monkeypatch, key):
+    monkeypatch.setattr(run_directory.metadata, "version", lambda name: {"reasoning-gym": "1"}.get(name, "7"))
+    run = started(tmp_path, {key: "reasoning-gym:chain_sum"})
+    run.check_versions()
+    monkeypatch.setattr(run_directory.metadata, "version", lambda name: {"reasoning-gym": "2"}.get(name, "7"))
+    with pytest.raises(UsageError, match=r"other versions or processes \(reasoning-gym was 1, now 2\)"):
+        run.check_versions()
+
+
+def test_packages_and_files_that_a_recipe_does_not_name_are_not_recorded_nor_missed(tmp_path):
+    run = started(tmp_path, {"model_name_or_path": "m", "dataset_name": "d"})
+    recorded = read_json(tmp_path / "versions.json")
+    assert tuple(recorded["packages"]) == PACKAGES
+    assert "weights" not in recorded
+    # A run from before they were recorded continues.
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    run.recipe = {"model_name_or_path": str(tmp_path / "m.gguf"), "dataset_name": "reasoning-gym:chain_sum"}
+    run.check_versions()
+    assert not run.drift
 
 
 def test_every_key_touches_what_its_section_says():

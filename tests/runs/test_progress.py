@@ -158,6 +158,33 @@ def test_after_the_end_there_is_no_thread_and_no_line_also_after_an_error(time, 
     assert threads() == []
 
 
+def test_an_interrupt_while_a_phase_opens_leaves_none_open(monkeypatch, printed):
+    add = progress._THREAD.add
+
+    def interrupted(phase):
+        add(phase)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(progress._THREAD, "add", interrupted)
+    with pytest.raises(KeyboardInterrupt), Progress("round 1, train"):
+        pytest.fail("the body began")
+    assert progress._THREAD.phases == threads() == printed == []
+
+
+def test_an_interrupt_before_the_thread_starts_leaves_no_phase_open(monkeypatch, time, printed):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", interrupted)
+        with pytest.raises(KeyboardInterrupt), Progress("round 1, train"):
+            pytest.fail("the body began")
+    assert progress._THREAD.phases == threads() == printed == []
+    with Progress("round 1, train"):
+        time.passes(FIRST)
+    assert [text for _, text in printed] == ["round 1, train: 10 s"]
+
+
 def test_a_line_is_one_write_and_the_output_may_close(monkeypatch, time):
     class Output(io.StringIO):
         broken = False
@@ -259,6 +286,26 @@ def test_on_a_terminal_there_are_bars_that_move_by_themselves_and_no_lines(monke
             time.passes(60)
     assert out.getvalue() == "round 1, train: 2 steps in 61 s, 30.5 s per step, loss 0.5000\n"
     assert err.getvalue().split("\r")[-2].strip() == ""
+
+
+def test_the_thread_never_shows_a_bar_that_is_being_replaced(monkeypatch, time):
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    safe = {}
+
+    class Bar(progress.tqdm):
+        def close(self):  # by hand, and once more when it is garbage
+            safe.setdefault(id(self), progress._THREAD.lock.locked() or not progress._THREAD.phases)
+            bars.append(self)
+            super().close()
+
+    bars = []  # kept, so that no id stands for two
+    monkeypatch.setattr(progress, "tqdm", Bar)
+    with Progress("round 1, train") as phase:
+        phase.turn_to("loading trl")
+        phase.count(4, "steps")
+        time.passes(1)
+    assert list(safe.values()) == [True] * 3
 
 
 @pytest.mark.parametrize("redirected", ["stdout", "stderr"])

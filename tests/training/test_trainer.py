@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 from helpers.tiny import llama_tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 from trl import SFTConfig
 
 from bcft.config.declare import LIBRARY
@@ -117,12 +117,31 @@ def test_four_rows_at_once_and_four_times_one_row_make_the_same_step(tmp_path, t
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-def test_groups_of_like_length_make_the_same_step_and_the_same_figures(tmp_path, tokenizer, monkeypatch):
+def mixture():
+    """Return a mixture of experts whose router has a loss of its own."""
+    torch.manual_seed(0)
+    return MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=VOCABULARY, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4,
+            num_key_value_heads=4, max_position_embeddings=64, num_local_experts=4, router_aux_loss_coef=0.5,
+            pad_token_id=0,
+        )
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("make", "fields"),
+    [(model, {}), (model, {"label_smoothing_factor": 0.1}), (model, {"neftune_noise_alpha": 5.0}), (mixture, {})],
+    ids=["plain", "label smoothing", "NEFTune", "mixture of experts"],
+)
+def test_groups_of_like_length_make_the_same_step_and_the_same_figures(tmp_path, tokenizer, monkeypatch, make, fields):
     monkeypatch.setattr("bcft.training.lean.GROUP_TOKENS", 12)
     given = examples(8)
     results = []
     for lean in (False, True):
-        made = trainer(model(), tmp_path, tokenizer, given=given, per_device_train_batch_size=4, max_steps=2)
+        made = trainer(
+            make(), tmp_path, tokenizer, given=given, per_device_train_batch_size=4, max_steps=2, **fields
+        )  # fmt: skip
         made.lean = lean
         fitted = fit(made, given)
         logged = [(e["loss"], e["entropy"], e["mean_token_accuracy"]) for e in made.state.log_history if "entropy" in e]
