@@ -118,7 +118,7 @@ def check(name: str, path: Path, *, four_bits: bool) -> str:
         number = read_gguf_metadata(str(path))[0].get("general.file_type")
     except DAMAGE as error:
         raise unreadable(name, error) from error
-    known = {int(kind): kind.name for kind in LlamaFileType}
+    known: dict[int, str] = {int(kind): str(kind.name) for kind in LlamaFileType}
     return known.get(number, "").removeprefix("MOSTLY_").removeprefix("ALL_")
 
 
