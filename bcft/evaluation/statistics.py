@@ -88,7 +88,8 @@ def paired(first: Sequence[float], second: Sequence[float], *, scale: tuple[floa
     The standard error is that of the per-problem differences: Miller 2024 (https://arxiv.org/abs/2411.00640), "Paired
     analysis". p is normal, and never below the 2^(1-n) that a sign-flip test of n pairs could reach; with fewer
     than `FEWEST_PAIRS` problems the interval is (-1, 1) and p is 1. Where all differences are equal, the interval is as
-    wide as that of an event seen in none of n problems: a sample without spread does not prove that there is none.
+    wide as that of an event seen in none of n problems, and p agrees with it: a sample without spread does not prove
+    that there is none.
     """
     if len(first) != len(second):
         raise ValueError(f"paired rates must be of the same problems: {len(first)} != {len(second)}")
@@ -102,7 +103,7 @@ def paired(first: Sequence[float], second: Sequence[float], *, scale: tuple[floa
         return Paired(delta, -1.0, 1.0, 1.0)
     error = _standard_error(differences)
     half = _quantile(0.95) * error if error else wilson(0, n)[1]
-    p = 2 * NormalDist().cdf(-abs(delta) / error) if error else float(delta == 0)
+    p = 2 * NormalDist().cdf(-abs(delta) * _quantile(0.95) / half)
     return Paired(delta, max(-1.0, delta - half), min(1.0, delta + half), max(p, 2.0 ** (1 - n)))
 
 

@@ -7,6 +7,7 @@ Rows are right-aligned: a cache of width W holds a row's n tokens in its last n 
 leave and be trimmed together.
 """
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,10 +24,12 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer
 
-from bcft.generation.kv_cache import GrowingLayer, Sessions, cached_numbers_per_token, select_rows, stack
+from bcft.generation import kv_cache
+from bcft.generation.kv_cache import GrowingLayer, Sessions, aligned, select_rows, stack
 from bcft.generation.noise import identity_seed, sample
 from bcft.policy import cpu
 from bcft.policy.shape import context_length
+from bcft.policy.text_ids import common_beginning
 from bcft.types import Action, Request, Sampling, Stop
 
 _COMPACT_EVERY = 8
@@ -35,7 +38,8 @@ _PREFILL_TOKENS = 16_384
 """Padded prompt tokens in one forward pass of prompts."""
 _CPU_PREFILL_TOKENS = 1_024
 """The same for a model on a CPU that is not small: more are no faster, and have more padding."""
-_MOST_ROWS = 512
+_LEAST_SHARED = 8
+"""Tokens at the beginning of all prompts from which on a large model on a CPU reads them once."""
 
 
 @dataclass
@@ -98,7 +102,10 @@ class HFEngine:
         self.keep_sessions = keep_sessions
         self.sessions = Sessions()
         self.context = context_length(model.config)
-        self.prefill_tokens = _CPU_PREFILL_TOKENS if cpu.is_large(model) else _PREFILL_TOKENS
+        large = cpu.is_large(model)
+        self.prefill_tokens = _CPU_PREFILL_TOKENS if large else _PREFILL_TOKENS
+        self.least_shared = _LEAST_SHARED if large else sys.maxsize
+        self.joins = all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Action]:
         """Yield one action for each request, in the order they finish.
@@ -179,12 +186,11 @@ class HFEngine:
 
     def _parts(self, requests: list[Request]) -> Iterator[list[Request]]:
         """Yield requests, the longest contexts first, by forward passes of prompts; all at once if rows cannot join."""
-        joins = all(type(layer) is DynamicLayer for layer in DynamicCache(config=self.model.config).layers)
         part: list[Request] = []
         contexts: set[tuple[int, ...]] = set()
         for request in requests:
             contexts.add(request.context_ids)
-            if joins and len(contexts) > 1 and len(contexts) * len(part[0].context_ids) > self.prefill_tokens:
+            if self.joins and len(contexts) > 1 and len(contexts) * len(part[0].context_ids) > self.prefill_tokens:
                 yield part
                 part, contexts = [], {request.context_ids}
             part.append(request)
@@ -212,48 +218,63 @@ class HFEngine:
         All read as many tokens as the conversation with the most new ones, the others some of their own again, so that
         the new tokens of all rows are in the same columns.
         """
-        device = self.model.device
         known = [self.sessions.known(request) for request in requests]
         new = max(len(r.context_ids) - n for r, n in zip(requests, known, strict=True))
         lengths = [len(r.context_ids) - new for r in requests]
         if min(lengths) < 1:  # a context is no longer than the new part of another
             return self._prefill(requests, sampling, warpers)
-        width = max(lengths)
-        cache = DynamicCache(config=self.model.config)
-        cache.layers = self.sessions.layers(requests, lengths)
-        mask = torch.tensor([[0] * (width - have) + [1] * (have + new) for have in lengths], device=device)
-        logits = self.model(
-            input_ids=torch.tensor([r.context_ids[-new:] for r in requests], device=device),
-            attention_mask=mask,
-            position_ids=(mask.cumsum(1) - 1)[:, -new:],
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
-        return self._rows(requests, cache, mask, logits, sampling, warpers)
+        contexts = [request.context_ids for request in requests]
+        return self._rows(requests, *self._read(contexts, self.sessions.layers(requests, lengths)), sampling, warpers)
 
     @torch.no_grad()
     def _prefill(self, requests: list[Request], sampling: Sampling, warpers: LogitsProcessorList) -> _Rows:
-        device = self.model.device
         contexts = list(dict.fromkeys(request.context_ids for request in requests))
+        layers: list[GrowingLayer] = []
+        if lengths := self._shared(contexts):
+            read, _, _ = self._read([contexts[0][: max(lengths)]], [])
+            prefix = tuple((layer.keys[0], layer.values[0]) for layer in read.layers)
+            layers = aligned([prefix] * len(contexts), lengths)
+        cache, mask, logits = self._read(contexts, layers)
+        place = {context: index for index, context in enumerate(contexts)}
+        expand = torch.tensor([place[request.context_ids] for request in requests], device=self.model.device)
+        select_rows(cache, expand)
+        return self._rows(requests, cache, mask[expand], logits[expand], sampling, warpers)
+
+    def _shared(self, contexts: list[tuple[int, ...]]) -> list[int]:
+        """Return how many tokens of each context are read once for all of them, such as a system prompt.
+
+        Empty where that is not worth it. A context shorter than the longest reads some of the shared tokens again, so
+        that the others of all contexts are in the same columns.
+        """
+        shared = min(common_beginning(contexts), *(len(context) - 1 for context in contexts))
+        new = max(map(len, contexts)) - shared
+        lengths = [len(context) - new for context in contexts]
+        return lengths if self.joins and len(contexts) > 1 and min(lengths) >= self.least_shared else []
+
+    def _read(
+        self, contexts: Sequence[tuple[int, ...]], layers: list[GrowingLayer]
+    ) -> tuple[DynamicCache, torch.Tensor, torch.Tensor]:
+        """Read contexts to their ends; return the cache, its mask (B, W) and the logits (B, V) of the next tokens.
+
+        layers: a cache of the beginning of each context, which may be left out; all but as many tokens of each context
+        as the longest has beyond its own.
+        """
+        cache, device = DynamicCache(config=self.model.config), self.model.device
+        if self.joins:
+            cache.layers = layers or [GrowingLayer() for _ in cache.layers]
         width = max(map(len, contexts))
-        padded = [(self.pad_id,) * (width - len(c)) + c for c in contexts]
+        held = layers[0].keys.shape[2] if layers else 0
+        padded = [((self.pad_id,) * (width - len(c)) + c)[held:] for c in contexts]
         mask = torch.tensor([[0] * (width - len(c)) + [1] * len(c) for c in contexts], device=device)
-        cache = DynamicCache(config=self.model.config)
-        if all(type(layer) is DynamicLayer for layer in cache.layers):
-            cache.layers = [GrowingLayer() for _ in cache.layers]
         logits = self.model(
             input_ids=torch.tensor(padded, device=device),
             attention_mask=mask,
-            position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+            position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, held:],
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
         ).logits[:, -1]
-        place = {context: index for index, context in enumerate(contexts)}
-        expand = torch.tensor([place[request.context_ids] for request in requests], device=device)
-        select_rows(cache, expand)
-        return self._rows(requests, cache, mask[expand], logits[expand], sampling, warpers)
+        return cache, mask, logits
 
     def _rows(
         self,
@@ -308,18 +329,8 @@ class HFEngine:
         config = self.model.config.get_text_config()
         tokens = max(min(len(r.context_ids) + r.max_new_tokens, self.context) for r in requests)
         free = torch.cuda.mem_get_info()[0] // 2 if self.model.device.type == "cuda" else 2**30
-        cached = cached_numbers_per_token(config)
-        return rows_that_fit(cached=cached, vocabulary=config.vocab_size, tokens=tokens, free=free)
-
-
-def rows_that_fit(*, cached: int, vocabulary: int, tokens: int, free: int) -> int:
-    """Return how many attempts can be decoded together.
-
-    cached: count of numbers in the keys and values of one token; tokens: of an attempt; free: bytes.
-    """
-    # Twice the cache, since growing it copies; six fp32 rows of the vocabulary for warpers and noise.
-    each = 2 * cached * tokens * 4 + 6 * 4 * vocabulary
-    return max(1, min(_MOST_ROWS, free // each))
+        cached = kv_cache.cached_numbers_per_token(config)
+        return kv_cache.rows_that_fit(cached=cached, vocabulary=config.vocab_size, tokens=tokens, free=free)
 
 
 def _warpers(sampling: Sampling) -> LogitsProcessorList:

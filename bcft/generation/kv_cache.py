@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
@@ -11,6 +11,7 @@ from bcft.types import Request
 
 _SPARE_COLUMNS = 64
 """Tokens by which a cache can grow before it is copied into larger buffers."""
+_MOST_ROWS = 512
 SESSION_BYTES = 2**30
 """The most that caches of conversations hold between two turns; without a cache the whole context is read again."""
 
@@ -23,6 +24,16 @@ def cached_numbers_per_token(config: Any) -> int:
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return int(2 * text.num_hidden_layers * heads * size)
+
+
+def rows_that_fit(*, cached: int, vocabulary: int, tokens: int, free: int) -> int:
+    """Return how many attempts can be decoded together.
+
+    cached: count of numbers in the keys and values of one token; tokens: of an attempt; free: bytes.
+    """
+    # Twice the cache, since growing it copies; six fp32 rows of the vocabulary for warpers and noise.
+    each = 2 * cached * tokens * 4 + 6 * 4 * vocabulary
+    return max(1, min(_MOST_ROWS, free // each))
 
 
 class GrowingLayer(DynamicLayer):  # type: ignore[misc]
@@ -78,12 +89,16 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         self.keys, self.values = (buffer[:, :, self.first : self.end] for buffer in self.buffers)
 
 
+States: TypeAlias = tuple[tuple[torch.Tensor, torch.Tensor], ...]
+"""Each layer's keys (H, n, D) and values (H, n, E) of n tokens."""
+
+
 @dataclass(frozen=True)
 class _Session:
-    """Token ids in the cache, and each layer's keys (H, n, D) and values (H, n, E) of them."""
+    """Token ids in the cache, and their states."""
 
     ids: tuple[int, ...]
-    states: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+    states: States
 
     @property
     def bytes(self) -> int:
@@ -131,17 +146,21 @@ class Sessions:
 
     def layers(self, requests: Sequence[Request], lengths: Sequence[int]) -> list[GrowingLayer]:
         """Return the layers of a cache that holds the first `lengths[i]` tokens of each request i's context."""
-        sessions = [self.kept[request.session] for request in requests if request.session is not None]
-        width, layers = max(lengths), []
-        for index, first in enumerate(sessions[0].states):
-            states = [part.new_zeros(len(requests), part.shape[0], width, part.shape[2]) for part in first]
-            for row, (length, session) in enumerate(zip(lengths, sessions, strict=True)):
-                for part, kept in zip(states, session.states[index], strict=True):
-                    part[row, :, width - length :] = kept[:, :length]
-            layer = GrowingLayer()
-            layer.update(*states)
-            layers.append(layer)
-        return layers
+        return aligned([self.kept[r.session].states for r in requests if r.session is not None], lengths)
+
+
+def aligned(rows: Sequence[States], lengths: Sequence[int]) -> list[GrowingLayer]:
+    """Return the layers of a cache whose row i ends in the first `lengths[i]` tokens of states i."""
+    width, layers = max(lengths), []
+    for index, first in enumerate(rows[0]):
+        states = [part.new_zeros(len(rows), part.shape[0], width, part.shape[2]) for part in first]
+        for row, (length, known) in enumerate(zip(lengths, rows, strict=True)):
+            for part, kept in zip(states, known[index], strict=True):
+                part[row, :, width - length :] = kept[:, :length]
+        layer = GrowingLayer()
+        layer.update(*states)
+        layers.append(layer)
+    return layers
 
 
 def select_rows(cache: Any, rows: torch.Tensor) -> None:

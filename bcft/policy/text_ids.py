@@ -94,3 +94,9 @@ class TextIds:
 
     def _decode(self, ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+
+
+def common_beginning(rows: Sequence[Sequence[int]]) -> int:
+    """Return how many ids all rows begin with alike."""
+    different = (i for i, ids in enumerate(zip(*rows, strict=False)) if len(set(ids)) > 1)
+    return next(different, min(map(len, rows)))

@@ -9,8 +9,7 @@ import torch
 
 from bcft.config.schema import ModelSettings, TrainingSettings
 from bcft.evaluation.held_out import LOSS_TOKENS
-from bcft.generation.hf import rows_that_fit
-from bcft.generation.kv_cache import cached_numbers_per_token
+from bcft.generation.kv_cache import cached_numbers_per_token, rows_that_fit
 from bcft.policy.adapters import trained_parameters
 from bcft.policy.checks import check_four_bits
 from bcft.policy.precision import Precision

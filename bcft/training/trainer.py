@@ -26,7 +26,7 @@ from bcft.policy import cpu
 from bcft.runs.progress import Progress
 from bcft.runs.storage import MANIFEST, committed, read_json, storage, write_manifest
 from bcft.training.callbacks import AtTheEnd, CountSteps, StopGently
-from bcft.training.lean import by_length, labeled_positions_only
+from bcft.training.lean import isolates, labeled_positions_only, pack
 from bcft.types import IGNORED, TrainingExample
 
 
@@ -38,6 +38,7 @@ class BCTrainer(SFTTrainer):  # type: ignore[misc]
     """
 
     initial_optimizer_state: Mapping[str, torch.Tensor] | None = None
+    _total_train_tokens: int
 
     def __init__(
         self,
@@ -70,21 +71,24 @@ class BCTrainer(SFTTrainer):  # type: ignore[misc]
         # A small model gains nothing, and its weights are known to the bit.
         self.lean = cpu.is_large(self.model)
         # The loss of a mixture's router is a mean over the batch, and the noise of NEFTune depends on the padded width.
-        self.separable = not self.aux_loss_enabled and not args.neftune_noise_alpha
+        base = self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
+        self.packs = self.lean and not self.aux_loss_enabled and not args.neftune_noise_alpha and isolates(base)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """Run one micro-batch; raise DivergedError, on every process, before a bad gradient reaches the weights.
 
-        On a CPU its rows are run in groups of like length, to the same loss and gradient but for rounding.
+        On a CPU its rows are packed, to the same loss and gradient but for rounding.
         """
-        alone = self.accelerator.num_processes == 1 and num_items_in_batch is not None
-        grouped = self.lean and self.separable and alone
-        groups = by_length(inputs) if grouped else [inputs]
+        packs = self.packs and self.accelerator.num_processes == 1 and num_items_in_batch is not None
+        groups, before = pack(inputs) if packs else [inputs], self._total_train_tokens
         with labeled_positions_only() if self.lean else nullcontext():
             losses = [super(BCTrainer, self).training_step(model, group, num_items_in_batch) for group in groups]
         loss = torch.stack(losses).sum()
-        if len(groups) > 1:
+        if packs:
             _join(self._metrics["train"], [int((group["labels"] != IGNORED).sum()) for group in groups])
+            # TRL would count what the mask holds.
+            self._total_train_tokens = before + int(inputs["attention_mask"].sum())
+            self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
         if not bool(torch.isfinite(self.accelerator.reduce(loss.detach()))):
             raise DivergedError(
                 f"step {self.state.global_step + 1}: the loss is not finite, and no weights were saved from "

@@ -21,7 +21,7 @@ from bcft.evaluation import held_out
 from bcft.evaluation.budget import samples_of
 from bcft.evaluation.held_out import evaluate, evaluation_key, held_out_loss, measure
 from bcft.evaluation.results import compare, stored
-from bcft.generation import hf
+from bcft.generation import kv_cache
 from bcft.policy.chat_template import Renderer
 from bcft.policy.loading import Policy, Precision
 from bcft.rollout import sample
@@ -79,7 +79,7 @@ def always(completions, **_):
 
 def test_problems_one_by_one_are_attempted_as_in_batches(evaluated, monkeypatch):
     together = evaluated()
-    monkeypatch.setattr(hf, "_MOST_ROWS", 1)
+    monkeypatch.setattr(kv_cache, "_MOST_ROWS", 1)
     assert evaluated().attempts == together.attempts
 
 

@@ -1,5 +1,7 @@
 """The `hf` engine: tokens are a function of the attempt's identity, and nothing else."""
 
+import dataclasses
+
 import pytest
 import torch
 from helpers.sampling import VOCABULARY, random_llama, requests, tokens
@@ -34,6 +36,26 @@ def test_a_prefill_shared_by_all_samples_gives_the_tokens_of_one_for_each(model)
     given = requests(n=8, samples=4)
     alone = {key: action for request in given for key, action in tokens(model, [request]).items()}
     assert tokens(model, given) == alone
+
+
+@pytest.mark.parametrize("rows", [5, 64])
+@pytest.mark.parametrize("part", [60, 10_000])
+def test_a_beginning_that_all_prompts_share_is_read_once_and_no_token_changes(model, monkeypatch, rows, part):
+    monkeypatch.setattr(hf.cpu, "is_large", lambda _: True)
+    monkeypatch.setattr(hf, "_CPU_PREFILL_TOKENS", part)
+    system = tuple(range(2, 22))
+    given = [dataclasses.replace(r, context_ids=(*system, *r.context_ids)) for r in requests(n=10)]
+    with monkeypatch.context() as patch:
+        patch.setattr(hf, "_LEAST_SHARED", 10_000)
+        expected = tokens(model, given, rows=rows)
+    read = []
+    handle = model.register_forward_pre_hook(lambda _, __, kwargs: read.append(kwargs["input_ids"]), with_kwargs=True)
+    try:
+        assert tokens(model, given, rows=rows) == expected
+    finally:
+        handle.remove()
+    assert sum(ids.tolist() == [list(system)] for ids in read) >= 1
+    assert all(ids.shape[1] <= 14 for ids in read if ids.shape[0] > 1)
 
 
 def test_the_order_of_requests_changes_no_token(model):

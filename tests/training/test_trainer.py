@@ -1,5 +1,6 @@
 """The trainer: its loss is the token mean, its steps do not depend on micro-batches, and it stops when it should."""
 
+import dataclasses
 import signal
 from pathlib import Path
 
@@ -134,17 +135,22 @@ def mixture():
     [(model, {}), (model, {"label_smoothing_factor": 0.1}), (model, {"neftune_noise_alpha": 5.0}), (mixture, {})],
     ids=["plain", "label smoothing", "NEFTune", "mixture of experts"],
 )
-def test_groups_of_like_length_make_the_same_step_and_the_same_figures(tmp_path, tokenizer, monkeypatch, make, fields):
-    monkeypatch.setattr("bcft.training.lean.GROUP_TOKENS", 12)
-    given = examples(8)
+def test_packed_rows_make_the_same_step_and_the_same_figures(tmp_path, tokenizer, monkeypatch, make, fields):
+    monkeypatch.setattr("bcft.training.lean.GROUP_TOKENS", 24)
+    system = (7, 8, 9)
+    given = [
+        dataclasses.replace(e, input_ids=(*system, *e.input_ids), labels=(*[IGNORED] * len(system), *e.labels))
+        for e in examples(8)
+    ]
     results = []
     for lean in (False, True):
+        monkeypatch.setattr("bcft.policy.cpu.is_large", lambda _, lean=lean: lean)
         made = trainer(
             make(), tmp_path, tokenizer, given=given, per_device_train_batch_size=4, max_steps=2, **fields
         )  # fmt: skip
-        made.lean = lean
         fitted = fit(made, given)
-        logged = [(e["loss"], e["entropy"], e["mean_token_accuracy"]) for e in made.state.log_history if "entropy" in e]
+        names = ("loss", "entropy", "mean_token_accuracy", "num_tokens")
+        logged = [[entry[name] for name in names] for entry in made.state.log_history if "entropy" in entry]
         results.append((made.model.state_dict(), logged, fitted.loss))
     plain, grouped = results
     for name, weight in plain[0].items():
