@@ -9,7 +9,8 @@ from helpers.tiny import gsm8k, llama_tokenizer, save_llama, write_jsonl
 from peft import get_peft_model
 
 from bcft.config.loader import load
-from bcft.generation.hf import HFEngine, rows_that_fit
+from bcft.generation.hf import HFEngine
+from bcft.generation.kv_cache import rows_that_fit
 from bcft.policy.loading import Precision, load_model, load_policy, lora_config, with_adapter
 from bcft.reporting.memory import memory, outline
 from bcft.types import Request, Sampling
