@@ -1,8 +1,8 @@
 """What makes a model fast on a CPU: oneDNN's matrix products, and memory that the process keeps.
 
 torch takes MKL's products in fp32, and oneDNN's for compiled models only. MKL runs AVX2 code on AMD processors that
-have AVX-512: oneDNN is more than twice as fast there, and no slower elsewhere (`tests/benchmarks/README.md`). Weights,
-gradients and what is saved stay as they are.
+have AVX-512, which oneDNN uses (`tests/benchmarks/real_model.py` compares both). Weights, gradients and what is saved
+stay as they are.
 """
 
 import ctypes
@@ -46,6 +46,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Return the gradients of x, weight and bias, given that of the output (..., N); None where none is wanted."""
         x, weight = ctx.saved_tensors
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad
         rows = gradient.reshape(-1, gradient.shape[-1])
