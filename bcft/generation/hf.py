@@ -13,20 +13,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import (
-    DynamicCache,
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import DynamicCache, LogitsProcessorList
 from transformers.cache_utils import DynamicLayer
 
 from bcft.generation import kv_cache
-from bcft.generation.kv_cache import GrowingLayer, Sessions, aligned, select_rows, stack
+from bcft.generation.kv_cache import GrowingLayer, Sessions, States, aligned, length_of, select_rows, stack
 from bcft.generation.noise import identity_seed, sample
+from bcft.generation.processors import processors
 from bcft.policy import cpu
 from bcft.policy.shape import context_length
 from bcft.policy.text_ids import common_beginning
@@ -41,7 +34,7 @@ _CPU_PREFILL_TOKENS = 1_024
 _MOST_DONE = 0.125
 """The share of finished rows from which on a large model on a CPU drops them at once: there a look at them is free."""
 _LEAST_SHARED = 8
-"""Tokens at the beginning of all prompts from which on a large model on a CPU reads them once."""
+"""Tokens at the beginning of all contexts from which on a large model on a CPU reads them once."""
 
 
 @dataclass
@@ -145,12 +138,12 @@ class HFEngine:
 
     def _decode(self, requests: list[Request], sampling: Sampling, rows: int) -> Iterator[Action]:
         """Decode requests, equal contexts adjacent, with at most `rows` rows at a time."""
-        warpers = _warpers(sampling)
-        waiting, active = requests, None
+        warpers = processors(sampling)
+        waiting, active, beginning = requests, None, self._beginning(requests)
         while waiting or active:
             free = rows - (len(active.requests) if active else 0)
             if waiting and (active is None or (free >= max(1, rows // 4) and _can_trim(active.cache))):
-                waiting, joined = self._admit(waiting, free, sampling, warpers)
+                waiting, joined = self._admit(waiting, free, beginning, sampling, warpers)
                 if active is None:
                     active = joined
                 else:
@@ -165,7 +158,7 @@ class HFEngine:
             active = _unfinished(active)
 
     def _admit(
-        self, waiting: list[Request], free: int, sampling: Sampling, warpers: LogitsProcessorList
+        self, waiting: list[Request], free: int, beginning: States, sampling: Sampling, warpers: LogitsProcessorList
     ) -> tuple[list[Request], _Rows]:
         """Prefill as many waiting requests as fit into the free rows; return the others and the new rows."""
         chosen, contexts = 0, set()
@@ -174,26 +167,36 @@ class HFEngine:
             if len(contexts) > 1 and len(contexts) * len(waiting[0].context_ids) > _PREFILL_TOKENS:
                 break
             chosen += 1
-        return waiting[chosen:], self._begin(waiting[:chosen], sampling, warpers)
+        return waiting[chosen:], self._begin(waiting[:chosen], beginning, sampling, warpers)
 
-    def _begin(self, requests: list[Request], sampling: Sampling, warpers: LogitsProcessorList) -> _Rows:
+    def _begin(
+        self, requests: list[Request], beginning: States, sampling: Sampling, warpers: LogitsProcessorList
+    ) -> _Rows:
         """Read the contexts of requests: only the new tokens of those that continue a session."""
         known = [request for request in requests if self.sessions.known(request)]
         continued = {request.key for request in known}
         parts = [self._resume(known, sampling, warpers)] if known else []
-        for fresh in self._parts([request for request in requests if request.key not in continued]):
-            parts.append(self._prefill(fresh, sampling, warpers))
+        fresh = [request for request in requests if request.key not in continued]
+        for part in self._parts(fresh, known=length_of(beginning)):
+            parts.append(self._prefill(part, beginning, sampling, warpers))
         for part in parts[1:]:
             parts[0].join(part)
         return parts[0]
 
-    def _parts(self, requests: list[Request]) -> Iterator[list[Request]]:
-        """Yield requests, the longest contexts first, by forward passes of prompts; all at once if rows cannot join."""
+    def _parts(self, requests: list[Request], *, known: int) -> Iterator[list[Request]]:
+        """Yield requests, the longest contexts first, by forward passes of prompts; all at once if rows cannot join.
+
+        known: tokens at the beginning of all contexts that are read already.
+        """
         part: list[Request] = []
         contexts: set[tuple[int, ...]] = set()
         for request in requests:
             contexts.add(request.context_ids)
-            if self.joins and len(contexts) > 1 and len(contexts) * len(part[0].context_ids) > self.prefill_tokens:
+            if (
+                self.joins
+                and len(contexts) > 1
+                and len(contexts) * (len(part[0].context_ids) - known) > self.prefill_tokens
+            ):
                 yield part
                 part, contexts = [], {request.context_ids}
             part.append(request)
@@ -225,34 +228,37 @@ class HFEngine:
         new = max(len(r.context_ids) - n for r, n in zip(requests, known, strict=True))
         lengths = [len(r.context_ids) - new for r in requests]
         if min(lengths) < 1:  # a context is no longer than the new part of another
-            return self._prefill(requests, sampling, warpers)
+            return self._prefill(requests, (), sampling, warpers)
         contexts = [request.context_ids for request in requests]
         return self._rows(requests, *self._read(contexts, self.sessions.layers(requests, lengths)), sampling, warpers)
 
     @torch.no_grad()
-    def _prefill(self, requests: list[Request], sampling: Sampling, warpers: LogitsProcessorList) -> _Rows:
+    def _beginning(self, requests: list[Request]) -> States:
+        """Read what all contexts that are not cached begin with, such as a system prompt; empty if not worth it."""
+        contexts = list({request.context_ids for request in requests if not self.sessions.known(request)})
+        if not self.joins or len(contexts) < 2:
+            return ()
+        shared = min(common_beginning(contexts), *(len(context) - 1 for context in contexts))
+        if shared < self.least_shared:
+            return ()
+        cache, _, _ = self._read([contexts[0][:shared]], [])
+        return tuple((layer.keys[0], layer.values[0]) for layer in cache.layers)
+
+    @torch.no_grad()
+    def _prefill(
+        self, requests: list[Request], beginning: States, sampling: Sampling, warpers: LogitsProcessorList
+    ) -> _Rows:
         contexts = list(dict.fromkeys(request.context_ids for request in requests))
-        layers: list[GrowingLayer] = []
-        if lengths := self._shared(contexts):
-            read, _, _ = self._read([contexts[0][: max(lengths)]], [])
-            prefix = tuple((layer.keys[0], layer.values[0]) for layer in read.layers)
-            layers = aligned([prefix] * len(contexts), lengths)
+        # A context shorter than the longest reads some of the beginning again, so that the new tokens of all contexts
+        # are in the same columns.
+        new = max(map(len, contexts)) - length_of(beginning)
+        lengths = [len(context) - new for context in contexts]
+        layers = aligned([beginning] * len(contexts), lengths) if beginning and min(lengths) > 0 else []
         cache, mask, logits = self._read(contexts, layers)
         place = {context: index for index, context in enumerate(contexts)}
         expand = torch.tensor([place[request.context_ids] for request in requests], device=self.model.device)
         select_rows(cache, expand)
         return self._rows(requests, cache, mask[expand], logits[expand], sampling, warpers)
-
-    def _shared(self, contexts: list[tuple[int, ...]]) -> list[int]:
-        """Return how many tokens of each context are read once for all of them, such as a system prompt.
-
-        Empty where that is not worth it. A context shorter than the longest reads some of the shared tokens again, so
-        that the others of all contexts are in the same columns.
-        """
-        shared = min(common_beginning(contexts), *(len(context) - 1 for context in contexts))
-        new = max(map(len, contexts)) - shared
-        lengths = [len(context) - new for context in contexts]
-        return lengths if self.joins and len(contexts) > 1 and min(lengths) >= self.least_shared else []
 
     def _read(
         self, contexts: Sequence[tuple[int, ...]], layers: list[GrowingLayer]
@@ -334,22 +340,6 @@ class HFEngine:
         free = torch.cuda.mem_get_info()[0] // 2 if self.model.device.type == "cuda" else 2**30
         cached = kv_cache.cached_numbers_per_token(config)
         return kv_cache.rows_that_fit(cached=cached, vocabulary=config.vocab_size, tokens=tokens, free=free)
-
-
-def _warpers(sampling: Sampling) -> LogitsProcessorList:
-    """Return transformers' own processors, in the order `generate` applies them."""
-    warpers = LogitsProcessorList()
-    if sampling.repetition_penalty != 1.0:
-        warpers.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
-    if sampling.temperature not in (0.0, 1.0):
-        warpers.append(TemperatureLogitsWarper(sampling.temperature))
-    if sampling.top_k > 0:
-        warpers.append(TopKLogitsWarper(sampling.top_k))
-    if sampling.top_p < 1.0:
-        warpers.append(TopPLogitsWarper(sampling.top_p))
-    if sampling.min_p > 0.0:
-        warpers.append(MinPLogitsWarper(sampling.min_p))
-    return warpers
 
 
 def _sample_tokens(rows: _Rows, logits: torch.Tensor, sampling: Sampling, warpers: LogitsProcessorList) -> None:

@@ -90,7 +90,12 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
 
 
 States: TypeAlias = tuple[tuple[torch.Tensor, torch.Tensor], ...]
-"""Each layer's keys (H, n, D) and values (H, n, E) of n tokens."""
+"""Each layer's keys (H, n, D) and values (H, n, E) of n tokens; empty: of none."""
+
+
+def length_of(states: States) -> int:
+    """Return how many tokens these are the states of."""
+    return states[0][0].shape[1] if states else 0
 
 
 @dataclass(frozen=True)
