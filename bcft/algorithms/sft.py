@@ -7,7 +7,7 @@ them: with the last evaluation, whose attempts are journaled as well.
 import dataclasses
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from bcft.data.loading import Splits
 from bcft.errors import UsageError
 from bcft.evaluation.budget import samples_of, test_attempts
 from bcft.evaluation.held_out import measure
-from bcft.evaluation.results import stored
+from bcft.evaluation.results import Measured, stored
 from bcft.policy.chat_template import Renderer
 from bcft.policy.loading import (
     Policy,
@@ -85,18 +85,7 @@ def sft(
     session.directory.record(held_out, splits.digest, functions=scorer.described)
 
     # 2. The policy as it is, on problems that are not in training.
-    samples = samples_of(config.evaluation, "test", graded=scorer.measures != "nothing")
-    if attempts := test_attempts(len(splits.test), len(splits.harder), samples):
-        session.say(f"evaluation: {attempts:,} attempts before training and as many after")
-    evaluate = partial(
-        measure,
-        splits=splits,
-        settings=rollouts,
-        split="test",
-        samples=samples,
-        scorer=scorer,
-        examples=rows.test,
-    )
+    evaluate = _evaluation(config, splits, session, rows=rows, rollouts=rollouts, scorer=scorer)
     label = session.label("base, test")
     start = time.perf_counter()
     base = stored(base_directory) or evaluate(policy, directory=base_directory, label=label)
@@ -120,6 +109,24 @@ def sft(
     following = config.evaluating(config.training.output_dir)
     session.say(f"The model is in {session.path}" + (f"; next: {following}" if following else ""))
     return metrics
+
+
+def _evaluation(
+    config: Config, splits: Splits, session: Session, *, rows: Rows, rollouts: RolloutSettings, scorer: Scorer
+) -> Callable[..., Measured]:
+    """Return the evaluation on test, of a policy and a directory; say how many attempts it takes."""
+    samples = samples_of(config.evaluation, "test", graded=scorer.measures != "nothing")
+    if attempts := test_attempts(len(splits.test), len(splits.harder), samples):
+        session.say(f"evaluation: {attempts:,} attempts before training and as many after")
+    return partial(
+        measure,
+        splits=splits,
+        settings=rollouts,
+        split="test",
+        samples=samples,
+        scorer=scorer,
+        examples=rows.test,
+    )
 
 
 def _rows(config: Config, splits: Splits, session: Session) -> Rows:

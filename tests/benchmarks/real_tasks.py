@@ -9,7 +9,6 @@ recipes/smollm2/README.md.
 """
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
@@ -64,7 +63,7 @@ def base(output: Path) -> None:
         keys = [f"dataset_name=reasoning-gym:{task}", f"dataset_args={arguments}", "eval_test_problems=50"]
         place = output / f"base-{task}"
         metrics = run("evaluate", "smollm2/filtered_bc.yaml", place, *keys, "dataset_train_split=train[:1]")
-        result = json.loads((place / "evaluate" / "evaluation.json").read_text(encoding="utf-8")) if metrics else {}
+        result = metrics["model"]
         figures = (result["greedy"]["success"], result["sampled"]["pass@1"], result["stop_rate"])
         print(f"| {task} | `{arguments}` | {' | '.join(f'{100 * figure:.1f}' for figure in figures)} |", flush=True)
 
