@@ -177,8 +177,8 @@ class HFEngine:
         continued = {request.key for request in known}
         parts = [self._resume(known, sampling, warpers)] if known else []
         fresh = [request for request in requests if request.key not in continued]
-        for part in self._parts(fresh, known=length_of(beginning)):
-            parts.append(self._prefill(part, beginning, sampling, warpers))
+        for together in self._parts(fresh, known=length_of(beginning)):
+            parts.append(self._prefill(together, beginning, sampling, warpers))
         for part in parts[1:]:
             parts[0].join(part)
         return parts[0]
