@@ -6,6 +6,7 @@ a round of `filtered` does it. The kept rows are a dataset: `bcft sft RECIPE --d
 
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from bcft.algorithms.session import Session, run_or_report
@@ -85,19 +86,21 @@ def _collect(
     scorer: Scorer,
 ) -> dict[str, Any]:
     from bcft.data.examples import check_prompts
-    from bcft.policy.loading import check_model, load_policy
+    from bcft.generation import open_engine
+    from bcft.policy.loading import check_model, load_policy, load_renderer, load_served
     from bcft.rollout.sample import draw, roll_out
 
     # 1. Roll out on training problems only: held-out problems stay held out.
+    name, model, served = config.model.model_name_or_path, config.model, config.engine.served
     with Progress(session.label("checking references and prompts")):
         note = scorer.check(list(problems.values()))
-        checked = check_model(config.model.model_name_or_path, config.model, trainable=False)
-        check_prompts(list(problems.values()), checked.renderer, special_tokens=config.data.special_tokens)
+        renderer = load_renderer(name, model) if served else check_model(name, model, trainable=False).renderer
+        check_prompts(list(problems.values()), renderer, special_tokens=config.data.special_tokens)
     with Progress(session.label("loading the model")):
-        policy = load_policy(config.model.model_name_or_path, config.model, trainable=False)
+        policy = load_served(name, model, served=served) if served else load_policy(name, model, trainable=False)
     seed, samples = config.training.seed, config.sampling.num_generations
     attempts = draw(problems.values(), 1, seed=seed, prompts=config.rounds.prompts_per_round, samples=samples)
-    session.say(f"policy: {config.model.model_name_or_path} on {policy.precision.why}")
+    session.say(f"policy: {policy.words(name)}")
     session.say(f"data: {len(attempts) // samples:,} of {len(problems):,} problems, {len(attempts):,} attempts")
     for text in filter(None, (policy.note, note)):
         session.say(text)
@@ -108,7 +111,9 @@ def _collect(
     attempted = [d.problem for d in (*splits.train, *splits.held_out)]
     session.directory.record(attempted, splits.digest, functions=scorer.described)
     label = session.label("roll out")
-    trajectories = roll_out(policy, attempts, rollouts, directory=session.path, clock=Clock(), label=label)
+    with open_engine(config.engine, directory=session.path, say=session.say, label=session.label) as maker:
+        rollouts = replace(rollouts, make_engine=maker, at_once=config.engine.at_once)
+        trajectories = roll_out(policy, attempts, rollouts, directory=session.path, clock=Clock(), label=label)
 
     # 2. Score and select on one process: a function is asked once for each attempt, and its answers are stored.
     metrics: dict[str, Any] = {}
@@ -124,7 +129,8 @@ def _collect(
         )
         filtered.write(session.path)
         metrics = {"rollout": tally(scores), "selection": filtered.metrics, "diversity": diversity(scores)}
-        metrics["conclusion"] = filtered.conclusion(config.path, session.path)
+        recipe = f"{config.path} --engine hf" if config.path and served else config.path
+        metrics["conclusion"] = filtered.conclusion(recipe, session.path)
         write_json(session.path / "metrics.json", metrics)
         files = [session.path / name for name in FILES]
         write_manifest(session.path, files, about={"tokenizer": policy.renderer.fingerprint})

@@ -50,6 +50,12 @@ class StorageError(BcftError):
     exit_code = 7
 
 
+class ServerError(BcftError):
+    """A server that samples is gone or does not answer; re-running the same command resumes the run."""
+
+    exit_code = 8
+
+
 class CheckpointError(BcftError):
     """Files on disk do not match their manifest, and nothing older does."""
 

@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from bcft.runs.distributed import rank
 from bcft.runs.progress import Progress
 from bcft.runs.storage import read_yaml, write_json
 from bcft.selection.scoring import Scorer
-from bcft.types import RolloutSettings
+from bcft.types import EngineMaker, RolloutSettings
 
 
 def run(
@@ -130,26 +131,34 @@ def _evaluate(
     """Check every model, then load and measure one after the other; write and return what was measured."""
     from bcft.data.examples import check_prompts
     from bcft.evaluation.held_out import measure
-    from bcft.policy.loading import check_model, load_policy
+    from bcft.generation import open_engine
+    from bcft.policy.loading import check_model, load_policy, load_renderer, load_served
 
     split = config.evaluation.eval_split
     problems = [d.problem for d in (splits.test if split == "test" else splits.dev)]
     names = {"model": config.model.model_name_or_path, "against": config.evaluation.against or ""}
-    for name in filter(None, names.values()):
-        checked = check_model(name, config.model, trainable=False)
-        check_prompts(problems, checked.renderer, special_tokens=config.data.special_tokens)
+    model = config.model
+    served = {"model": config.engine.served} if config.engine.served else {}  # a model to compare with is sampled here
+    for part, name in names.items():
+        if name:
+            here = part not in served
+            renderer = check_model(name, model, trainable=False).renderer if here else load_renderer(name, model)
+            check_prompts(problems, renderer, special_tokens=config.data.special_tokens)
 
-    def measured_model(part: str, name: str) -> Measured:
+    def measured_model(part: str, name: str, maker: EngineMaker | None) -> Measured:
         """Load one model and evaluate it; it is freed before the next one is loaded."""
         with Progress(config.label(f"{part}, loading")):
-            policy = load_policy(name, config.model, trainable=False)
-        say(f"{part}: {name} on {policy.precision.why}", quiet=config.quiet)
+            here = part not in served
+            policy = (
+                load_policy(name, model, trainable=False) if here else load_served(name, model, served=served[part])
+            )
+        say(f"{part}: {policy.words(name)}", quiet=config.quiet)
         if policy.note:
             say(policy.note, quiet=config.quiet)
         return measure(
             policy,
             splits,
-            rollouts,
+            replace(rollouts, make_engine=None if served and here else maker, at_once=config.engine.at_once),
             split=split,
             samples=samples_of(config.evaluation, split, graded=scorer.measures != "nothing"),
             scorer=scorer,
@@ -158,13 +167,19 @@ def _evaluate(
             label=config.label(f"{part}, {split}"),
         )
 
-    measured = {part: measured_model(part, name) for part, name in names.items() if name}
-    print_table({names[part]: result.summary for part, result in measured.items()}, quiet=config.quiet)
+    telling = partial(say, quiet=config.quiet)
+    with open_engine(config.engine, directory=directory.path, say=telling, label=config.label) as maker:
+        measured = {part: measured_model(part, name, maker) for part, name in names.items() if name}
+    print_table(
+        {served.get(part, names[part]): result.summary for part, result in measured.items()}, quiet=config.quiet
+    )
     summaries: dict[str, Any] = {part: result.summary for part, result in measured.items()}
     if "against" in measured:
         summaries |= conclusion(measured["against"], measured["model"], before=f"with {names['against']}")
     else:
         summaries["conclusion"] = level(measured["model"])
+    if config.engine.noise:
+        summaries["note"] = config.engine.noise
     if rank() == 0:
         write_json(directory.path / "metrics.json", summaries)
     return summaries

@@ -7,6 +7,7 @@ resumes an interrupted run with bit-identical rows and weights (on a CPU).
 
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -114,15 +115,25 @@ def run_config(
     def work(session: Session) -> dict[str, Any]:
         """Play the rounds that are left."""
         from bcft.algorithms.filtered_bc import filtered_bc
+        from bcft.generation import open_engine
         from bcft.policy.loading import cpu_threads
 
         def report_round(seconds: float) -> None:
             if seconds > LONG_ROUND:
                 report(session.path)
 
-        with cpu_threads():
+        with (
+            cpu_threads(),
+            open_engine(config.engine, directory=session.path, say=session.say, label=session.label) as maker,
+        ):
             return filtered_bc(
-                config, splits, session, problems=problems, rollouts=rollouts, scorer=scorer, report=report_round
+                config,
+                splits,
+                session,
+                problems=problems,
+                rollouts=replace(rollouts, make_engine=maker),
+                scorer=scorer,
+                report=report_round,
             )
 
     return run_or_report(config, splits, work, report=report)

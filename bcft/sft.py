@@ -6,6 +6,7 @@ Re-running the same command resumes an interrupted run; on a finished run it pri
 
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from bcft.algorithms.session import Session, run_or_report
@@ -58,10 +59,14 @@ def run_config(config: Config, *, rows: Rows | None = None) -> dict[str, Any]:
     def work(session: Session) -> dict[str, Any]:
         """Train, or resume training."""
         from bcft.algorithms.sft import sft
+        from bcft.generation import open_engine
         from bcft.policy.loading import cpu_threads
 
-        with cpu_threads():
-            return sft(config, splits, session, rollouts=rollouts, scorer=scorer)
+        with (
+            cpu_threads(),
+            open_engine(config.engine, directory=session.path, say=session.say, label=session.label) as maker,
+        ):
+            return sft(config, splits, session, rollouts=replace(rollouts, make_engine=maker), scorer=scorer)
 
     return run_or_report(config, splits, work)
 

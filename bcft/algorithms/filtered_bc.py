@@ -31,6 +31,7 @@ from bcft.algorithms.session import Session
 from bcft.config.loader import Config
 from bcft.data.loading import Splits
 from bcft.evaluation.metrics import diversity, tally
+from bcft.generation import agreement
 from bcft.reporting.tables import ROUNDS, round_line
 from bcft.runs.clock import Clock
 from bcft.runs.distributed import rank
@@ -85,6 +86,7 @@ def filtered_bc(
         directory = history.path(number)
         with clock.phase("rollout"):
             trajectories = roll_out_round(run, learner, number, directory)
+            compared = agreement(run.rollouts)
         with clock.phase("score"):
             scores = score_round(run, history, trajectories, directory)
         with clock.phase("select"):
@@ -96,7 +98,7 @@ def filtered_bc(
             evaluation = evaluate_round(run, learner, history, number, trained, base_dev)
         record = RoundRecord(
             round=number,
-            rollout=tally(scores),
+            rollout=tally(scores) | compared,
             diversity=diversity(scores) | trained.diversity,
             selection=selection.metrics,
             train=trained.metrics,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bcft.config.declare import TRAINING
+from bcft.config.engine import SERVING
 from bcft.config.keys import KEYS
 
 Finding = tuple[str, str]
@@ -66,6 +67,14 @@ _VALUES = (
         ("project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"), "report_to",
         ("all", "trackio"), "without report_to: trackio",
     ),
+    _Needs(
+        ("vllm_server_base_url", "vllm_server_timeout", *SERVING), "engine", ("vllm",), "without engine: vllm",
+    ),
+    _Needs(
+        ("base_url", "served_model", "max_requests", "max_total_tokens"), "engine", ("openai",),
+        "without engine: openai",
+    ),
+    _Needs(("concurrency",), "engine", ("vllm", "openai"), "without engine: vllm or openai"),
 )  # fmt: skip
 
 GYM = "reasoning-gym:"
@@ -108,6 +117,11 @@ def without_effect(
         for key in in_file:  # a caller's are refused as keys of another command
             if KEYS[key].section == "training" and command not in KEYS[key].commands:
                 yield key, "has no effect in filtered: rounds save and evaluate by themselves, each with its own seed"
+    if command in TRAINING and values["engine"] == "openai":
+        yield (
+            "engine",
+            f"openai is for collect and evaluate: what it serves cannot be trained: give hf or vllm to {command}",
+        )
     if command in TRAINING:
         yield from _continued_adapter(values, {*in_file, *overrides})
 

@@ -117,7 +117,7 @@ _TOKEN = "set HF_TOKEN in the environment instead; tokens never go into recipes"
 _COMMAND = "the command decides it, such as `bcft sft`"
 _UPLOAD = "a run uploads nothing; upload its finished directory with `hf upload`"
 _TOKENIZER = "a model brings its own tokenizer"
-_ENGINE = "this version samples with its own engine only"
+_SERVER = "give the whole address: vllm_server_base_url"
 
 REFUSED = {
     **dict.fromkeys(("deepspeed", "fsdp", "fsdp_config"), _LAUNCHER),
@@ -126,7 +126,12 @@ REFUSED = {
     **dict.fromkeys(("do_train", "do_eval", "do_predict"), _COMMAND),
     **dict.fromkeys(("push_to_hub", "hub_model_id"), _UPLOAD),
     **dict.fromkeys(("tokenizer", "tokenizer_name", "tokenizer_name_or_path"), _TOKENIZER),
-    **dict.fromkeys(("use_vllm", "engine"), _ENGINE),
+    **dict.fromkeys(("vllm_server_host", "vllm_server_port"), _SERVER),
+    **dict.fromkeys(
+        ("api_key", "openai_api_key"), "set OPENAI_API_KEY in the environment instead; keys never go into recipes"
+    ),
+    "use_vllm": "give engine: vllm",
+    "vllm_mode": "vLLM always is a server of its own, which the run starts unless vllm_server_base_url names one",
     "wandb_api_key": "set WANDB_API_KEY in the environment instead; keys never go into recipes",
     "env": "a recipe sets no environment variables; export them in the shell that starts the run",
     "debug": "the flag --debug shows tracebacks; the Trainer's key of that name is not supported",

@@ -22,6 +22,7 @@ from bcft.config.schema import (
     REQUIRED,
     SECTIONS,
     DataSettings,
+    EngineSettings,
     EnvironmentSettings,
     EvaluationSettings,
     ModelSettings,
@@ -69,6 +70,7 @@ class Config:
     model: ModelSettings
     data: DataSettings
     sampling: SamplingSettings
+    engine: EngineSettings
     environment: EnvironmentSettings
     selection: SelectionSettings
     rounds: RoundSettings

@@ -2,7 +2,8 @@
 
 A recipe is flat; the sections only say which stage reads a key, and `commands` which command. The sections declare the
 fields of TRL and transformers that bcft reads, `keys.PASSED_THROUGH` lists those that go to the Trainer as they are,
-and every other one is refused. `recipes/KEYS.md` is made from them. The sections of rounds are in `rounds`.
+and every other one is refused. `recipes/KEYS.md` is made from them. The sections of rounds are in `rounds`, that of
+engines is in `engine`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -19,6 +20,7 @@ from bcft.config.declare import (
     library,
     own,
 )
+from bcft.config.engine import EngineSettings
 from bcft.config.rounds import (
     EvaluationSettings,
     RoundSettings,
@@ -33,6 +35,7 @@ __all__ = [
     "SECTIONS",
     "SEEDS",
     "DataSettings",
+    "EngineSettings",
     "EnvironmentSettings",
     "EvaluationSettings",
     "ModelSettings",
@@ -275,6 +278,7 @@ SECTIONS = {
     "model": ModelSettings,
     "data": DataSettings,
     "sampling": SamplingSettings,
+    "engine": EngineSettings,
     "environment": EnvironmentSettings,
     "selection": SelectionSettings,
     "rounds": RoundSettings,

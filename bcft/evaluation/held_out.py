@@ -166,7 +166,8 @@ def evaluation_key(policy: Policy, settings: RolloutSettings, problems: Sequence
 
     Of the weights it takes a sum for every tensor: any training changes one of them.
     """
-    sums = [f"{float(tensor.detach().sum(dtype=torch.float64)):.9e}" for tensor in policy.model.parameters()]
+    weights = () if policy.model is None else policy.model.parameters()
+    sums = [f"{float(tensor.detach().sum(dtype=torch.float64)):.9e}" for tensor in weights] or [policy.served]
     asked = [(problem.id, plain(problem.columns)) for problem in problems]
     played = [
         described(settings.make_environment),

@@ -38,7 +38,8 @@ from bcft.runs.distributed import connect, local_rank
 
 __all__ = [
     "ASSETS", "AUTOCAST_DTYPES", "Policy", "Precision", "adapter_base", "base_config", "check_disk", "check_four_bits",
-    "check_model", "choose_precision", "cpu_threads", "load_model", "load_policy", "load_renderer", "load_tokenizer",
+    "check_model", "choose_precision", "cpu_threads", "load_model", "load_policy", "load_renderer", "load_served",
+    "load_tokenizer",
     "locate", "longest_row", "lora_config", "refuse_pickles", "restore", "save_policy", "with_adapter",
 ]  # fmt: skip
 
@@ -52,11 +53,21 @@ class Policy:
     precision: Precision
     note: str = ""
     """A line about dequantized weights, and one about what the model's own generation config holds and is not saved."""
+    served: str = ""
+    """The name by which a server knows the model that it samples; with it there is none here."""
 
     @property
     def adapter(self) -> bool:
         """Whether the model is a PEFT adapter on a frozen base."""
         return hasattr(self.model, "peft_config")
+
+    def words(self, name: str) -> str:
+        """Return what is sampled, and where; name: of the model as the recipe has it."""
+        return (
+            f"{self.served} on a server, its text tokenized for {name}"
+            if self.served
+            else f"{name} on {self.precision.why}"
+        )
 
 
 def load_policy(name: str, settings: ModelSettings, *, trainable: bool = True) -> Policy:
@@ -84,6 +95,14 @@ def load_policy(name: str, settings: ModelSettings, *, trainable: bool = True) -
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     notes = (_dequantized(name, settings, base), checked.generation.note)
     return Policy(model, checked.renderer, precision, "\n".join(filter(None, notes)))
+
+
+def load_served(name: str, settings: ModelSettings, *, served: str) -> Policy:
+    """Return a policy without weights, whose text a server samples: tokenizer and template are those of `name`.
+
+    served: the server's name of its model. Raises UsageError and DataError as `load_renderer` does.
+    """
+    return Policy(None, load_renderer(name, settings), Precision("cpu", "no", torch.float32, ""), served=served)
 
 
 def _dequantized(name: str, settings: ModelSettings, base: Any) -> str:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from bcft.config.schema import (
     DataSettings,
+    EngineSettings,
     EnvironmentSettings,
     EvaluationSettings,
     ModelSettings,
@@ -55,6 +56,7 @@ class Plan:
     model: ModelSettings
     data: DataSettings
     sampling: SamplingSettings
+    engine: EngineSettings
     environment: EnvironmentSettings
     selection: SelectionSettings
     rounds: RoundSettings

@@ -21,7 +21,7 @@ from time import monotonic
 from typing import Any
 
 from bcft.environments.base import Closing, is_instant
-from bcft.errors import DataError, Preempted
+from bcft.errors import DataError, Preempted, ServerError, UsageError
 from bcft.policy.chat_template import Renderer
 from bcft.types import (
     Action,
@@ -96,10 +96,14 @@ def play(
         # 2. Wave by wave, every episode that continues takes a turn; environments answer while the engine is sampling.
         while live := {episode.key: episode for episode in episodes if not episode.ended}:
             requests = [episode.request() for episode in live.values()]
-            for action in engine.generate(requests):
-                episode = live.pop(action.key)
-                calls.start(episode, episode.step_call(action))
-                yield from _finished(calls, _Episode.on_step, wait=False)
+            try:
+                for action in engine.generate(requests):
+                    episode = live.pop(action.key)
+                    calls.start(episode, episode.step_call(action))
+                    yield from _finished(calls, _Episode.on_step, wait=False)
+            except (ServerError, UsageError):  # a server is gone, or a budget spent: what was answered is paid for
+                yield from _finished(calls, _Episode.on_step)
+                raise
             assert not live, f"the engine left {len(live)} of {len(requests)} requests without an action"
             yield from _finished(calls, _Episode.on_step)
     finally:
@@ -146,16 +150,9 @@ class _Episode:
     def trajectory(self) -> Trajectory:
         """Return the finished episode."""
         assert self.ended is not None
-        attempt = self.attempt
-        return Trajectory(
-            attempt.round,
-            attempt.problem.id,
-            attempt.sample,
-            tuple(self.turns),
-            self.ended,
-            self.error,
-            self.opening,
-        )
+        played = self.attempt
+        turns = tuple(self.turns)
+        return Trajectory(played.round, played.problem.id, played.sample, turns, self.ended, self.error, self.opening)
 
     def open(self) -> Prompt:
         """Make the environment and return its first observation."""
@@ -208,11 +205,13 @@ class _Episode:
             self.renderer.stop_ids,
             self.settings.max_new_tokens,
             session=self.key[:-1],
+            messages=tuple(self.history),
+            template_kwargs=self.attempt.problem.template_kwargs,
         )
 
     def step_call(self, action: Action) -> Callable[[], Any]:
         """Take an action; return the call that steps the environment."""
-        self.action, self.text = action, self.renderer.decode(action.ids)
+        self.action, self.text = action, action.text or self.renderer.decode(action.ids)
         last = len(self.turns) + 1 == self.settings.max_turns or action.stop == "context_full"
         return partial(self._step, self.text, last)
 
@@ -264,9 +263,10 @@ class _Episode:
 
     def _observe(self, action: Action, observation: Prompt) -> None:
         """Build the next context: the ids so far, the sampled ones and those that the observation adds."""
+        kwargs, said = self.attempt.problem.template_kwargs, action.text or None
         try:
             ids, self.rewritten = self.renderer.continuation(
-                self.history, action.ids, observation, template_kwargs=self.attempt.problem.template_kwargs
+                self.history, action.ids, observation, template_kwargs=kwargs, said=said
             )
         except DataError as error:
             return self._fail(f"step's observation cannot be shown: {_one_line(error)}")

@@ -21,7 +21,7 @@ from bcft.types import Action, Engine, Problem, Request, RolloutSettings, Trajec
 
 CHUNK = 128
 """Trajectories written to the journal at once. A kill costs those not written yet: fewer than these have ended, and all
-others are still being played."""
+others are still being played. Those of a server, which may be paid for, are written one by one."""
 
 
 def draw(problems: Collection[Problem], number: int, *, seed: int, prompts: int, samples: int) -> list[Attempt]:
@@ -97,7 +97,8 @@ def play_journaled(
     missing = [attempt for attempt in share(attempts) if attempt.id not in known]
     shown = f"{label} (process 1 of {world_size()})" if label and world_size() > 1 else label
     with Progress(shown, summary=phase == "test") as progress:
-        for chunk in _chunks(play_attempts(policy, missing, settings, phase=phase, progress=progress)):
+        played = play_attempts(policy, missing, settings, phase=phase, progress=progress)
+        for chunk in _chunks(played, CHUNK if settings.make_engine is None else 1):
             with clock.phase("other"):
                 journal.append([trajectory.to_json() for trajectory in chunk])
             known |= {trajectory.id: trajectory for trajectory in chunk}
@@ -119,9 +120,12 @@ def play_attempts(
     with make_engine(policy, settings) as engine:
         part = 1 / (max(len(attempts), 1) * settings.max_turns)  # of the work, if every attempt takes all its turns
         counted = _Counted(engine, progress, part)
-        for trajectory in play(attempts, settings, policy.renderer, counted, phase=phase):
-            progress.advance(share=part * (settings.max_turns - len(trajectory.turns)))
-            yield trajectory
+        several = settings.at_once if settings.at_once and settings.max_turns > 1 else max(len(attempts), 1)
+        for first in range(0, len(attempts), several):
+            together = attempts[first : first + several]
+            for trajectory in play(together, settings, policy.renderer, counted, phase=phase):
+                progress.advance(share=part * (settings.max_turns - len(trajectory.turns)))
+                yield trajectory
 
 
 @dataclass(frozen=True)
@@ -139,11 +143,11 @@ class _Counted:
             yield action
 
 
-def _chunks(trajectories: Iterable[Trajectory]) -> Iterator[list[Trajectory]]:
+def _chunks(trajectories: Iterable[Trajectory], size: int) -> Iterator[list[Trajectory]]:
     chunk: list[Trajectory] = []
     for trajectory in trajectories:
         chunk.append(trajectory)
-        if len(chunk) == CHUNK:
+        if len(chunk) == size:
             yield chunk
             chunk = []
     if chunk:

@@ -43,6 +43,8 @@ MAY_DIFFER = frozenset(
         *("output_dir", "against", "report_to", "run_name", "disable_tqdm", "dataloader_num_workers"),
         *("per_device_eval_batch_size", "logging_steps", "logging_strategy", "logging_first_step"),
         *("save_steps", "save_strategy", "save_total_limit"),
+        *("vllm_server_base_url", "vllm_server_timeout", "vllm_command", "vllm_gpu_memory_utilization"),
+        *("vllm_tensor_parallel_size", "base_url", "max_requests", "max_total_tokens", "concurrency"),
     }
 )
 """Keys that a resumed run may change: they alter no figure and no weight."""

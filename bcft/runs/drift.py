@@ -17,7 +17,7 @@ MODEL = frozenset(
     }
 )
 """Keys that decide which weights there are: those of a committed round fit no other model."""
-_PLAYED = ("model", "data", "sampling", "environment")
+_PLAYED = ("model", "data", "sampling", "engine", "environment")
 
 
 def replays(drift: Collection[str]) -> bool:

@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any, Literal, Protocol, TypeAlias, get_args
 
@@ -42,6 +43,10 @@ class Request:
     max_new_tokens: int
     session: tuple[str | int, ...] | None = None
     """The conversation it continues: an engine may keep its cache from one call to the next; None keeps none."""
+    messages: tuple[Message, ...] = field(default=(), compare=False)
+    """The conversation that `context_ids` render, for engines that take text."""
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    """The problem's arguments of the chat template, for engines whose text has yet to become ids."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +56,10 @@ class Action:
     key: tuple[str | int, ...]
     ids: tuple[int, ...]
     stop: Stop
+    logprobs: tuple[float, ...] = ()
+    """The log-probability of each of `ids` at temperature 1, before any warper; empty where an engine gives none."""
+    text: str = ""
+    """What was said, where ids were made of a text; '': it is read from the ids."""
 
 
 class Engine(Protocol):
@@ -130,6 +139,10 @@ class RolloutSettings:
     """Most seconds that a call of an environment may take."""
     seed: int
     """Part of the noise's key: tokens depend on the seed, the phase and the attempt's identity alone."""
+    make_engine: "EngineMaker | None" = field(default=None, repr=False, compare=False)
+    """What opens the engine for a policy; None: the program's own engine."""
+    at_once: int | None = field(default=None, repr=False, compare=False)
+    """Most attempts of several turns that are played together; None: all."""
 
     def __post_init__(self) -> None:
         if self.max_turns < 1 or self.max_new_tokens < 1 or not self.step_timeout > 0:
@@ -137,6 +150,10 @@ class RolloutSettings:
                 "max_turns, max_new_tokens and step_timeout must be positive, "
                 f"not {self.max_turns}, {self.max_new_tokens} and {self.step_timeout}"
             )
+
+
+EngineMaker: TypeAlias = Callable[[Any, RolloutSettings], AbstractContextManager[Engine]]
+"""From a policy and how it is rolled out to its engine, which is open inside the context."""
 
 
 @dataclass(frozen=True, slots=True)

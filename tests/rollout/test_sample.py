@@ -1,14 +1,18 @@
 """A round's attempts: drawn by seed and number alone, played once each, and whole again after an interruption."""
 
+import json
 import signal
 from contextlib import contextmanager
+from threading import Event
 from types import SimpleNamespace
 
 import pytest
 from helpers.episodes import Counting, Scripted, attempts, rollout_settings
 from helpers.tiny import llama_tokenizer
 
-from bcft.errors import FaultError, Preempted
+from bcft.environments.single_turn import SingleTurn
+from bcft.errors import FaultError, Preempted, ServerError
+from bcft.generation import make_engine
 from bcft.policy.chat_template import Renderer
 from bcft.rollout import sample
 from bcft.rollout.sample import ROLLOUTS, draw, play_journaled, roll_out, share
@@ -271,3 +275,90 @@ def test_the_journal_holds_every_trajectory_in_chunks(policy, engines, tmp_path,
     assert len(file.read_text().splitlines()) == 2
     assert {line["id"] for line in read_journal(file)} == {t.id for t in whole}
     assert len(engines) == 1
+
+
+# What a server plays
+
+
+def served(policy, directory, given, make=SingleTurn, **changes):
+    """Play with an engine that is made as the settings say; return it."""
+    engine = Failing(policy.renderer)
+
+    @contextmanager
+    def maker(*_):
+        yield engine
+
+    settings = rollout_settings(make, make_engine=maker, **changes)
+    with pytest.raises(ServerError):
+        play_journaled(policy, given, settings, directory=directory, clock=Clock(), label="")
+    return engine
+
+
+class Failing(Scripted):
+    """An engine whose server is gone after ten actions."""
+
+    left = 10
+
+    def generate(self, requests):
+        for action in super().generate(requests):
+            if self.left == 0:
+                raise ServerError("gone")
+            self.left -= 1
+            yield action
+
+
+def chunks(directory):
+    """Return how many attempts each line of the journal holds."""
+    text = (directory / "journal" / "000.jsonl").read_text()
+    return [len(json.loads(line)["rows"]) for line in text.splitlines()]
+
+
+def test_every_answer_of_a_server_is_on_the_disk_before_the_next_is_waited_for(policy, tmp_path):
+    served(policy, tmp_path, attempts(8, samples=2), max_turns=1)
+    assert chunks(tmp_path) == [1] * 10
+
+
+class Slow(Counting):
+    """An environment of one turn that answers in a thread, when the engine has failed already."""
+
+    turns = 1
+
+    def step(self, action):
+        Slow.failed.wait(30)
+        return super().step(action)
+
+
+def test_what_an_environment_still_grades_when_a_server_is_gone_is_kept(policy, tmp_path, monkeypatch):
+    monkeypatch.setattr(Slow, "failed", Event(), raising=False)
+    original = Failing.generate
+
+    def generate(self, requests):
+        try:
+            yield from original(self, requests)
+        finally:
+            Slow.failed.set()
+
+    monkeypatch.setattr(Failing, "generate", generate)
+    served(policy, tmp_path, attempts(8, samples=2), Slow)
+    assert chunks(tmp_path) == [1] * 10
+
+
+def test_conversations_that_are_paid_for_are_played_a_few_at_a_time(policy, tmp_path):
+    engine = served(policy, tmp_path, attempts(8, samples=2), Counting, at_once=3)
+    assert [len(wave) for wave in engine.waves] == [
+        3,
+        3,
+        3,
+        3,
+    ]  # three conversations of three turns, and a part of the next
+    assert chunks(tmp_path) == [1] * 3
+
+
+def test_an_engine_of_the_settings_takes_the_place_of_the_programs_own(policy):
+    @contextmanager
+    def maker(given, settings):
+        yield given, settings
+
+    settings = rollout_settings(SingleTurn, make_engine=maker)
+    with make_engine(policy, settings) as made:
+        assert made == (policy, settings)

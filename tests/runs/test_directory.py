@@ -141,7 +141,8 @@ def test_every_key_touches_what_its_section_says():
     touched = {"replays": replays, "retrains": retrains, "remeasures": remeasures}
     wanted = {
         "model": {"replays", "retrains", "remeasures"}, "data": {"replays", "retrains", "remeasures"},
-        "sampling": {"replays", "remeasures"}, "environment": {"replays", "remeasures"}, "selection": set(),
+        "sampling": {"replays", "remeasures"}, "engine": {"replays", "remeasures"},
+        "environment": {"replays", "remeasures"}, "selection": set(),
         "rounds": {"retrains"}, "training": {"retrains"}, "evaluation": {"remeasures"},
     }  # fmt: skip
     more = {"seed": {"replays", "remeasures"}, "init_from": {"replays"}} | {key: {"remeasures"} for key in GRADING}
