@@ -76,12 +76,13 @@ def twin(tmp_path_factory: pytest.TempPathFactory) -> str:
     config.num_attention_heads, config.head_dim = 2, 32
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(untrained)
-    run("sft", "tiny/apprentice.yaml", place / "twin", f"model_name_or_path={untrained}", "eval_test_problems=50")
+    keys = [f"model_name_or_path={untrained}", "learning_rate=4e-3", "eval_test_problems=50"]
+    run("sft", "tiny/apprentice.yaml", place / "twin", *keys)
     return str(place / "twin")
 
 
 def test_the_twin_learns_with_full_weights(twin, tmp_path):
-    keys = [f"model_name_or_path={twin}", "num_rounds=4", *ENGINE, *SMALL]
+    keys = [f"model_name_or_path={twin}", "learning_rate=2e-4", "num_rounds=4", *ENGINE, *SMALL]
     metrics = run("filtered", "filtered_bc.yaml", tmp_path / "run", *keys)
     print(metrics["conclusion"])
     assert metrics["vs_base"]["conclusion"] == "better"
