@@ -21,6 +21,7 @@ import pytest
 from bcft.config.schema import ModelSettings
 from bcft.generation.vllm.server import Server
 from bcft.policy.loading import load_policy, save_policy
+from bcft.runs.storage import read_journal
 
 PYTHON = os.environ.get("BCFT_VLLM_PYTHON", "")
 pytestmark = [
@@ -110,7 +111,7 @@ def test_every_problem_is_answered_once_over_a_line_that_fails(tmp_path, monkeyp
             time.sleep(0.02)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        before = journal.read_bytes().splitlines()[:KILLED_AFTER]
+        before = read_journal(journal)[:KILLED_AFTER]
         done = subprocess.run(words, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-2000:]
     finally:
@@ -119,7 +120,7 @@ def test_every_problem_is_answered_once_over_a_line_that_fails(tmp_path, monkeyp
     played = [json.loads(line) for line in (output / "rollouts.jsonl").read_text().splitlines()]
     assert len(played) == PROBLEMS == len({line["id"] for line in played})
     by_id = {line["id"]: line for line in played}
-    assert all(by_id[line["id"]] == line for line in map(json.loads, before))
+    assert all(by_id[line["id"]] == line for line in before)
     # Only what was in flight when the command was killed was answered twice.
     print(f"answered {sum(proxy.passed.values())} of {proxy.number} requests, {dict(proxy.faults)}")
     assert len(proxy.passed) == PROBLEMS
