@@ -125,7 +125,8 @@ def test_the_twin_learns_with_an_adapter_killed_in_the_middle_of_a_round(twin, t
 def test_two_rounds_of_smollm2_with_an_adapter(tmp_path):
     keys = [
         "num_rounds=2", "prompts_per_round=32", "num_generations=2", "dataset_train_split=train[:200]",
-        "eval_dev_problems=10", "eval_dev_samples=1", "eval_test_problems=10", "eval_test_samples=1", "vllm_max_model_length=512", *ENGINE,
+        "eval_dev_problems=10", "eval_dev_samples=1", "eval_test_problems=10",
+        "eval_test_samples=1", "vllm_max_model_length=512", *ENGINE,
     ]  # fmt: skip
     metrics = run("filtered", "smollm2/filtered_bc_lora.yaml", tmp_path / "run", *keys)
     print(metrics["conclusion"])
