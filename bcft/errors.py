@@ -32,6 +32,10 @@ class FaultError(BcftError):
     exit_code = 4
 
 
+class MismatchError(FaultError):
+    """A server did not play the policy that is trained: what it sampled does not count."""
+
+
 class DivergedError(BcftError):
     """A loss or a weight is no longer finite."""
 

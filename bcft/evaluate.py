@@ -130,7 +130,7 @@ def _evaluate(
 ) -> dict[str, Any]:
     """Check every model, then load and measure one after the other; write and return what was measured."""
     from bcft.data.examples import check_prompts
-    from bcft.evaluation.held_out import measure
+    from bcft.evaluation.held_out import forget, measure
     from bcft.generation import open_engine
     from bcft.policy.loading import check_model, load_policy, load_renderer, load_served
 
@@ -165,6 +165,7 @@ def _evaluate(
             examples=[],
             directory=directory.path / part,
             label=config.label(f"{part}, {split}"),
+            keep=True,  # until all are measured: an interruption in the second costs nothing of the first
         )
 
     telling = partial(say, quiet=config.quiet)
@@ -182,6 +183,8 @@ def _evaluate(
         summaries["note"] = config.engine.noise
     if rank() == 0:
         write_json(directory.path / "metrics.json", summaries)
+        for part in names:
+            forget(directory.path / part)
     return summaries
 
 

@@ -1,7 +1,7 @@
 """Saved rollouts scored and selected again: `python -m bcft.refilter RECIPE --rollouts FILE_OR_DIRECTORY`.
 
 Nothing is generated and no model is loaded: other rewards, another quantile or another limit, on saved trajectories.
-The rewards are asked anew; after an interruption the same command goes on where it was.
+The rewards are asked anew. Resume an interrupted command with the same one.
 The kept rows are a dataset, as those of `collect` are; `sft` on them is offline filtered behavior cloning.
 """
 

@@ -1,5 +1,7 @@
 """The engine that samples: the program's own, a vLLM server, or any OpenAI-compatible chat server."""
 
+import os
+import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,11 +10,16 @@ from typing import Literal
 from urllib.parse import urlsplit
 
 from bcft.config.declare import PLAYING, Conflict, Settings, library, own
+from bcft.errors import UsageError
 
 COLLECTING = ("collect", "evaluate")
 """The commands whose attempts a policy that is not trained may play."""
 SERVING = ("vllm_command", "vllm_gpu_memory_utilization", "vllm_max_model_length", "vllm_tensor_parallel_size")
 """Keys of a vLLM server that the run starts itself."""
+_KEY_OF = {"base_url": "OPENAI_API_KEY", "vllm_server_base_url": "VLLM_API_KEY"}
+"""The key of an address -> the variable of the environment that holds the server's key."""
+_SECRET = re.compile(r"--api[-_]key|--hf[-_]token|\b(VLLM_API_KEY|HF_TOKEN|HUGGING_FACE_HUB_TOKEN)=")
+"""What gives vLLM a key on its command line."""
 _vllm = partial(library, commands=PLAYING)
 _openai = partial(own, commands=COLLECTING)
 
@@ -64,7 +71,8 @@ class EngineSettings(Settings):
     served_model: str | None = _openai(None, "the name by which the server at base_url knows its model")
     max_requests: int | None = _openai(
         None,
-        "most requests sent in a run, repeated and resumed ones included; higher may cost more; null: no limit",
+        "most requests sent in a run, repeated and resumed ones included, those refused as too many (429) left out; higher "
+        "may cost more; null: no limit",
         limits=">= 1",
     )
     max_total_tokens: int | None = _openai(
@@ -104,7 +112,7 @@ class EngineSettings(Settings):
     def command(self) -> tuple[str, ...]:
         """The words of `vllm_command`; a single one is read as a shell would read it; () for the default."""
         words = self.vllm_command or ()
-        return tuple(shlex.split(words[0])) if len(words) == 1 else words
+        return tuple(shlex.split(words[0])) if len(words) == 1 else tuple(words)
 
     def conflicts(self) -> Iterator[Conflict]:
         """Yield what a served engine lacks, addresses that are none, and settings of a server that runs already."""
@@ -112,18 +120,47 @@ class EngineSettings(Settings):
             if not getattr(self, key):
                 example = "such as http://127.0.0.1:8000/v1" if key == "base_url" else "the server's name of its model"
                 yield ("engine", key), f"openai needs {key}, {example}"
-        for key in ("base_url", "vllm_server_base_url"):
-            if reason := _no_address(getattr(self, key)):
+        for key, variable in _KEY_OF.items():
+            if reason := _no_address(getattr(self, key), variable):
                 yield (key,), reason
+        if reason := self._no_command():
+            yield ("vllm_command",), reason
         if self.vllm_server_base_url:
             defaults = EngineSettings.__dataclass_fields__
             for key in SERVING:
                 if getattr(self, key) != defaults[key].default:
                     yield (key,), "has no effect with vllm_server_base_url, a server that runs already: leave it out"
 
+    def _no_command(self) -> str:
+        """Return why `vllm_command` starts no server; '' if it may. Its words are not shown: one may be a secret."""
+        if _SECRET.search(" ".join(self.vllm_command or ())):
+            return (
+                "holds a key; keys never go into recipes: a server that the run starts gets a random one, and for the "
+                "Hub set HF_TOKEN in the environment instead"
+            )
+        try:
+            words = self.command
+        except ValueError:  # of shlex
+            return "has a quote or a backslash without its counterpart: give a list of words"
+        return "" if words or self.vllm_command is None else "is empty: give the words that start a vLLM server"
 
-def _no_address(given: str | None) -> str:
-    """Return why a key's value is no address of a server; '' if it is one."""
+
+def key_from(variable: str) -> str:
+    """Return a server's key from a variable of the environment, '' if it is not set; spaces around it are dropped.
+
+    Raises UsageError, which does not show it, for a key that no header can hold.
+    """
+    key = os.environ.get(variable, "").strip()
+    if all("!" <= letter <= "~" for letter in key):
+        return key
+    raise UsageError(
+        f"{variable}: holds a space, a control character or a letter that is not ASCII, which no server's key does: "
+        f"set it again in the environment"
+    )
+
+
+def _no_address(given: str | None, variable: str) -> str:
+    """Return why a key's value is no address of a server; '' if it is one. variable: for the server's key."""
     if given is None:
         return ""
     try:
@@ -132,5 +169,5 @@ def _no_address(given: str | None) -> str:
     except ValueError:  # a port that is no number
         return "wants an address such as http://127.0.0.1:8000"
     if "@" in parts.netloc or parts.query:  # not shown: it may be a secret
-        return "holds a password or a key; keys never go into recipes, set OPENAI_API_KEY in the environment instead"
+        return f"holds a password or a key; keys never go into recipes, set {variable} in the environment instead"
     return "" if known else "wants an address such as http://127.0.0.1:8000"

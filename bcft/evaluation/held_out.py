@@ -42,7 +42,7 @@ from bcft.types import IGNORED, Demonstration, Problem, RolloutSettings, Trainin
 LOSS_TOKENS = 2048
 """Tokens, with padding, in one forward pass of held-out examples."""
 UNFINISHED = "evaluating"
-"""The directory that holds the attempts of an evaluation, and what functions answered, until its result is written."""
+"""The directory that holds the attempts of an evaluation, and what functions answered, until `forget`."""
 
 
 def evaluate(
@@ -126,11 +126,13 @@ def measure(
     directory: Path,
     label: str,
     step: int = 0,
+    keep: bool = False,
 ) -> Measured:
     """Evaluate a policy on `dev` or `test` and write the result into a directory.
 
     samples: of each problem, as `samples_of` returns it; examples: of held-out demonstrations, for their loss; may be
-    empty; label: of the progress; '' for none; step: the optimizer steps behind the policy.
+    empty; label: of the progress; '' for none; step: the optimizer steps behind the policy; keep: leave the attempts
+    for another start, until the caller has written what else belongs to them and calls `forget`.
     """
     problems = splits.test if split == "test" else splits.dev
     if not problems:
@@ -156,8 +158,14 @@ def measure(
     if rank() == 0:
         write_jsonl(directory / "evaluation.jsonl", evaluation.attempts)
         write_json(directory / "evaluation.json", summary)
-        shutil.rmtree(unfinished, ignore_errors=True)
+        if not keep:
+            forget(directory)
     return Measured(evaluation, summary)
+
+
+def forget(directory: Path) -> None:
+    """Remove the attempts from which the result in a directory was made: the next evaluation plays its own."""
+    shutil.rmtree(directory / UNFINISHED, ignore_errors=True)
 
 
 @torch.no_grad()

@@ -7,7 +7,6 @@ is asked, so that budgets hold across interruptions.
 Left out: streams, tools and images. A thought that a server returns apart from its answer is not part of the text.
 """
 
-import os
 import random
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +22,7 @@ from typing import Any
 
 import openai
 
-from bcft.config.engine import EngineSettings
+from bcft.config.engine import EngineSettings, key_from
 from bcft.errors import BcftError, DataError, ServerError, UsageError
 from bcft.generation.usage import Usage
 from bcft.policy.chat_template import Renderer
@@ -35,15 +34,20 @@ from bcft.types.text import valid_text
 KEY = "OPENAI_API_KEY"
 """The variable that holds the key. It is in no file, line or error."""
 MOST_TRIES = 8
-"""Of one request, which takes some two minutes if none is answered."""
+"""Of one request, which takes some two minutes if none is answered; of a busy server, since it last answered any."""
 FIRST_TRIES = 4
 """The same while the server has not been reached: its address may be wrong."""
 _LONGEST_PAUSE, _LONGEST_ASKED = 60.0, 600.0
 """Seconds between two tries; where the server says how many."""
 _TIMEOUT = openai.Timeout(600.0, connect=10.0)
 """Seconds for one answer, and to reach the server."""
-_TRANSIENT = (408, 409, 425, 429)
+_TOO_MANY = 429
+_BUSY = (_TOO_MANY, 503, 529)
+"""What a server answers that has too much to do: while it answers other requests, it is not gone."""
+_TRANSIENT = (408, 409, 425, _TOO_MANY)
 """What a server answers, beside 500 and more, when it may answer otherwise later."""
+_MALFORMED = (AttributeError, TypeError, LookupError, ValueError)
+"""What reading an answer raises that has another form than a chat completion: the client checks none."""
 _NEUTRAL = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 """Parameters that OpenAI's API does not have, where they are off: many servers take them, and some refuse them."""
 _NEWER_LIMIT = "max_completion_tokens"
@@ -77,7 +81,9 @@ def open_openai(
 ) -> Iterator[EngineMaker]:
     """Yield what makes engines that share one client, whose requests count towards one budget.
 
-    directory: of the run, where they are counted; say: prints a line. Raises UsageError with several processes.
+    directory: of the run, where they are counted; say: prints a line.
+
+    Raises UsageError with several processes, and for a key that no header can hold.
     """
     if world_size() > 1:
         raise UsageError(
@@ -85,10 +91,11 @@ def open_openai(
             f"without a launcher"
         )
     assert settings.base_url is not None
+    key = key_from(KEY)
     usage, unused = Usage(directory, settings), Counter[str]()
     client = openai.OpenAI(
         # The client refuses to be made without a key, and many servers want none.
-        api_key=_key() or "none", base_url=settings.base_url, max_retries=0, timeout=_TIMEOUT,
+        api_key=key or "none", base_url=settings.base_url, max_retries=0, timeout=_TIMEOUT,
     )  # fmt: skip
 
     @contextmanager
@@ -120,9 +127,10 @@ class _Failure:
 
     told: str
     transient: bool
-    seconds: float | None = None
+    seconds: float = 0.0
     """The pause that the server asks for."""
     reached: bool = True
+    busy: bool = False
 
 
 class OpenAIEngine:
@@ -183,6 +191,7 @@ class OpenAIEngine:
     def _ask(self, request: Request, ended: Event) -> _Answer:
         """Send a request until it is answered."""
         at = f"engine: {self.settings.served_model} at {self.settings.base_url} "
+        answers, before = self.usage.answers, 0  # tries before a busy server last answered another request
         for tries in count(1):
             self.usage.send()
             outcome = self._once(request)
@@ -192,13 +201,15 @@ class OpenAIEngine:
                 raise UsageError(f"{at}refuses the request: {outcome.told}")
             self.reached = self.reached or outcome.reached
             gone = ServerError(
-                f"{at}does not answer, asked {tries} times: {outcome.told}: re-run the same command, which asks for "
-                f"nothing again that was answered"
+                f"{at}does not answer, asked {tries} times: {outcome.told}: resume with the same command; answered "
+                f"requests are not repeated"
             )
-            if tries >= (MOST_TRIES if self.reached else FIRST_TRIES):
+            if outcome.busy and self.usage.answers > answers:
+                answers, before = self.usage.answers, tries
+            if tries - before >= (MOST_TRIES if self.reached else FIRST_TRIES):
                 raise gone
-            doubled = min(2.0 ** (tries - 1), _LONGEST_PAUSE) * random.uniform(0.5, 1.0)
-            pause(doubled if outcome.seconds is None else min(outcome.seconds, _LONGEST_ASKED), ended)
+            half = min(2.0 ** min(tries - 1, 10), _LONGEST_PAUSE) / 2
+            pause(max(half, min(outcome.seconds, _LONGEST_ASKED)) + random.uniform(0.0, half), ended)
             if ended.is_set():
                 raise gone
         raise AssertionError("counting does not end")
@@ -206,26 +217,28 @@ class OpenAIEngine:
     def _once(self, request: Request) -> _Answer | _Failure:
         parameters = self._parameters(request)
         try:
-            completion = self.client.chat.completions.create(**parameters)
+            return self._read(request, self.client.chat.completions.create(**parameters))
         except openai.APIStatusError as error:
-            status, told = error.status_code, self._scrubbed(_words(error))
+            status, told = error.status_code, _words(error)
             for reason, words in _UNFIT.items() if status in (400, 413) else ():
                 if any(word in told.lower() for word in words):
                     return _Answer("", reason)
             if status == 400 and _NEWER_LIMIT in told and _NEWER_LIMIT not in parameters:
                 self.limit_name = _NEWER_LIMIT
-                return _Failure(told, transient=True, seconds=0.0)
+                return _Failure(told, transient=True)
             if status in (401, 403):
-                told += f"; the key is that of {KEY}" if _key() else f"; {KEY} is not set"
-            spent = status == 429 and "insufficient_quota" in f"{error.code} {told}"
+                told += f"; the key is that of {KEY}" if key_from(KEY) else f"; {KEY} is not set"
+            spent = status == _TOO_MANY and "insufficient_quota" in f"{error.code} {told}"
             transient = not spent and (status in _TRANSIENT or status >= 500)
-            return _Failure(f"{told} (status {status})", transient, _asked_pause(error.response.headers))
+            if status == _TOO_MANY:
+                self.usage.refused()
+            asked = _asked_pause(error.response.headers)
+            return _Failure(f"{told} (status {status})", transient, asked, busy=status in _BUSY)
         except openai.APIConnectionError as error:
             cause = f"{error} {error.__cause__ or ''}".strip()
-            return _Failure(self._scrubbed(_one_line(cause)), transient=True, reached=False)
-        except (openai.APIError, ValueError) as error:
-            return _Failure(self._scrubbed(_one_line(f"not a chat completion: {error}")), transient=True)
-        return self._read(request, completion)
+            return _Failure(_one_line(cause), transient=True, reached=False)
+        except (openai.APIError, *_MALFORMED) as error:
+            return _Failure(_one_line(f"not a chat completion: {error}"), transient=True)
 
     def _parameters(self, request: Request) -> dict[str, Any]:
         sampling = request.sampling
@@ -240,26 +253,26 @@ class OpenAIEngine:
         }
 
     def _read(self, request: Request, completion: Any) -> _Answer | _Failure:
-        """Return what an answer holds, and count its tokens."""
+        """Return what an answer holds, and count its tokens. Raises one of `_MALFORMED` for another form."""
         choices = getattr(completion, "choices", None)
         message = getattr(choices[0], "message", None) if choices else None
         if not choices or message is None:
             return _Failure("not a chat completion", transient=True)
+        text, reason = message.content or "", str(choices[0].finish_reason or "none")
+        if not isinstance(text, str):
+            raise TypeError(f"its content is no text but a {type(text).__name__}")
         self.reached = True
-        text, reason = str(message.content or ""), str(choices[0].finish_reason or "none")
         # A server that does not count gets the length that the request allowed: a budget must hold.
-        prompt = getattr(completion.usage, "prompt_tokens", None) or len(request.context_ids)
-        made = getattr(completion.usage, "completion_tokens", None)
-        self.usage.answered(prompt=prompt, completion=request.max_new_tokens if made is None else made)
+        prompt, made = (getattr(completion.usage, f"{part}_tokens", None) for part in ("prompt", "completion"))
+        self.usage.answered(
+            prompt=prompt if isinstance(prompt, int) and prompt > 0 else len(request.context_ids),
+            completion=made if isinstance(made, int) and made >= 0 else request.max_new_tokens,
+        )
         if getattr(message, "refusal", None):
             reason = "refusal"
         elif reason in ("stop", "length") and not text.strip():
             reason = "empty"
         return _Answer(text, reason)
-
-    def _scrubbed(self, text: str) -> str:
-        """Return a server's words without the key: some repeat it."""
-        return text.replace(key, "***") if (key := _key()) else text
 
     # In the thread that reads the actions
     def _action(self, request: Request, answer: _Answer) -> Action:
@@ -282,11 +295,6 @@ class OpenAIEngine:
         return Action(request.key, (), "context_full")
 
 
-def _key() -> str:
-    """Return the key; '' if there is none."""
-    return os.environ.get(KEY, "").strip()
-
-
 def _words(error: openai.APIStatusError) -> str:
     """Return what a server says, on one line."""
     body = error.body
@@ -295,15 +303,15 @@ def _words(error: openai.APIStatusError) -> str:
 
 
 def _one_line(text: str) -> str:
-    line = " ".join(text.split())
+    """Return words of a server or of its client without the key, which some repeat, and not too long."""
+    key = key_from(KEY)
+    line = " ".join((text.replace(key, "***") if key else text).split())
     return line if len(line) <= _LONGEST_TOLD else line[: _LONGEST_TOLD - 3] + "..."
 
 
-def _asked_pause(headers: Any) -> float | None:
-    """Return the seconds that a server asks to wait, as a number or as a date; None if it does not."""
-    given = headers.get("retry-after")
-    if given is None:
-        return None
+def _asked_pause(headers: Any) -> float:
+    """Return the seconds that a server asks to wait, as a number or as a date; 0 if it does not."""
+    given = headers.get("retry-after", "")
     try:
         return max(0.0, float(given))
     except ValueError:
@@ -311,4 +319,4 @@ def _asked_pause(headers: Any) -> float | None:
     try:
         return max(0.0, (parsedate_to_datetime(given) - datetime.now(UTC)).total_seconds())
     except (ValueError, TypeError):  # neither a date, nor one with a zone
-        return None
+        return 0.0

@@ -13,7 +13,7 @@ from bcft.runs.storage import storage, write_json
 COUNTED = "usage.jsonl"
 """A line for each request sent, and one for each answer, until the sampling is complete."""
 TOTAL = "usage.json"
-_COUNTS = ("requests", "prompt_tokens", "completion_tokens")
+_COUNTS = ("requests", "refused", "prompt_tokens", "completion_tokens")
 
 
 class Usage:
@@ -24,6 +24,7 @@ class Usage:
         self.settings = settings
         self.lock = Lock()
         self.counts = Counter(dict.fromkeys(_COUNTS, 0))
+        self.answers = 0  # to this start
         lines = self.path.read_bytes().splitlines(keepends=True) if self.path.is_file() else []
         whole = [line for line in lines if line.endswith(b"\n")]
         for line in whole:
@@ -46,16 +47,23 @@ class Usage:
         """Count a request before it is sent. Raises UsageError when a budget is spent."""
         settings = self.settings
         with self.lock:
-            for key, used in (("max_requests", self.requests), ("max_total_tokens", self.tokens)):
+            used_requests = self.requests - self.counts["refused"]
+            for key, used in (("max_requests", used_requests), ("max_total_tokens", self.tokens)):
                 limit = getattr(settings, key)
                 if limit is not None and used >= limit:
                     what = f"{used:,} of {limit:,} {key.rpartition('_')[2]} are used"
-                    raise UsageError(f"{key}: {what}: raise it and re-run the same command, which goes on from here")
+                    raise UsageError(f"{key}: {what}: raise it and resume with the same command")
             self._add(requests=1)
+
+    def refused(self) -> None:
+        """Count a request that the server refused as one too many for now: it costs nothing, and no budget."""
+        with self.lock:
+            self._add(refused=1)
 
     def answered(self, *, prompt: int, completion: int) -> None:
         """Count the tokens of an answer."""
         with self.lock:
+            self.answers += 1
             self._add(prompt_tokens=prompt, completion_tokens=completion)
 
     def close(self) -> None:
@@ -65,8 +73,9 @@ class Usage:
             self.path.unlink(missing_ok=True)
 
     def __str__(self) -> str:
-        asked = f"{self.requests:,} request{'' if self.requests == 1 else 's'}"
         counts = self.counts
+        asked = f"{self.requests:,} request{'' if self.requests == 1 else 's'}"
+        asked += f" ({counts['refused']:,} refused as too many)" if counts["refused"] else ""
         return f"{asked}, {counts['prompt_tokens']:,} tokens of prompts, {counts['completion_tokens']:,} of completions"
 
     def _add(self, **counts: int) -> None:

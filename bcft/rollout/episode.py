@@ -104,6 +104,9 @@ def play(
             except (ServerError, UsageError):  # a server is gone, or a budget spent: what was answered is paid for
                 yield from _finished(calls, _Episode.on_step)
                 raise
+            except (Preempted, KeyboardInterrupt):  # the same, but there is no time to wait for environments
+                yield from _finished(calls, _Episode.on_step, wait=False)
+                raise
             assert not live, f"the engine left {len(live)} of {len(requests)} requests without an action"
             yield from _finished(calls, _Episode.on_step)
     finally:

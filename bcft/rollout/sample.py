@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
+from bcft.errors import FaultError, MismatchError, ServerError, UsageError
 from bcft.generation import make_engine
 from bcft.policy.loading import Policy
 from bcft.rollout.episode import Attempt, play
@@ -16,7 +17,7 @@ from bcft.rollout.failures import refuse_failures
 from bcft.runs.clock import Clock
 from bcft.runs.distributed import gather, rank, world_size
 from bcft.runs.progress import Progress
-from bcft.runs.storage import ROLLOUTS, Journal, read_journal, read_jsonl, seal, sealed, write_jsonl
+from bcft.runs.storage import ROLLOUTS, Journal, read_journal, read_jsonl, seal, sealed, storage, write_jsonl
 from bcft.types import Action, Engine, Problem, Request, RolloutSettings, Trajectory
 
 CHUNK = 128
@@ -90,22 +91,41 @@ def play_journaled(
     label: of the progress; '' for none. phase: `rollout`, `dev` or `test`, part of the noise's key; attempts of two
     phases need directories of their own. Attempts whose environment failed are played again. Returns the trajectories
     of all processes, in the order of the attempts.
+
+    Raises what one process raised about its engine on all of them; after a MismatchError none of the attempts counts.
     """
     journal = Journal(journal_path(directory))
     lines = [line for file in sorted(journal.path.parent.glob("*.jsonl")) for line in read_journal(file)]
     known = {line["id"]: Trajectory.from_json(line) for line in lines if line["ended"] != "error"}
     missing = [attempt for attempt in share(attempts) if attempt.id not in known]
     shown = f"{label} (process 1 of {world_size()})" if label and world_size() > 1 else label
-    with Progress(shown, summary=phase == "test") as progress:
-        played = play_attempts(policy, missing, settings, phase=phase, progress=progress)
-        for chunk in _chunks(played, CHUNK if settings.make_engine is None else 1):
-            with clock.phase("other"):
-                journal.append([trajectory.to_json() for trajectory in chunk])
-            known |= {trajectory.id: trajectory for trajectory in chunk}
+    failed: FaultError | ServerError | UsageError | None = None
+    try:
+        with Progress(shown, summary=phase == "test") as progress:
+            played = play_attempts(policy, missing, settings, phase=phase, progress=progress)
+            for chunk in _chunks(played, CHUNK if settings.make_engine is None else 1):
+                with clock.phase("other"):
+                    journal.append([trajectory.to_json() for trajectory in chunk])
+                known |= {trajectory.id: trajectory for trajectory in chunk}
+    except (FaultError, ServerError, UsageError) as error:
+        failed = error  # for the other processes, which would wait for this one
     with Progress(label and f"{label}, wait for the other processes"), clock.phase("other"):
+        _raise_together(failed, journal.path.parent)
         gathered = gather([known[attempt.id] for attempt in attempts if attempt.id in known])
     everyone = {trajectory.id: trajectory for trajectory in gathered}
     return [everyone[attempt.id] for attempt in attempts]
+
+
+def _raise_together(failed: FaultError | ServerError | UsageError | None, journals: Path) -> None:
+    """Raise what any process failed with; after a MismatchError remove the journals of all of them first."""
+    failures = [error for error in gather([failed]) if error is not None]
+    mismatch = next((error for error in failures if isinstance(error, MismatchError)), None)
+    if mismatch is not None and rank() == 0:
+        with storage(journals):
+            for file in journals.glob("*.jsonl"):
+                file.unlink()
+    if failures:
+        raise mismatch or failures[0]
 
 
 def play_attempts(

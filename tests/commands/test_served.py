@@ -3,20 +3,21 @@
 import os
 import re
 import signal
-import subprocess
 import sys
 import threading
 from collections import Counter
 
 import pytest
 from helpers.chat_server import chat_server
-from helpers.runs import ROOT, interrupted
+from helpers.runs import interrupted
 
 from bcft import collect, evaluate, sft
 from bcft.config.schema import ModelSettings
 from bcft.data.examples import make_examples
 from bcft.errors import ServerError, UsageError
+from bcft.evaluation.held_out import UNFINISHED
 from bcft.generation import openai_api
+from bcft.policy import loading
 from bcft.policy.loading import load_renderer
 from bcft.rollout import sample
 from bcft.runs.storage import Journal, committed, read_journal, read_json, read_jsonl
@@ -66,6 +67,21 @@ def settle():
     for thread in threading.enumerate():
         if thread.name == "requests":
             thread.join()
+
+
+def forked(main, arguments, *, out):
+    """Start a command in a process that need not import again; return its number."""
+    if child := os.fork():
+        return child
+    code = 99
+    try:
+        with out.open("wb", buffering=0) as file:
+            for stream in (1, 2):
+                os.dup2(file.fileno(), stream)
+        sys.stdout, sys.stderr = (open(stream, "w", buffering=1, closefd=False) for stream in (1, 2))  # noqa: SIM115
+        code = main(arguments)
+    finally:
+        os._exit(code)  # the end of the tests is the parent's
 
 
 def journaled(path):
@@ -119,16 +135,18 @@ def test_a_kept_row_is_what_sft_makes_of_the_same_text(collected):
     assert [line["completion"][0]["content"] for line in kept] == [text for _, text in texts]
 
 
+@pytest.mark.slow
 def test_sft_clones_the_teacher_with_the_ids_of_its_rows(collected, tmp_path, capsys):
     kept = len(read_jsonl(collected / "kept.jsonl"))
     whole = {key: value for key, value in STUDENT.items() if key != "dataset_train_split"}
     changes = {"dataset_name": str(collected), "eval_test_samples": 1, "max_steps": 2, "learning_rate": 1e-3}
+    changes |= {"eval_dev_problems": 2, "eval_test_problems": 2}
     metrics = sft.run(None, output_dir=str(tmp_path / "model"), **whole | changes)
     assert metrics["train"]["steps"] == 2
     assert f"{kept:,} with the ids that were sampled" in capsys.readouterr().out
 
 
-def test_a_collection_that_is_cut_goes_on_and_asks_for_nothing_that_is_journaled(tmp_path, monkeypatch):
+def test_a_collection_that_is_cut_resumes_and_asks_for_nothing_that_is_journaled(tmp_path, monkeypatch):
     path = tmp_path / "run"
     with chat_server(solved, Flaky()) as server:
         for times in (1, 7, 13):
@@ -147,7 +165,7 @@ def test_a_collection_that_is_cut_goes_on_and_asks_for_nothing_that_is_journaled
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 75)])
-def test_a_collection_that_is_killed_goes_on_and_asks_for_nothing_that_is_journaled(tmp_path, number, code):
+def test_a_collection_that_is_killed_resumes_and_asks_for_nothing_that_is_journaled(tmp_path, number, code):
     path = tmp_path / "run"
 
     def fault(number, _):
@@ -155,17 +173,14 @@ def test_a_collection_that_is_killed_goes_on_and_asks_for_nothing_that_is_journa
 
     with chat_server(solved, fault) as server:
         given = [f"{key}={value}" for key, value in keys(server, output_dir=path, concurrency=1).items()]
-        command = [sys.executable, "-m", "bcft.collect", *given]
-        child = subprocess.Popen(
-            command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )  # fmt: skip
+        child = forked(collect.main, given, out=tmp_path / "out")
         try:
             assert server.held.wait(300)
         finally:
-            child.send_signal(number)
-            out, _ = child.communicate(timeout=60)
-        assert child.returncode == code
+            os.kill(child, number)
+            ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        out = (tmp_path / "out").read_bytes()
+        assert ended == code, out
         server.release.set()
         known = journaled(path)
         assert len(known) == 15, out
@@ -181,7 +196,7 @@ def test_a_collection_that_is_killed_goes_on_and_asks_for_nothing_that_is_journa
 
 
 @pytest.mark.parametrize("environment", [None, "bcft.environments.two_attempts.TwoAttempts"])
-def test_a_budget_stops_a_collection_in_one_line_and_raising_it_goes_on(tmp_path, capsys, environment):
+def test_a_budget_stops_a_collection_in_one_line_and_raising_it_resumes(tmp_path, capsys, environment):
     path = tmp_path / "run"
     with chat_server((lambda _: "#### 1") if environment else solved) as server:
         changes = {"environment": environment, "success_func": ""} if environment else {}
@@ -190,8 +205,7 @@ def test_a_budget_stops_a_collection_in_one_line_and_raising_it_goes_on(tmp_path
         assert collect.main([*given, "max_requests=12"]) == 2
         err = capsys.readouterr().err
         assert err == (
-            "bcft: error: max_requests: 12 of 12 requests are used: raise it and re-run the same command, which goes "
-            "on from here\n"
+            "bcft: error: max_requests: 12 of 12 requests are used: raise it and resume with the same command\n"
         )
         assert read_json(path / "status.json")["state"] == "failed"
         known = journaled(path)
@@ -272,11 +286,23 @@ def test_an_evaluation_resumes_as_well_and_says_whose_noise_it_is(tmp_path, monk
     assert holds_no_key(tmp_path)
 
 
-def test_a_teacher_is_compared_with_a_student_that_is_sampled_here(tmp_path, capsys):
+def test_a_teacher_is_compared_with_a_student_that_is_sampled_here_and_is_asked_once_for_that(
+    tmp_path, monkeypatch, capsys
+):
     with chat_server(solved) as server:
         given = {k: v for k, v in keys(server).items() if k not in ROUND}
         given |= {"eval_test_samples": 1, "against": "bcft:tiny-math", "eval_test_problems": 4}
+        # The teacher is measured; the student is not.
+        interrupted(monkeypatch, tmp_path, loading, "load_policy", run=evaluate.run, **given)
+        asked = len(server.requests)
         metrics = evaluate.run(None, output_dir=str(tmp_path), **given)
-        assert len(server.requests) == metrics["model"]["n"] * 2 + metrics["model"]["harder"]["n"] * 2
+        assert len(server.requests) == asked == metrics["model"]["n"] * 2 + metrics["model"]["harder"]["n"] * 2
+        assert not list(tmp_path.rglob(UNFINISHED))
+        del given["against"]
+        # Neither what another teacher was measured by nor what is complete is taken for this one's.
+        for name in ("other", "teacher"):
+            before = len(server.requests)
+            evaluate.run(None, output_dir=str(tmp_path), **given | {"served_model": name})
+            assert len(server.requests) == before + asked
     assert "teacher on a server, its text tokenized for bcft:tiny-math" in capsys.readouterr().out
     assert metrics["against"]["n"] == 4

@@ -6,8 +6,9 @@ import pytest
 from helpers.recipes import BASE_KEYS, findings
 
 from bcft.config.declare import SettingError
-from bcft.config.engine import EngineSettings
+from bcft.config.engine import EngineSettings, key_from
 from bcft.config.loader import load
+from bcft.errors import UsageError
 
 SERVED = {"engine": "openai", "base_url": "http://127.0.0.1:8000/v1", "served_model": "teacher"}
 
@@ -87,6 +88,11 @@ def test_what_is_trained_cannot_be_behind_an_api(command: str) -> None:
         ({"openai_api_key": "abcdef"}, "abcdef"),
         (SERVED | {"base_url": "http://user:abcdef@h/v1"}, "abcdef"),
         (SERVED | {"base_url": "http://h/v1?api-key=abcdef"}, "abcdef"),
+        ({"engine": "vllm", "vllm_server_base_url": "http://user:abcdef@h"}, "abcdef"),
+        ({"engine": "vllm", "vllm_command": "vllm serve --api-key abcdef"}, "abcdef"),
+        ({"engine": "vllm", "vllm_command": ["vllm", "serve", "--api_key=abcdef"]}, "abcdef"),
+        ({"engine": "vllm", "vllm_command": ["python", "--hf-token", "abcdef"]}, "abcdef"),
+        ({"engine": "vllm", "vllm_command": "env VLLM_API_KEY=abcdef 'python"}, "abcdef"),
         (SERVED | {"served_model": "sk-abcdefabcdefabcdefabcdef"}, "abcdef"),
     ],
 )
@@ -94,6 +100,42 @@ def test_a_key_in_a_recipe_is_refused_and_not_shown(keys: dict[str, Any], secret
     found = findings(lambda: load("collect", None, BASE_KEYS | keys))
     assert not any(secret in line for line in found)
     assert "environment instead" in found[0]
+
+
+@pytest.mark.parametrize(
+    ("keys", "variable"),
+    [
+        (SERVED | {"base_url": "http://user:abcdef@h/v1"}, "OPENAI_API_KEY"),
+        ({"engine": "vllm", "vllm_server_base_url": "http://user:abcdef@h"}, "VLLM_API_KEY"),
+    ],
+)
+def test_the_variable_for_a_servers_key_is_that_of_its_engine(keys: dict[str, Any], variable: str) -> None:
+    (line,) = findings(lambda: load("collect", None, BASE_KEYS | keys))
+    assert f"set {variable} in the environment instead" in line
+
+
+@pytest.mark.parametrize(
+    ("given", "words"), [("python 'a b", "has a quote or a backslash without"), (" ", "is empty: give the words")]
+)
+def test_a_command_that_no_shell_would_read_is_refused_in_a_line(given: str, words: str) -> None:
+    (line,) = findings(lambda: load("collect", None, BASE_KEYS | {"engine": "vllm", "vllm_command": [given]}))
+    assert f"vllm_command: {words}" in line
+
+
+def test_a_key_comes_from_the_environment_without_the_space_around_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    assert key_from("VLLM_API_KEY") == ""
+    monkeypatch.setenv("VLLM_API_KEY", " abc-def\r\n")
+    assert key_from("VLLM_API_KEY") == "abc-def"
+
+
+@pytest.mark.parametrize("key", ["abc def", "abc\ndef", "abc\x7fdef", "abc\u00e9def"])
+def test_a_key_that_no_header_holds_is_refused_and_not_shown(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", key)
+    with pytest.raises(UsageError, match=r"^VLLM_API_KEY: holds a space") as raised:
+        key_from("VLLM_API_KEY")
+    assert "abc" not in str(raised.value)
+    assert "def" not in str(raised.value)
 
 
 def test_one_word_of_vllm_command_is_read_as_a_shell_would() -> None:

@@ -1,11 +1,14 @@
 """The `openai` engine against a real server: what is sent, what its answers become, and what it does about faults."""
 
 import json
+import time
 from contextlib import contextmanager
 from functools import cache
+from itertools import count
 from threading import Barrier
 
 import pytest
+from helpers import chat_server as served
 from helpers.chat_server import chat_server
 from helpers.tiny import llama_tokenizer
 from helpers.trained_tokenizers import renderer_of
@@ -93,6 +96,18 @@ def test_the_key_comes_from_the_environment_alone(tmp_path, monkeypatch, key, se
     with chat_server() as server:
         ask(server, tmp_path, [a_request()])
         assert set(server.keys) == {sent}
+
+
+@pytest.mark.parametrize("key", ["a-secret\nof-mine", "a-s\u00e9cret-of-mine", "a-secret\x7fof-mine"])
+def test_a_key_that_no_header_can_hold_is_refused_unsent_and_unshown(tmp_path, monkeypatch, capfd, key):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with chat_server() as server:
+        answered, error = failed(server, tmp_path, [a_request()])
+        assert (answered, server.requests) == ([], [])
+    assert isinstance(error, UsageError)
+    assert str(error).startswith("OPENAI_API_KEY: ")
+    shown = str(error) + "".join(capfd.readouterr())
+    assert not any(part in shown for part in (key, "cret", "of-mine"))
 
 
 def test_a_server_that_wants_the_newer_name_of_the_limit_gets_it(tmp_path):
@@ -194,13 +209,69 @@ def test_a_request_is_repeated_until_it_is_answered_and_answered_once(tmp_path, 
     assert json.loads((tmp_path / "usage.json").read_text())["requests"] == 27
 
 
-def test_pauses_double_and_are_as_long_as_the_server_asks_where_it_does(tmp_path, pauses):
+def test_pauses_double_and_are_at_least_as_long_as_the_server_asks(tmp_path, pauses):
     script = iter(["500", "500", "429 later", "500", "429", "cut"])
     with chat_server(fault=lambda *_: next(script, "")) as server:
         ask(server, tmp_path, [a_request()])
-    assert [pauses[2], pauses[4]] == [7.0, 0.0]
-    for waited, doubled in zip(pauses, [1, 2, 7, 8, 0, 32], strict=True):
-        assert doubled / 2 <= waited <= doubled
+    bounds = [(0.5, 1), (1, 2), (7, 9), (4, 8), (8, 16), (16, 32)]
+    assert all(least <= waited <= most for waited, (least, most) in zip(pauses, bounds, strict=True))
+
+
+@pytest.mark.parametrize("fault", ["429", "503"])
+def test_a_busy_server_that_answers_others_is_waited_for(tmp_path, fault):
+    """One request is refused more often than a server that is gone is asked, and another is answered each time."""
+    refusals = count(1)
+
+    def unlucky(_, prompt):
+        if prompt != "0" or (number := next(refusals)) > 3 * openai_api.MOST_TRIES:
+            return ""
+        while server.answered.total() < number:
+            time.sleep(0.001)
+        return fault
+
+    with chat_server(fault=unlucky) as server:
+        assert len(ask(server, tmp_path, [a_request(str(i)) for i in range(40)], concurrency=2)) == 40
+        assert set(server.answered.values()) == {1}
+
+
+@pytest.mark.parametrize("fault", ["429", "503"])
+def test_a_busy_server_that_answers_nothing_is_given_up(tmp_path, fault):
+    with chat_server(fault=lambda *_: fault) as server:
+        _, error = failed(server, tmp_path, [a_request()])
+        assert len(server.requests) == openai_api.MOST_TRIES
+    assert isinstance(error, ServerError)
+    assert "resume with the same command; answered requests are not repeated" in str(error)
+
+
+MESSAGE = {"role": "assistant", "content": "4"}
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        [1], "4", 4, {}, {"choices": 5}, {"choices": {"0": MESSAGE}}, {"choices": "4"}, {"choices": [4]},
+        {"choices": [{"message": "4"}]}, {"choices": [{"message": [MESSAGE]}]},
+        {"choices": [{"message": {"content": [{"type": "text", "text": "4"}]}, "finish_reason": "stop"}]},
+    ],
+)  # fmt: skip
+def test_what_has_another_form_than_a_chat_completion_is_told_in_one_line(tmp_path, monkeypatch, capfd, answer):
+    monkeypatch.setattr(served._Handler, "_answer", lambda *_: answer)
+    with chat_server() as server:
+        answered, error = failed(server, tmp_path, [a_request()])
+    assert (answered, type(error)) == ([], ServerError)
+    assert "not a chat completion" in str(error)
+    assert "Traceback" not in "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize("usage", [None, 5, {"prompt_tokens": "10", "completion_tokens": -1}, {"prompt_tokens": 1e999}])
+def test_tokens_that_a_server_does_not_count_are_those_that_the_request_allows(tmp_path, monkeypatch, usage):
+    answer = {"choices": [{"message": MESSAGE, "finish_reason": "stop"}], "usage": usage}
+    monkeypatch.setattr(served._Handler, "_answer", lambda *_: answer)
+    request = a_request()
+    with chat_server() as server:
+        ask(server, tmp_path, [request])
+    counted = json.loads((tmp_path / "usage.json").read_text())
+    assert (counted["prompt_tokens"], counted["completion_tokens"]) == (len(request.context_ids), 9)
 
 
 def test_a_server_that_does_not_come_back_ends_the_engine_after_what_is_in_flight(tmp_path):
@@ -241,12 +312,21 @@ def test_a_refusal_that_would_be_repeated_is_not_and_shows_no_key(tmp_path, monk
     assert error.__suppress_context__ or error.__context__ is None
 
 
+def test_a_key_that_is_cut_off_in_a_long_answer_is_not_shown(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "a-secret-of-mine")
+    for before in range(270, 300, 5):
+        monkeypatch.setitem(served.STATUS, "401", (401, {}, "x" * before + "{key}" + "y" * 99, "invalid_api_key"))
+        with chat_server(fault=lambda *_: "401") as server:
+            _, error = failed(server, tmp_path, [a_request()])
+        assert "a-s" not in str(error)
+
+
 # Budgets
 
 
 def test_a_budget_of_requests_is_held_across_starts_and_repeated_ones_count(tmp_path):
     requests = [a_request(str(i)) for i in range(9)]
-    with chat_server(fault=lambda number, _: "429" if number <= 2 else "") as server:
+    with chat_server(fault=lambda number, _: "500" if number <= 2 else "") as server:
         answered, error = failed(server, tmp_path, requests, concurrency=2, max_requests=5)
         assert (len(answered), len(server.requests)) == (3, 5)
         assert str(error).startswith("max_requests: 5 of 5 requests are used: raise it")
@@ -254,6 +334,15 @@ def test_a_budget_of_requests_is_held_across_starts_and_repeated_ones_count(tmp_
         assert failed(server, tmp_path, left, max_requests=5)[0] == []
         assert len(ask(server, tmp_path, left, max_requests=11)) == 6
         assert len(server.requests) == 11
+
+
+def test_requests_that_a_busy_server_refuses_cost_no_budget(tmp_path):
+    lines = []
+    with chat_server(fault=lambda number, _: "429" if number <= 5 else "") as server:
+        requests = [a_request(str(i)) for i in range(3)]
+        assert len(ask(server, tmp_path, requests, concurrency=1, max_requests=3, say=lines.append)) == 3
+        assert len(server.requests) == 8
+    assert lines[-1].startswith("engine: 8 requests (5 refused as too many), ")
 
 
 def test_a_budget_of_tokens_sends_nothing_beyond_it_and_loses_nothing_in_flight(tmp_path):
@@ -269,7 +358,7 @@ def test_a_command_that_is_complete_leaves_its_total_and_the_next_counts_from_no
         for _ in range(2):
             ask(server, tmp_path, [a_request("2"), a_request("3")], max_requests=2)
     assert json.loads((tmp_path / "usage.json").read_text()) == {
-        "requests": 2, "prompt_tokens": 20, "completion_tokens": 6,
+        "requests": 2, "refused": 0, "prompt_tokens": 20, "completion_tokens": 6,
     }  # fmt: skip
     assert not (tmp_path / "usage.jsonl").exists()
 

@@ -7,24 +7,17 @@ from itertools import pairwise
 import pytest
 import torch
 from helpers.tiny import llama_tokenizer, save_llama
-from helpers.vllm_double import Double, DoubleServer, recorded
+from helpers.vllm_double import Double, recorded
+from helpers.vllm_play import LORA, ROLLOUT, STOP, asked, play, policy_of, questions, running_at, started, train
 
 from bcft.config.engine import EngineSettings
-from bcft.config.schema import ModelSettings
-from bcft.environments.single_turn import SingleTurn
 from bcft.errors import FaultError, ServerError, UsageError
 from bcft.generation.hf import HFEngine
 from bcft.generation.mode import sampling_mode
 from bcft.generation.vllm import VLLM, engine, open_vllm, weights
 from bcft.generation.vllm.client import Client
 from bcft.generation.vllm.weights import Weights
-from bcft.policy.loading import load_policy, with_adapter
-from bcft.types import Request, RolloutSettings, Sampling
-
-FULL = ModelSettings(use_cpu=True)
-LORA = replace(FULL, use_peft=True, lora_r=4, lora_target_modules=("all-linear",))
-ROLLOUT = RolloutSettings(SingleTurn, Sampling(), max_new_tokens=9, max_turns=1, step_timeout=1.0, seed=0)
-STOP = (7, 8, 9, 40, 41, 42)
+from bcft.types import Request, Sampling
 
 
 @pytest.fixture(scope="module")
@@ -46,61 +39,10 @@ def doubles():
         double.close()
 
 
-def policy_of(model, settings=FULL):
-    policy = with_adapter(load_policy(model, settings), settings, seed=0)
-    if policy.adapter:
-        train(policy, 1)
-    return policy
-
-
-def train(policy, seed):
-    """Change the weights that train."""
-    torch.manual_seed(seed)
-    for parameter in policy.model.parameters():
-        if parameter.requires_grad:
-            parameter.data.add_(torch.randn_like(parameter), alpha=0.3)
-
-
-def asked(problems=6, samples=4, **more):
-    given = {"sampling": Sampling(), "stop_ids": STOP, "max_new_tokens": 9} | more
-    return [
-        Request((0, "rollout", 1, f"p{p}", k, 0), tuple(range(10, 20 + p)), **given)
-        for p in range(problems)
-        for k in range(samples)
-    ]
-
-
-def running_at(double, tmp_path, **more):
-    """Return a maker of engines for a server that runs already."""
-    settings = EngineSettings(engine="vllm", vllm_server_base_url=double.url, **more)
-    return VLLM(Weights(settings, tmp_path / "weights", None), concurrency=settings.concurrency)
-
-
-def started(tmp_path, concurrency=4, **settings):
-    """Return a maker of engines for a server that it starts, and the server."""
-    server = DoubleServer(**settings)
-    given = EngineSettings(engine="vllm", vllm_command=("vllm",), vllm_server_timeout=5.0)
-    return VLLM(Weights(given, tmp_path / "weights", server, say=print), concurrency=concurrency), server
-
-
-def play(maker, policy, requests, during=lambda _: None):
-    with maker(policy, ROLLOUT) as engine:
-        actions = []
-        for action in engine.generate(requests):
-            actions.append(action)
-            during(len(actions))
-    return actions
-
-
 def own_logprobs(policy, request, ids):
     with torch.no_grad(), sampling_mode(policy.model):
         logits = policy.model(torch.tensor([[*request.context_ids, *ids]])).logits[0, len(request.context_ids) - 1 : -1]
     return logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0].tolist()
-
-
-def questions(double):
-    """Return the questions of rollouts, not of probes."""
-    return [body for body in double.asked if body.get("stop_token_ids")]
 
 
 def test_every_request_gets_one_action_with_its_ids_its_stop_and_raw_log_probabilities(model, doubles, tmp_path):

@@ -177,9 +177,10 @@ class DoubleServer:
         self.started.append(list(arguments))
         given = dict(pairwise(arguments))
         lora = json.loads(given["--lora-modules"]) if "--lora-modules" in given else None
-        self.double = Double(
-            given["--model"], adapters={lora["name"]: lora["path"]} if lora else {}, key="secret", **self.settings
-        )
+        assert lora is None or "--enable-lora" in arguments
+        settings = {"loads": "--enable-lora" in arguments} | self.settings
+        adapters = {lora["name"]: lora["path"]} if lora else {}
+        self.double = Double(given["--model"], adapters=adapters, key="secret", **settings)
         self.doubles.append(self.double)
         return Client(self.double.url, key="secret")
 

@@ -14,7 +14,7 @@ from helpers.tiny import llama_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bcft.environments.single_turn import SingleTurn
-from bcft.errors import Preempted
+from bcft.errors import Preempted, ServerError, UsageError
 from bcft.generation.hf import HFEngine
 from bcft.generation.mode import sampling_mode
 from bcft.policy.chat_template import Renderer
@@ -507,6 +507,42 @@ def test_a_signal_while_environments_run_in_threads_stops_the_loop_and_closes_th
         time.sleep(0.01)
     time.sleep(0.3)  # a second close would come by now
     assert closed(held) == [1] * 3
+
+
+@pytest.mark.parametrize("error", [ServerError, UsageError, Preempted, KeyboardInterrupt])
+def test_what_was_answered_before_the_engine_is_interrupted_still_comes_back(renderer, held, error):
+    """An answer may be paid for. Nobody who interrupts waits for an environment that is slow."""
+    hanging, left = Event(), Semaphore(0)
+    waits = error in (ServerError, UsageError)
+
+    class Slow(held):
+        def step(self, action):
+            if self.problem.prompt == "say 2":
+                hanging.wait()
+            return super().step(action)
+
+        def close(self):
+            super().close()
+            left.release()
+
+    class Interrupted(Scripted):
+        def generate(self, requests):
+            actions = list(super().generate(requests))[:3]
+            yield from actions
+            assert all(left.acquire(timeout=60) for _ in range(2))  # closed after their last step
+            time.sleep(0.2)  # their threads hand over the answers
+            if waits:
+                hanging.set()
+            raise error("interrupted")
+
+    read = []
+    try:
+        settings = rollout_settings(Slow, max_turns=1)
+        with pytest.raises(error, match="interrupted"):
+            read.extend(play(attempts(4, 1), settings, renderer, Interrupted(renderer), phase="train"))
+    finally:
+        hanging.set()
+    assert len(read) == (3 if waits else 2)
 
 
 @pytest.mark.parametrize("instant", [False, True])

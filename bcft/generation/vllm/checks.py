@@ -9,10 +9,10 @@ from hashlib import sha256
 
 import torch
 
-from bcft.errors import FaultError, UsageError
+from bcft.errors import FaultError, MismatchError, UsageError
 from bcft.generation.mode import sampling_mode
 from bcft.generation.vllm.client import Client, Refused
-from bcft.generation.vllm.requests import ask
+from bcft.generation.vllm.requests import ask, completed
 from bcft.policy.loading import Policy
 from bcft.types import Action, Request, Sampling
 
@@ -30,13 +30,18 @@ _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 @torch.no_grad()
-def fingerprint(policy: Policy) -> str:
-    """Return a hash of what a policy has beyond its frozen base, from a sum of every tensor: training changes one."""
+def fingerprint(policy: Policy, *, base: bool = False) -> str:
+    """Return a hash of what a policy has beyond its frozen base, from a sum of every tensor: training changes one.
+
+    base: of an adapter's base instead, '' for full weights.
+    """
+    if base and not policy.adapter:
+        return ""
     named = policy.model.named_parameters()
     sums = [
         f"{name} {float(tensor.detach().sum(dtype=torch.float64)):.9e}"
         for name, tensor in named
-        if not policy.adapter or "lora_" in name
+        if not policy.adapter or ("lora_" in name) != base
     ]
     return sha256("\n".join(sums).encode()).hexdigest()[:12]
 
@@ -102,7 +107,7 @@ def probe(policy: Policy, client: Client, model: str, *, context: int) -> float:
 def _knows(client: Client, model: str, token: int) -> bool:
     """Return whether a server has an embedding for a token id."""
     try:
-        client.post("/v1/completions", {"model": model, "prompt": [token], "max_tokens": 1, "temperature": 0.0})
+        completed(client, {"model": model, "prompt": [token], "max_tokens": 1, "temperature": 0.0})
     except Refused as refused:
         if "vocabulary" not in str(refused):
             raise
@@ -129,7 +134,7 @@ class Compared:
     def mismatch(self, policy: Policy) -> float | None:
         """Return by how much the server's log-probabilities differ from the policy's, on average; None without any.
 
-        Raises FaultError when that is too much in fp32 on a CPU, where nothing but the order of sums differs.
+        Raises MismatchError when that is too much in fp32 on a CPU, where nothing but the order of sums differs.
         """
         parts: list[torch.Tensor] = []
         for request, action in self._within_budget():
@@ -139,7 +144,7 @@ class Compared:
             return None
         mean = float(torch.cat(parts).mean())
         if _in_fp32(policy) and not mean <= MOST_DIFFERENCE:
-            raise FaultError(
+            raise MismatchError(
                 f"the vLLM server's log-probabilities differ by {mean:.2g} from the policy's, on average over "
                 f"{sum(map(len, parts)):,} tokens, and in fp32 may by {MOST_DIFFERENCE:g}: what it samples is not "
                 f"what is trained"

@@ -11,18 +11,32 @@ from socket import SHUT_RDWR
 from typing import Any
 from urllib.parse import urlsplit
 
+from bcft.errors import UsageError
+
+SECRET = "VLLM_API_KEY"
+"""The variable that holds a server's key, for vLLM as well."""
 ANSWER_SECONDS = 3600.0
 """Nobody knows how long a server takes for a long answer among many others; one that died breaks the connection."""
 LOOK_SECONDS = 10.0
 """For a question about the server itself."""
 _AGAIN = frozenset({408, 409, 425, 429})
 """Statuses of a server that can be asked again; so can one with any status from 500."""
+_GATEWAY = frozenset({502, 503, 504})
+"""Statuses of a proxy whose server is not there."""
+_DENIED = frozenset({401, 403})
 _LONGEST = 300
 """Characters of what a server says that a person gets to read."""
 
 
 class Broken(Exception):  # noqa: N818 - not an error yet: the question is asked again
-    """The server gave no answer, or said that it cannot now. `str(broken)`: how."""
+    """The server gave no answer, or said that it cannot now. `str(broken)`: how.
+
+    connection: whether it broke with the connection, so that another process may be there since.
+    """
+
+    def __init__(self, how: str, *, connection: bool = False) -> None:
+        super().__init__(how)
+        self.connection = connection
 
 
 class Refused(Exception):  # noqa: N818 - as above: what it means depends on the question
@@ -36,7 +50,8 @@ class Refused(Exception):  # noqa: N818 - as above: what it means depends on the
 class Client:
     """A server's address, and the connections to it.
 
-    url: with or without `/v1`; key: sent as a bearer token unless empty. Safe to share between threads.
+    url: with or without `/v1`; key: sent as a bearer token unless empty. Safe to share between threads. All questions
+    raise UsageError when the server wants another key.
     """
 
     def __init__(self, url: str, *, key: str = "") -> None:
@@ -91,12 +106,24 @@ class Client:
             response = connection.getresponse()
             content = response.read()
         except (OSError, HTTPException) as error:
-            raise Broken(f"{type(error).__name__}: {error}"[:_LONGEST]) from error
+            raise Broken(f"{type(error).__name__}: {error}"[:_LONGEST], connection=True) from error
         finally:
             with self._lock:
                 self._open.discard(connection)
             connection.close()
-        return _read(response.status, content)
+        try:
+            return _read(response.status, content)
+        except Refused as refused:
+            if refused.status in _DENIED:
+                raise UsageError(self._denied(refused)) from None  # its reason may hold the key
+            raise
+
+    def _denied(self, refused: Refused) -> str:
+        what = "refuses the key" if self.key else "wants a key"
+        reason = str(refused).replace(self.key, "***") if self.key else str(refused)
+        return (
+            f"{SECRET}: the vLLM server at {self.url} {what} (status {refused.status}: {reason}): set it to that one's"
+        )
 
 
 def _shut(connection: HTTPConnection) -> None:
@@ -117,7 +144,7 @@ def _read(status: int, content: bytes) -> Any:
         return value
     reason = " ".join(_reason(value).split())[:_LONGEST] or "no reason given"
     if status >= 500 or status in _AGAIN:
-        raise Broken(f"status {status}: {reason}")
+        raise Broken(f"status {status}: {reason}", connection=status in _GATEWAY)
     raise Refused(status, reason)
 
 

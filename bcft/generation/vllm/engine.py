@@ -5,7 +5,6 @@ is the server's: a rollout that is played again has other tokens, and only what 
 no answer are asked again; each request gets one action, whatever breaks meanwhile.
 """
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -14,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic, sleep
 
-from bcft.config.engine import EngineSettings
+from bcft.config.engine import EngineSettings, key_from
 from bcft.errors import FaultError, ServerError
 from bcft.generation.vllm.checks import Compared
-from bcft.generation.vllm.client import Broken, Client, Refused
+from bcft.generation.vllm.client import SECRET, Broken, Client, Refused
 from bcft.generation.vllm.requests import ask, grouped
 from bcft.generation.vllm.server import Server, check_command
 from bcft.generation.vllm.weights import Weights
@@ -50,7 +49,7 @@ def open_vllm(
         command = check_command(settings.command)
         starting = label("starting the vLLM server")
         server = Server(command, log=place / "server.log", timeout=settings.vllm_server_timeout, label=starting)
-    key = "" if server else os.environ.get("VLLM_API_KEY", "")
+    key = "" if server else key_from(SECRET)
     weights = Weights(settings, place / "weights", server, key=key, say=say, label=label)
     try:
         yield VLLM(weights, concurrency=settings.concurrency)
@@ -73,7 +72,8 @@ class VLLM:
     def __call__(self, policy: Policy, settings: RolloutSettings) -> Iterator[Engine]:  # noqa: ARG002 - an EngineMaker
         """Yield the policy's engine; afterwards compare some of its actions' log-probabilities with the policy's.
 
-        Raises UsageError, FaultError and ServerError when the server cannot play the policy, or did not.
+        Raises UsageError, FaultError and ServerError when the server cannot play the policy, MismatchError when it did
+        not: then none of its actions count.
         """
         engine = VLLMEngine(self.weights, policy, concurrency=self.concurrency)
         if world_size() > 1:  # all processes together, whether or not each has something to sample
@@ -178,9 +178,9 @@ class VLLMEngine:
             if refused.status != 404:
                 raise FaultError(f"the vLLM server refused a request: {refused}") from refused
             if starts == self.weights.starts:
-                self.weights.restore_adapter()
+                self.weights.restore_adapter(self.policy)
         except Broken as broken:
-            if starts == self.weights.starts and not self.weights.mend(broken):
+            if starts == self.weights.starts and not self.weights.mend(broken, self.policy):
                 question.tries += 1
                 if question.tries >= MOST_TRIES:
                     raise ServerError(

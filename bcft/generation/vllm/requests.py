@@ -5,11 +5,11 @@ the server's own. A seed for each request would kill vLLM's engine on a CPU as s
 Generator does not use offset"), and would not promise the same tokens in another batch on a GPU either.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from bcft.errors import FaultError
-from bcft.generation.vllm.client import Broken, Client
+from bcft.errors import FaultError, UsageError
+from bcft.generation.vllm.client import Broken, Client, Refused
 from bcft.types import Action, Request, Stop
 
 MOST_SAMPLES = 16
@@ -31,15 +31,38 @@ def grouped(requests: Sequence[Request]) -> Iterator[list[Request]]:
 def ask(client: Client, model: str, group: Sequence[Request], *, context: int) -> list[Action]:
     """Return the server's actions for requests that are one question. context: tokens that the server reads at most.
 
-    Raises Broken and Refused, and FaultError for an answer that lacks what vLLM gives.
+    Raises Broken and Refused, FaultError for an answer that lacks what vLLM gives, UsageError for one of another API.
     """
     request = group[0]
     limit = min(request.max_new_tokens, context - len(request.context_ids))
-    choices = client.post("/v1/completions", body_of(request, model, n=len(group), limit=limit))["choices"]
+    choices = completed(client, body_of(request, model, n=len(group), limit=limit))
     if len(choices) != len(group):
         raise Broken(f"{len(choices)} answers to {len(group)} requests")
     ordered = sorted(choices, key=lambda choice: int(choice["index"]))
     return [_action(asked, choice) for asked, choice in zip(group, ordered, strict=True)]
+
+
+def completed(client: Client, body: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the choices that a server answers a question with. Raises as `ask`."""
+    answer = client.post("/v1/completions", body)
+    choices = answer.get("choices") if isinstance(answer, Mapping) else None
+    if not isinstance(choices, list) or not all(isinstance(c, Mapping) and "index" in c for c in choices):
+        raise UsageError(_no_vllm(client))
+    return choices
+
+
+def served_model(client: Client) -> tuple[str, int | None]:
+    """Return the name by which a server knows its model, and how many tokens that reads, where it says so.
+
+    Raises Broken, and UsageError for what is no vLLM server.
+    """
+    try:
+        cards = client.get("/v1/models")["data"]
+        card: dict[str, Any] = next(card for card in cards if not card.get("parent"))
+        length = card.get("max_model_len")
+        return str(card["id"]), int(length) if length else None
+    except (Refused, KeyError, TypeError, AttributeError, ValueError, StopIteration) as error:
+        raise UsageError(_no_vllm(client)) from error
 
 
 def body_of(request: Request, model: str, *, n: int, limit: int) -> dict[str, Any]:
@@ -68,6 +91,13 @@ def body_of(request: Request, model: str, *, n: int, limit: int) -> dict[str, An
         "return_token_ids": True,
         "stream": False,
     }
+
+
+def _no_vllm(client: Client) -> str:
+    return (
+        f"vllm_server_base_url: what answers at {client.url} is no OpenAI-compatible vLLM server, such as `vllm serve` "
+        f"starts; that of `trl vllm-serve` is none"
+    )
 
 
 def _action(request: Request, choice: Any) -> Action:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from bcft.errors import ServerError, UsageError
 from bcft.generation.vllm import watchdog
-from bcft.generation.vllm.client import Client
+from bcft.generation.vllm.client import SECRET, Client
 from bcft.runs.progress import Progress
 from bcft.runs.storage import storage
 
@@ -33,8 +33,6 @@ _ERROR = re.compile(r"\b[A-Z]\w*(?:Error|Exception)\b: (?!.*See (?:root cause|st
 """A reason in a log: the error that ended a process, or what argparse refuses; not that another process has ended."""
 _HARMLESS = re.compile(r"\b(DEBUG|INFO|WARNING) \d\d-\d\d ")
 """A line of vLLM's log that is no error, whatever it names."""
-_SECRET = "VLLM_API_KEY"
-"""The variable from which vLLM reads the key that it wants."""
 _LONGEST = 300
 
 
@@ -157,7 +155,7 @@ class Server:
     def _environment(self) -> dict[str, str]:
         kept = {name: value for name, value in os.environ.items() if not _OF_A_LAUNCHER.fullmatch(name)}
         return kept | {
-            _SECRET: self.key,
+            SECRET: self.key,
             "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
             "VLLM_NO_USAGE_STATS": "1",
             "DO_NOT_TRACK": "1",

@@ -18,8 +18,8 @@ import sys
 import time
 from collections.abc import Sequence
 
-GRACE = 5.0
-"""Seconds that a server has to end by itself."""
+GRACE = 4.0
+"""Seconds that a server has to end by itself: with two looks, all of it is gone in less than five."""
 _LOOK = 0.2
 """Seconds between two looks."""
 

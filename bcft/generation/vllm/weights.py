@@ -2,22 +2,26 @@
 
 An adapter is loaded at run time, under a name for each version, onto a base that stays as it is: nothing is merged, so
 a 4-bit base loses nothing. (`trl vllm-serve` merges adapters and sends whole weights over NCCL.) Full weights are a
-directory that the server is started on anew.
+directory that the server is started on anew; so is another base. A server that runs already reads full weights anew,
+if it has the endpoints for it, and each time that others may have restarted it.
 """
 
+import gc
 import json
 import secrets
 import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+
+import torch
 
 from bcft.config.engine import EngineSettings
-from bcft.errors import FaultError, ServerError, UsageError
+from bcft.errors import BcftError, FaultError, ServerError, UsageError
 from bcft.generation.vllm.base import save_base
 from bcft.generation.vllm.checks import check_adapter, check_vocabulary, fingerprint, largest_rank, probe
 from bcft.generation.vllm.client import Broken, Client, Refused
+from bcft.generation.vllm.requests import served_model
 from bcft.generation.vllm.server import Server
 from bcft.policy.loading import Policy, save_policy
 from bcft.policy.shape import context_length
@@ -32,6 +36,11 @@ _BASE = "bcft"
 _NUMBERS = {"no": "", "bf16": "bfloat16", "fp16": "float16"}
 _MOST_TRIES = 3
 _LOOK = 1.0
+_TAKES_NONE = (
+    "vllm_server_base_url: that server plays other weights and takes no new ones: train an adapter with use_peft: "
+    "true, or leave vllm_server_base_url out, and the run starts a server of its own; one that is started with "
+    "VLLM_SERVER_DEV_MODE=1 has endpoints for it, which vLLM makes for its developers"
+)
 
 
 class Weights:
@@ -66,8 +75,10 @@ class Weights:
         self.starts = 0
         self._restarts = 0
         self._first = True
-        self._played = ""  # the fingerprint of what the server plays
+        self._played = ("", "")  # the fingerprints of what the server plays, and of the base below it
+        self._base = ""  # the fingerprint of the base below adapters on a server that this has started
         self._adapter: Path | None = None
+        self._reloaded: Path | None = None  # full weights that a server which runs already has read
         self._arguments: list[str] = []
 
     def sync(self, policy: Policy) -> None:
@@ -77,19 +88,31 @@ class Weights:
         FaultError when it does not play the policy.
         """
         self._restarts = 0
+        failed: BcftError | None = None
         if rank() == 0:
-            tries = 0
-            while not self._synced(policy, last=tries == _MOST_TRIES - 1):
-                tries += 1
-                time.sleep(_LOOK)
-        place = broadcast((self.client.url, self.client.key, self.model, self.context))
+            try:
+                self._sync_somehow(policy)
+            except BcftError as error:  # for the other processes, which wait
+                failed = error
+        elif self.server is not None:
+            _free_memory()
+        place = (self.client.url, self.client.key, self.model, self.context, self._reloaded)
+        failed, place = broadcast((failed, place))
+        if failed is not None:
+            raise failed
         if rank() > 0:
-            url, key, self.model, self.context = place
+            url, key, self.model, self.context, self._reloaded = place
             self.client = Client(url, key=key)
 
-    def mend(self, broken: Broken) -> bool:
-        """Bring a server back that is gone; return whether it was. Raises ServerError when it is gone too often."""
+    def mend(self, broken: Broken, policy: Policy) -> bool:
+        """Bring a server back that is gone; return whether it was.
+
+        Raises ServerError when it is gone too often, FaultError when it plays something else afterwards.
+        """
         if self._well():
+            if broken.connection and not policy.adapter and self.server is None:
+                self._restore(policy)
+                self.starts += 1
             return False
         self._restarts += 1
         if self._restarts > MOST_RESTARTS:
@@ -99,7 +122,7 @@ class Weights:
             self._start()
         else:
             self._wait(broken)
-            self._restore_adapter()
+            self._restore(policy)
         self.starts += 1
         return True
 
@@ -113,20 +136,20 @@ class Weights:
             time.sleep(_LOOK)
         return False
 
-    def restore_adapter(self) -> None:
+    def restore_adapter(self, policy: Policy) -> None:
         """Load the adapter again on a server that has lost it: it was restarted by others. Raises FaultError if not."""
         self._restarts += 1
         lost = rank() == 0 and (self._adapter is None or self.server is not None)
         if lost or self._restarts > MOST_RESTARTS:
             raise FaultError(f"the vLLM server has no model {self.model!r} any more")
         if rank() == 0:
-            self._restore_adapter()
+            self._restore(policy)
         else:
             time.sleep(_LOOK)  # process 0 finds out as well
         self.starts += 1
 
     def close(self) -> None:
-        """End the server, or unload the adapter from one that goes on, and remove the saved weights."""
+        """End the server, or unload the adapter from one that keeps running, and remove the saved weights."""
         if self.server is not None:
             self.server.stop()
         elif self._adapter is not None and rank() == 0:
@@ -134,14 +157,23 @@ class Weights:
         if rank() == 0:
             shutil.rmtree(self.directory, ignore_errors=True)
 
+    def _sync_somehow(self, policy: Policy) -> None:
+        for tries in range(_MOST_TRIES):
+            if self._synced(policy, last=tries == _MOST_TRIES - 1):
+                return
+            time.sleep(_LOOK)
+
     def _synced(self, policy: Policy, *, last: bool) -> bool:
-        """Sync; return False when an answer of a healthy server broke. last: raise ServerError then."""
+        """Sync; return False to try again: an answer broke, and the server is there or can be started again.
+
+        last: raise ServerError then.
+        """
         try:
             self._sync(policy)
         except Refused as refused:
             raise FaultError(f"the vLLM server refused a request: {refused}") from refused
         except Broken as broken:
-            if last or not self.client.healthy():
+            if last or (self.server is None and not self.client.healthy()):
                 raise ServerError(f"the vLLM server does not answer: {self._why(broken)}") from broken
             return False
         return True
@@ -149,10 +181,12 @@ class Weights:
     def _sync(self, policy: Policy) -> None:
         if policy.adapter:
             check_adapter(policy)
-        played = fingerprint(policy)
-        if played == self._played and (self.server is None or self.server.running()):
+        played, base = fingerprint(policy), fingerprint(policy, base=True)
+        if (played, base) == self._played and (self.server is None or self.server.running()):
+            if self.server is None and not policy.adapter:
+                self._confirm(policy)
             return
-        self._played = ""
+        self._played = ("", "")
         before, place = self._adapter, self.directory / played
         with Progress(self.label("vLLM, saving the weights")), storage(place):
             if self._first:
@@ -160,42 +194,56 @@ class Weights:
             place.mkdir(parents=True, exist_ok=True)
             save_policy(policy, place)
         if self.server is not None:
-            self._serve(policy, place)
-        elif policy.adapter:
-            self._load(place)
+            self._serve(policy, place, base)
         self._take_card(policy)
+        if self.server is None and policy.adapter:
+            self._load(place)
         check_vocabulary(policy, self.client, self.model)
         self._probe(policy, place)
         if before is not None and before != place:
-            self._unload(f"{_BASE}-{before.name}")
+            self._unload(_name_of(before))
+        if policy.adapter:
+            self._reloaded = None
+        else:
+            self._adapter = None
         for old in self.directory.iterdir():
             if old.name not in (played, _BASE):
                 shutil.rmtree(old, ignore_errors=True)
-        self._played, self._first = played, False
+        self._played, self._first = (played, base), False
 
     def _probe(self, policy: Policy, place: Path) -> None:
         """Check that the server plays the policy; give full weights to one that runs already and plays others."""
         fixed = self.server is None and not policy.adapter
-        if fixed and not self._first:
-            self._reload(place)
+        if fixed and not self._reload(place) and not self._first:
+            raise UsageError(_TAKES_NONE)  # the probe is not told from a policy that has trained a little
         try:
             probe(policy, self.client, self.model, context=self.context)
-        except FaultError:
-            if not (fixed and self._first):
-                raise
-            self._reload(place)
-            probe(policy, self.client, self.model, context=self.context)
+        except FaultError as fault:
+            if fixed and self._reloaded is None:
+                raise UsageError(_TAKES_NONE) from fault
+            raise
 
-    def _serve(self, policy: Policy, place: Path) -> None:
-        """Start a server on the weights, or load an adapter into the one that runs."""
+    def _confirm(self, policy: Policy) -> None:
+        """Check that a server plays full weights which it has been given: others may have restarted it since."""
+        if self._reloaded is not None:
+            self._reload(self._reloaded)
+        probe(policy, self.client, self.model, context=self.context)
+
+    def _serve(self, policy: Policy, place: Path, base: str) -> None:
+        """Start a server on the weights, or load an adapter into one that runs on its base and has room for it.
+
+        base: its fingerprint, '' for full weights.
+        """
         assert self.server is not None
-        if policy.adapter and self.server.running() and self.client.healthy():
+        arguments = self._arguments_for(policy, str(self.directory / _BASE if policy.adapter else place))
+        fits = policy.adapter and base == self._base and arguments == self._arguments
+        if fits and self.server.running() and self.client.healthy():
             self._load(place)
             return
-        model = self._save_base(policy) if policy.adapter else str(place)
-        self._arguments = self._arguments_for(policy, model)
+        self._arguments, self._base, self._adapter, self.model = arguments, base, None, _BASE
         if policy.adapter:
-            self._adapter, self.model = place, f"{_BASE}-{place.name}"
+            self._save_base(policy)
+            self._adapter, self.model = place, _name_of(place)
         self._start()
 
     def _arguments_for(self, policy: Policy, model: str) -> list[str]:
@@ -223,23 +271,24 @@ class Weights:
         arguments = [*self._arguments, "--seed", str(secrets.randbelow(2**31))]  # else each start repeats its noise
         if self._adapter is not None:
             arguments += ["--lora-modules", json.dumps({"name": self.model, "path": str(self._adapter)})]
+        _free_memory()
         self.client = self.server.start(arguments, port=self.server.port if world_size() > 1 else 0)
         return None
 
-    def _save_base(self, policy: Policy) -> str:
-        """Write the base of an adapter as it is in memory; return its place.
+    def _save_base(self, policy: Policy) -> None:
+        """Write the base of an adapter as it is in memory.
 
         What its name stands for may differ from it: a GGUF file, another revision, another precision. Of a base in 4
         bits the server gets the numbers that its layers multiply with.
         """
         place = self.directory / _BASE
         with Progress(self.label("vLLM, saving the base")), storage(place):
+            shutil.rmtree(place, ignore_errors=True)  # of another base
             save_base(policy, place)
-        return str(place)
 
     def _load(self, place: Path) -> None:
         """Load an adapter under a name of its own: the server's prefix cache goes by the name."""
-        name = f"{_BASE}-{place.name}"
+        name = _name_of(place)
         try:
             self.client.post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(place)})
         except Refused as refused:
@@ -255,7 +304,10 @@ class Weights:
                 ) from refused
             if "already been loaded" not in str(refused):
                 raise FaultError(f"the vLLM server does not load the adapter: {refused}") from refused
-        except Broken as broken:  # what an engine cannot load is a server's error, too
+        except Broken as broken:
+            if broken.connection or not self.client.healthy():
+                raise
+            # What an engine cannot load is a server's error, too.
             raise FaultError(f"the vLLM server does not load the adapter: {broken}") from broken
         self._adapter, self.model = place, name
 
@@ -265,31 +317,53 @@ class Weights:
         except (Refused, Broken):  # it is gone already, and nothing asks for it any more
             return
 
-    def _restore_adapter(self) -> None:
-        if self._adapter is not None:
-            self._load(self._adapter)
+    def _restore(self, policy: Policy) -> None:
+        """Give a server that others have restarted what it is to play. Raises ServerError when it does not take it."""
+        for tries in range(_MOST_TRIES):
+            try:
+                if self._adapter is not None:
+                    self._load(self._adapter)
+                elif not policy.adapter:
+                    self._confirm(policy)
+                return
+            except Refused as refused:
+                raise FaultError(f"the vLLM server refused a request: {refused}") from refused
+            except Broken as broken:
+                if tries == _MOST_TRIES - 1:
+                    raise ServerError(f"the vLLM server does not answer: {self._why(broken)}") from broken
+                self._wait(broken)
+            time.sleep(_LOOK)
 
-    def _reload(self, place: Path) -> None:
-        """Let a server that runs already read full weights, through endpoints that vLLM has for its developers."""
+    def _reload(self, place: Path) -> bool:
+        """Let a server that runs already read full weights, through endpoints that vLLM has for its developers.
+
+        Return whether it has them.
+        """
         call = {"method": "reload_weights", "kwargs": {"weights_path": str(place)}}
         try:
             self.client.post("/collective_rpc", call)
             self.client.post("/reset_prefix_cache", {})
         except Refused as refused:
-            raise UsageError(
-                "vllm_server_base_url: that server plays other weights and takes no new ones: train an adapter with "
-                "use_peft: true, or leave vllm_server_base_url out, and the run starts a server of its own; one that "
-                "is started with VLLM_SERVER_DEV_MODE=1 has endpoints for it, which vLLM makes for its developers"
-            ) from refused
+            if refused.status not in (404, 405):
+                raise
+            self._reloaded = None
+            return False
+        except Broken as broken:
+            if broken.connection or not self.client.healthy():
+                raise
+            raise FaultError(
+                f"the vLLM server does not read the weights at {place}, where it must find them as well: {broken}"
+            ) from broken
+        self._reloaded = place
+        return True
 
     def _take_card(self, policy: Policy) -> None:
         """Note how many tokens both read, and by which name the server knows its model."""
-        cards = self.client.get("/v1/models")["data"]
-        card: dict[str, Any] = next(card for card in cards if not card.get("parent"))
+        name, length = served_model(self.client)
         own = context_length(policy.model.config)
-        self.context = min(own, int(card.get("max_model_len") or own))
+        self.context = min(own, length or own)
         if not policy.adapter:
-            self.model = str(card["id"])
+            self.model = name
 
     def _wait(self, broken: Broken) -> None:
         """Wait for a server that others start."""
@@ -304,3 +378,14 @@ class Weights:
         if self.server is None or rank() > 0:
             return f"{broken}, at {self.client.url}"
         return f"{self.server.reason()}: see {self.server.log}"
+
+
+def _name_of(place: Path) -> str:
+    """Return the name by which a server knows a saved adapter."""
+    return f"{_BASE}-{place.name}"
+
+
+def _free_memory() -> None:
+    """Give a GPU's memory back that nothing holds: vLLM does not start where its share is not free."""
+    gc.collect()
+    torch.cuda.empty_cache()
