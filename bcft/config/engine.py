@@ -71,8 +71,8 @@ class EngineSettings(Settings):
     served_model: str | None = _openai(None, "the name by which the server at base_url knows its model")
     max_requests: int | None = _openai(
         None,
-        "most requests sent in a run, repeated and resumed ones included, those refused as too many (429) left out; higher "
-        "may cost more; null: no limit",
+        "most requests sent in a run, repeated and resumed ones included, those refused as too many (429) left out; "
+        "higher may cost more; null: no limit",
         limits=">= 1",
     )
     max_total_tokens: int | None = _openai(
