@@ -96,11 +96,13 @@ class Server:
             finally:
                 os.close(read)
         client = Client(f"http://127.0.0.1:{self.port}", key=self.key)
+        healthy = False
         try:
             self._wait(client)
-        except BaseException:
-            self.stop()
-            raise
+            healthy = True
+        finally:
+            if not healthy:
+                self.stop()
         return client
 
     def running(self) -> bool:
