@@ -167,7 +167,7 @@ def ran(here, monkeypatch, request):
     whole = filtered.run
     monkeypatch.setattr(filtered, "run", lambda recipe, **keys: whole(recipe, **keys, **SMALL["filtered"]))
     code = blocks("README.md", "python")[request.param]
-    exec(compile(code, "README.md", "exec"), {"__name__": "snippet"})
+    exec(compile(code, "<snippet>", "exec"), {"__name__": "snippet"})
     return here / re.search(r'output_dir="(.+?)"', code)[1]
 
 

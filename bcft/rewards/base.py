@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from tokenize import TokenError
 from typing import Any, SupportsFloat
 
 from bcft.errors import BcftError, DataError, FaultError, UsageError
@@ -324,7 +325,7 @@ def described(function: Callable[..., Any]) -> str:
         bound += f"[{', '.join(plain)}]" if plain else ""
     try:
         source = inspect.getsource(inner if inspect.isroutine(inner) or inspect.isclass(inner) else type(inner))
-    except (OSError, TypeError):  # typed into a bare interpreter, or not a function
+    except (OSError, TypeError, SyntaxError, TokenError):  # typed into an interpreter, no function, or edited since
         return name + bound
     return f"{name}@{hashlib.sha256(source.encode()).hexdigest()[:8]}{bound}"
 

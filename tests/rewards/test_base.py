@@ -148,6 +148,15 @@ def test_a_module_of_the_working_directory_can_be_imported(tmp_path, monkeypatch
     assert import_function("bcft.rewards.math_reward", key="reward_funcs") is math_reward
 
 
+def test_a_function_whose_file_was_edited_since_is_described_by_its_name(tmp_path):
+    file = tmp_path / "edited.py"
+    file.write_text("x = 1\n\ndef reward(completions):\n    return [1.0]\n")
+    names = {"__name__": "edited"}
+    exec(compile(file.read_text(), str(file), "exec"), names)
+    file.write_text("x = 1\n\ndef reward(completions:\n")
+    assert described(names["reward"]) == "edited.reward"
+
+
 def test_functions_of_one_name_and_different_source_are_described_differently():
     def make(text):
         def reward(**_):
