@@ -129,26 +129,19 @@ def _evaluate(
     config: Config, splits: Splits, directory: RunDirectory, *, rollouts: RolloutSettings, scorer: Scorer
 ) -> dict[str, Any]:
     """Check every model, then load and measure one after the other; write and return what was measured."""
-    from bcft.data.examples import check_prompts
     from bcft.evaluation.held_out import forget, measure
     from bcft.generation import open_engine
-    from bcft.policy.loading import check_model, load_policy, load_renderer, load_served
+    from bcft.policy.loading import load_policy, load_served
 
-    split = config.evaluation.eval_split
-    problems = [d.problem for d in (splits.test if split == "test" else splits.dev)]
-    names = {"model": config.model.model_name_or_path, "against": config.evaluation.against or ""}
-    model = config.model
+    split, model = config.evaluation.eval_split, config.model
+    names = {"model": model.model_name_or_path, "against": config.evaluation.against or ""}
     served = {"model": config.engine.served} if config.engine.served else {}  # a model to compare with is sampled here
-    for part, name in names.items():
-        if name:
-            here = part not in served
-            renderer = check_model(name, model, trainable=False).renderer if here else load_renderer(name, model)
-            check_prompts(problems, renderer, special_tokens=config.data.special_tokens)
+    _check(config, splits, names, served)
 
     def measured_model(part: str, name: str, maker: EngineMaker | None) -> Measured:
         """Load one model and evaluate it; it is freed before the next one is loaded."""
+        here = part not in served
         with Progress(config.label(f"{part}, loading")):
-            here = part not in served
             policy = (
                 load_policy(name, model, trainable=False) if here else load_served(name, model, served=served[part])
             )
@@ -186,6 +179,25 @@ def _evaluate(
         for part in names:
             forget(directory.path / part)
     return summaries
+
+
+def _check(config: Config, splits: Splits, names: Mapping[str, str], served: Mapping[str, str]) -> None:
+    """Refuse models, and prompts that their templates cannot render, before any weights are loaded.
+
+    names: of the models by part, '' for none; served: the parts whose models a server has.
+    """
+    from bcft.data.examples import check_prompts
+    from bcft.policy.loading import check_model, load_renderer
+
+    problems = [d.problem for d in (splits.test if config.evaluation.eval_split == "test" else splits.dev)]
+    for part, name in names.items():
+        if name:
+            renderer = (
+                load_renderer(name, config.model)
+                if part in served
+                else check_model(name, config.model, trainable=False).renderer
+            )
+            check_prompts(problems, renderer, special_tokens=config.data.special_tokens)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

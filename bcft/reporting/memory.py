@@ -106,11 +106,10 @@ def memory(
     fp32 scale, or an 8-bit scale that shares its own fp32 scale with 255 others. Autocast makes 16-bit copies of fp32
     weights. For the backward pass each linear layer saves its input and its output for each token of a micro-batch:
     under autocast it saves the input twice because the input is cast first, and with dropout before an adapter once
-    more, with one byte each for the mask. (An input that several layers share is counted for each of them. This roughly
-    makes up for norms and activation functions, which are not counted.) With gradient checkpointing the saved tensors
-    are those of one block, the inputs of all blocks, and the last block's output and norm. Logits are held in tiles,
-    without autocast with four more tensors of their size. Sampling holds keys and values twice while they grow,
-    and six fp32 rows of the vocabulary for each attempt.
+    more, with one byte each for the mask. (An input that layers share is counted for each, which roughly makes up for
+    norms and activation functions.) With gradient checkpointing the saved tensors are those of one block, the inputs of
+    all blocks, and the last block's output and norm. Logits are held in tiles, without autocast with four more tensors
+    of their size. Sampling holds keys and values twice while they grow, and six fp32 rows of logits for each attempt.
 
     trained, sampled: tokens of the longest example, and of the longest attempt with its prompt; held_out_loss: whether
     the run measures it (`loss`); room: free bytes of the GPU, where attempts take half of what `always` leaves; None on

@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 from helpers.tiny import llama_tokenizer, save_llama
-from helpers.vllm_double import Double, recorded
+from helpers.vllm_double import recorded
 from helpers.vllm_play import LORA, ROLLOUT, STOP, asked, play, policy_of, questions, running_at, started, train
 
 from bcft.config.engine import EngineSettings
@@ -29,14 +29,6 @@ def model(tmp_path_factory):
 def no_pauses(monkeypatch):
     monkeypatch.setattr(engine, "FIRST_PAUSE", 0.01)
     monkeypatch.setattr(weights, "_LOOK", 0.01)
-
-
-@pytest.fixture
-def doubles():
-    made = []
-    yield lambda *args, **kwargs: made.append(Double(*args, **kwargs)) or made[-1]
-    for double in made:
-        double.close()
 
 
 def own_logprobs(policy, request, ids):

@@ -8,7 +8,6 @@ from itertools import pairwise
 import pytest
 import torch
 from helpers.tiny import llama_tokenizer, save_llama
-from helpers.vllm_double import Double
 from helpers.vllm_play import LORA, ROLLOUT, asked, play, policy_of, running_at, started, train
 
 from bcft.config.engine import EngineSettings
@@ -30,14 +29,6 @@ def model(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch):
     monkeypatch.setattr(weights, "_LOOK", 0.01)
-
-
-@pytest.fixture
-def doubles():
-    made = []
-    yield lambda *args, **kwargs: made.append(Double(*args, **kwargs)) or made[-1]
-    for double in made:
-        double.close()
 
 
 def changed_base(policy):

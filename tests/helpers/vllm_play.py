@@ -1,5 +1,6 @@
 """Policies, requests and engines of tests with a vLLM double: `running_at` one, or `started` by the engine."""
 
+from collections import Counter
 from dataclasses import replace
 
 import torch
@@ -26,12 +27,12 @@ def policy_of(model, settings=FULL):
     return policy
 
 
-def train(policy, seed):
-    """Change the weights that train."""
+def train(policy, seed, by=0.3):
+    """Change the weights that train. by: the standard deviation of the changes."""
     torch.manual_seed(seed)
     for parameter in policy.model.parameters():
         if parameter.requires_grad:
-            parameter.data.add_(torch.randn_like(parameter), alpha=0.3)
+            parameter.data.add_(torch.randn_like(parameter), alpha=by)
 
 
 def asked(problems=6, samples=4, **more):
@@ -62,6 +63,7 @@ def play(maker, policy, requests, during=lambda _: None):
         for action in engine.generate(requests):
             actions.append(action)
             during(len(actions))
+    assert Counter(action.key for action in actions) == Counter(request.key for request in requests)
     return actions
 
 

@@ -7,22 +7,17 @@ import os
 import signal
 import subprocess
 import time
-from collections import Counter
-from dataclasses import replace
 
 import pytest
-import torch
 from helpers.tiny import llama_tokenizer, save_llama
+from helpers.vllm_play import FULL, LORA, STOP, asked, play, policy_of, train
 
 from bcft.config.engine import EngineSettings
-from bcft.config.schema import ModelSettings
-from bcft.environments.single_turn import SingleTurn
 from bcft.errors import ServerError
 from bcft.generation.hf import HFEngine
 from bcft.generation.mode import sampling_mode
 from bcft.generation.vllm import open_vllm
-from bcft.policy.loading import load_policy, with_adapter
-from bcft.types import Request, RolloutSettings, Sampling
+from bcft.types import Sampling
 
 PYTHON = os.environ.get("BCFT_VLLM_PYTHON", "")
 pytestmark = pytest.mark.skipif(not PYTHON, reason="BCFT_VLLM_PYTHON names no interpreter with vLLM")
@@ -32,10 +27,6 @@ SETTINGS = EngineSettings(
     vllm_server_timeout=600.0,
     concurrency=8,
 )
-FULL = ModelSettings(use_cpu=True)
-LORA = replace(FULL, use_peft=True, lora_r=4, lora_target_modules=("all-linear",))
-ROLLOUT = RolloutSettings(SingleTurn, Sampling(), max_new_tokens=12, max_turns=1, step_timeout=1.0, seed=0)
-STOP = (7, 8, 9, 40, 41, 42)
 
 
 @pytest.fixture(autouse=True)
@@ -46,38 +37,6 @@ def small_cache(monkeypatch):
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return save_llama(tmp_path_factory.mktemp("model"), llama_tokenizer(["a b c"]), hidden=128, positions=256)
-
-
-def policy_of(model, settings):
-    policy = with_adapter(load_policy(model, settings), settings, seed=0)
-    train(policy, 1)
-    return policy
-
-
-def train(policy, seed):
-    """Change the weights that train."""
-    torch.manual_seed(seed)
-    for parameter in policy.model.parameters():
-        if parameter.requires_grad:
-            parameter.data.add_(torch.randn_like(parameter), alpha=0.05)
-
-
-def asked(problems=8, samples=4, sampling=Sampling()):  # noqa: B008
-    return [
-        Request((0, "rollout", 1, f"p{p}", k, 0), tuple(range(10, 20 + p)), sampling, STOP, 12)
-        for p in range(problems)
-        for k in range(samples)
-    ]
-
-
-def play(maker, policy, requests, during=lambda _: None):
-    with maker(policy, ROLLOUT) as engine:
-        actions = []
-        for action in engine.generate(requests):
-            actions.append(action)
-            during(len(actions))
-    assert Counter(a.key for a in actions) == Counter(r.key for r in requests)
-    return actions
 
 
 def group_of(server):
@@ -100,7 +59,7 @@ def test_adapters_are_played_round_by_round_and_a_server_that_is_killed_twice_lo
             assert all((a.stop == "stop_token") == (a.ids[-1] in STOP) for a in actions)
             print(f"mismatch with an adapter: {maker.mismatch:.2e}")
             assert maker.mismatch <= 1e-3
-            train(policy, seed)
+            train(policy, seed, by=0.05)
         greedy = asked(samples=1, sampling=Sampling(temperature=0.0))
         served = {a.key: a.ids for a in play(maker, policy, greedy)}
         with sampling_mode(policy.model):
@@ -132,7 +91,7 @@ def test_full_weights_are_played_round_by_round(model, tmp_path):
             play(maker, policy, asked(problems=4))
             print(f"mismatch with full weights: {maker.mismatch:.2e}")
             assert maker.mismatch <= 1e-3
-            train(policy, seed)
+            train(policy, seed, by=0.05)
 
 
 def test_a_model_that_vllm_cannot_run_is_told_in_a_line_with_its_logs_reason(tmp_path):
