@@ -51,7 +51,7 @@ _MALFORMED = (AttributeError, TypeError, LookupError, ValueError)
 _NEUTRAL = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 """Parameters that OpenAI's API does not have, where they are off: many servers take them, and some refuse them."""
 _NEWER_LIMIT = "max_completion_tokens"
-_LONGEST_TOLD = 300
+_LONGEST_MESSAGE = 300
 """Characters of a server's own words."""
 _UNFIT = {
     "content_filter": ("content_filter", "content_policy", "content management policy"),
@@ -67,7 +67,7 @@ _UNUSED = {
     "context": "longer than the server's context",
     "template": "not renderable by the policy's template",
 }
-"""Why an answer is not used -> how that is told; any other `finish_reason` is told as it is."""
+"""Why an answer is not used -> the words for it; any other `finish_reason` is printed as it is."""
 
 
 def pause(seconds: float, ended: Event) -> None:
@@ -106,8 +106,8 @@ def open_openai(
         yield make
     finally:
         if usage.requests:
-            told = (f"{n:,} {_UNUSED.get(why, why)}" for why, n in sorted(unused.items()))
-            dropped = f"; answers that count as truncated and are never trained: {', '.join(told)}" if unused else ""
+            counts = (f"{n:,} {_UNUSED.get(why, why)}" for why, n in sorted(unused.items()))
+            dropped = f"; answers that count as truncated and are never trained: {', '.join(counts)}" if unused else ""
             say(f"engine: {usage}{dropped}")
     usage.close()
     client.close()
@@ -125,7 +125,7 @@ class _Answer:
 class _Failure:
     """Why there is no answer, in the server's words, and what to do about it."""
 
-    told: str
+    message: str
     transient: bool
     seconds: float = 0.0
     """The pause that the server asks for."""
@@ -198,10 +198,10 @@ class OpenAIEngine:
             if isinstance(outcome, _Answer):
                 return outcome
             if not outcome.transient:
-                raise UsageError(f"{at}refuses the request: {outcome.told}")
+                raise UsageError(f"{at}refuses the request: {outcome.message}")
             self.reached = self.reached or outcome.reached
             gone = ServerError(
-                f"{at}does not answer, asked {tries} times: {outcome.told}: resume with the same command; answered "
+                f"{at}does not answer, asked {tries} times: {outcome.message}: resume with the same command; answered "
                 f"requests are not repeated"
             )
             if outcome.busy and self.usage.answers > answers:
@@ -219,21 +219,21 @@ class OpenAIEngine:
         try:
             return self._read(request, self.client.chat.completions.create(**parameters))
         except openai.APIStatusError as error:
-            status, told = error.status_code, _words(error)
+            status, message = error.status_code, _words(error)
             for reason, words in _UNFIT.items() if status in (400, 413) else ():
-                if any(word in told.lower() for word in words):
+                if any(word in message.lower() for word in words):
                     return _Answer("", reason)
-            if status == 400 and _NEWER_LIMIT in told and _NEWER_LIMIT not in parameters:
+            if status == 400 and _NEWER_LIMIT in message and _NEWER_LIMIT not in parameters:
                 self.limit_name = _NEWER_LIMIT
-                return _Failure(told, transient=True)
+                return _Failure(message, transient=True)
             if status in (401, 403):
-                told += f"; the key is that of {KEY}" if key_from(KEY) else f"; {KEY} is not set"
-            spent = status == _TOO_MANY and "insufficient_quota" in f"{error.code} {told}"
+                message += f"; the key is that of {KEY}" if key_from(KEY) else f"; {KEY} is not set"
+            spent = status == _TOO_MANY and "insufficient_quota" in f"{error.code} {message}"
             transient = not spent and (status in _TRANSIENT or status >= 500)
             if status == _TOO_MANY:
                 self.usage.refused()
             asked = _asked_pause(error.response.headers)
-            return _Failure(f"{told} (status {status})", transient, asked, busy=status in _BUSY)
+            return _Failure(f"{message} (status {status})", transient, asked, busy=status in _BUSY)
         except openai.APIConnectionError as error:
             cause = f"{error} {error.__cause__ or ''}".strip()
             return _Failure(_one_line(cause), transient=True, reached=False)
@@ -298,15 +298,15 @@ class OpenAIEngine:
 def _words(error: openai.APIStatusError) -> str:
     """Return what a server says, on one line."""
     body = error.body
-    told = (body.get("message") or body.get("detail")) if isinstance(body, dict) else body
-    return _one_line(str(told or error))
+    message = (body.get("message") or body.get("detail")) if isinstance(body, dict) else body
+    return _one_line(str(message or error))
 
 
 def _one_line(text: str) -> str:
     """Return words of a server or of its client without the key, which some repeat, and not too long."""
     key = key_from(KEY)
     line = " ".join((text.replace(key, "***") if key else text).split())
-    return line if len(line) <= _LONGEST_TOLD else line[: _LONGEST_TOLD - 3] + "..."
+    return line if len(line) <= _LONGEST_MESSAGE else line[: _LONGEST_MESSAGE - 3] + "..."
 
 
 def _asked_pause(headers: Any) -> float:

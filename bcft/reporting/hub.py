@@ -57,7 +57,7 @@ def available(load: Callable[[], T], name: str) -> T | Missing:
 
 
 def _base(name: str) -> str:
-    """Return the base that an adapter directory names; '' for any other name. What is damaged is told later."""
+    """Return the base that an adapter directory names; '' for any other name. Damage is reported later."""
     try:
         values = json.loads((Path(name) / "adapter_config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -154,7 +154,7 @@ def test_a_text_becomes_the_ids_that_its_row_has_as_a_demonstration(tmp_path, na
 
 
 @pytest.mark.parametrize(
-    ("answer", "text", "stop", "told"),
+    ("answer", "text", "stop", "printed"),
     [
         ("it is 4", "it is 4", "stop_token", ""),
         (("it is", "length"), "it is", "max_tokens", ""),
@@ -169,25 +169,25 @@ def test_a_text_becomes_the_ids_that_its_row_has_as_a_demonstration(tmp_path, na
         (("it is \ud800", "stop"), "", "context_full", "1 not renderable by the policy's template"),
     ],
 )
-def test_what_is_no_whole_answer_is_truncated_and_told(tmp_path, answer, text, stop, told):
+def test_what_is_no_whole_answer_is_truncated_and_counted(tmp_path, answer, text, stop, printed):
     lines = []
     with chat_server(lambda _: answer) as server:
         (action,) = ask(server, tmp_path, [a_request()], say=lines.append).values()
     renderer = a_renderer()
     assert (action.text, renderer.decode(action.ids), action.stop) == (text, text, stop)
     assert bool(action.ids and action.ids[-1] in renderer.stop_ids) == (stop == "stop_token")
-    assert lines[-1].endswith(f"never trained: {told}" if told else "of completions")
+    assert lines[-1].endswith(f"never trained: {printed}" if printed else "of completions")
 
 
-@pytest.mark.parametrize(("fault", "told"), [("long", "longer than the server's context"), ("filter", "filtered")])
-def test_a_prompt_that_the_server_cannot_take_costs_only_its_own_attempt(tmp_path, fault, told):
+@pytest.mark.parametrize(("fault", "printed"), [("long", "longer than the server's context"), ("filter", "filtered")])
+def test_a_prompt_that_the_server_cannot_take_costs_only_its_own_attempt(tmp_path, fault, printed):
     lines = []
     with chat_server(fault=lambda _, prompt: fault if prompt == "3" else "") as server:
         actions = ask(server, tmp_path, [a_request("2"), a_request("3"), a_request("4")], say=lines.append)
     assert {text: action.stop for (text, _), action in actions.items()} == {
         "2": "stop_token", "3": "context_full", "4": "stop_token",
     }  # fmt: skip
-    assert f"1 {told}" in lines[-1]
+    assert f"1 {printed}" in lines[-1]
 
 
 # Faults

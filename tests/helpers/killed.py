@@ -129,6 +129,7 @@ def killed(holder: Any, name: str, when: str, times: int, path: Path, recipe: st
         last = left[0] == 0
         if last and when.startswith("torn"):
             journal = args[0] if when == "torn" else args[0].journal
+            journal.path.parent.mkdir(parents=True, exist_ok=True)  # the torn line may be the first
             with journal.path.open("ab") as file:
                 file.write(b'{"sha256": "0123", "rows": [{"id": ')
         if last and when == "inside":

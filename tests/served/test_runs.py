@@ -43,8 +43,8 @@ def start(command: str, recipe: str, output: Path, *keys: str) -> subprocess.Pop
 
 def run(command: str, recipe: str, output: Path, *keys: str) -> dict:
     process = start(command, recipe, output, *keys)
-    told, _ = process.communicate()
-    assert process.returncode == 0, told[-3000:]
+    printed, _ = process.communicate()
+    assert process.returncode == 0, printed[-3000:]
     return json.loads((output / "metrics.json").read_text())
 
 

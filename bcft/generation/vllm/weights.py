@@ -91,7 +91,7 @@ class Weights:
         failed: BcftError | None = None
         if rank() == 0:
             try:
-                self._sync_somehow(policy)
+                self._sync_with_retries(policy)
             except BcftError as error:  # for the other processes, which wait
                 failed = error
         elif self.server is not None:
@@ -109,7 +109,7 @@ class Weights:
 
         Raises ServerError when it is gone too often, FaultError when it plays something else afterwards.
         """
-        if self._well():
+        if self._healthy():
             if broken.connection and not policy.adapter and self.server is None:
                 self._restore(policy)
                 self.starts += 1
@@ -126,7 +126,7 @@ class Weights:
         self.starts += 1
         return True
 
-    def _well(self) -> bool:
+    def _healthy(self) -> bool:
         """Return whether the server answers; one whose process runs may be busy, and is asked several times."""
         for _ in range(_MOST_TRIES):
             if self.client.healthy():
@@ -157,7 +157,7 @@ class Weights:
         if rank() == 0:
             shutil.rmtree(self.directory, ignore_errors=True)
 
-    def _sync_somehow(self, policy: Policy) -> None:
+    def _sync_with_retries(self, policy: Policy) -> None:
         for tries in range(_MOST_TRIES):
             if self._synced(policy, last=tries == _MOST_TRIES - 1):
                 return
@@ -215,7 +215,7 @@ class Weights:
         """Check that the server plays the policy; give full weights to one that runs already and plays others."""
         fixed = self.server is None and not policy.adapter
         if fixed and not self._reload(place) and not self._first:
-            raise UsageError(_TAKES_NONE)  # the probe is not told from a policy that has trained a little
+            raise UsageError(_TAKES_NONE)  # a probe cannot tell these weights from those of a few steps later
         try:
             probe(policy, self.client, self.model, context=self.context)
         except FaultError as fault:
