@@ -78,22 +78,22 @@ def twin(tmp_path_factory: pytest.TempPathFactory) -> str:
     config.num_attention_heads, config.head_dim = 2, 32
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(untrained)
-    keys = [f"model_name_or_path={untrained}", "learning_rate=4e-3", "eval_test_problems=50"]
+    keys = [f"model_name_or_path={untrained}", "learning_rate=4e-3", "eval_test_problems=10"]
     run("sft", "tiny/apprentice.yaml", place / "twin", *keys)
     return str(place / "twin")
 
 
 def test_the_twin_learns_with_full_weights(twin, tmp_path):
-    keys = [f"model_name_or_path={twin}", "learning_rate=2e-4", "num_rounds=4", *ENGINE, *SMALL]
+    keys = [f"model_name_or_path={twin}", "learning_rate=2e-4", "num_rounds=3", *ENGINE, *SMALL]
     metrics = run("filtered", "filtered_bc.yaml", tmp_path / "run", *keys)
     print(metrics["conclusion"])
     assert metrics["vs_base"]["conclusion"] == "better"
-    check_rounds(tmp_path / "run", rounds=4, attempts=1024)
+    check_rounds(tmp_path / "run", rounds=3, attempts=1024)
 
 
 def test_the_twin_learns_with_an_adapter_killed_in_the_middle_of_a_round(twin, tmp_path):
     keys = [
-        f"model_name_or_path={twin}", "num_rounds=4", "learning_rate=2e-3", "use_peft=true", "lora_r=16",
+        f"model_name_or_path={twin}", "num_rounds=3", "learning_rate=2e-3", "use_peft=true", "lora_r=16",
         "lora_alpha=32", "lora_target_modules=[all-linear]", *ENGINE, *SMALL,
     ]  # fmt: skip
     output = tmp_path / "run"
@@ -114,7 +114,7 @@ def test_the_twin_learns_with_an_adapter_killed_in_the_middle_of_a_round(twin, t
     metrics = run("filtered", "filtered_bc.yaml", output, *keys)
     print(metrics["conclusion"])
     assert metrics["vs_base"]["conclusion"] == "better"
-    check_rounds(output, rounds=4, attempts=1024)
+    check_rounds(output, rounds=3, attempts=1024)
     played = {line["id"]: line for line in lines(output / "round_002" / "rollouts.jsonl")}
     assert all(played[key] == line for key, line in before.items())
 
@@ -125,10 +125,11 @@ def test_the_twin_learns_with_an_adapter_killed_in_the_middle_of_a_round(twin, t
 )
 def test_two_rounds_of_smollm2_with_an_adapter(tmp_path):
     keys = [
-        "num_rounds=2", "prompts_per_round=32", "num_generations=2", "dataset_train_split=train[:200]",
-        "eval_dev_problems=10", "eval_dev_samples=1", "eval_test_problems=10",
+        "num_rounds=2", "prompts_per_round=16", "num_generations=2", "dataset_train_split=train[:200]",
+        "require_success=false",  # of so few attempts all may fail
+        "eval_dev_problems=6", "eval_dev_samples=1", "eval_test_problems=6",
         "eval_test_samples=1", "vllm_max_model_length=512", *ENGINE,
     ]  # fmt: skip
     metrics = run("filtered", "smollm2/filtered_bc_lora.yaml", tmp_path / "run", *keys)
     print(metrics["conclusion"])
-    check_rounds(tmp_path / "run", rounds=2, attempts=64)
+    check_rounds(tmp_path / "run", rounds=2, attempts=32)
