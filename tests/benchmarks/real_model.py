@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 import statistics
 import sys
 import tempfile
@@ -31,7 +32,7 @@ from bcft.data.examples import make_examples
 from bcft.data.readers import demonstration
 from bcft.generation.hf import HFEngine
 from bcft.generation.mode import sampling_mode
-from bcft.policy.loading import load_policy
+from bcft.policy.loading import load_policy, save_policy
 from bcft.training.trainer import BCTrainer, to_dataset
 from bcft.types import Request, Sampling
 
@@ -147,6 +148,8 @@ def training(pairs: int) -> bool:
     supervised = sum(example.supervised for example in examples)
     losses: dict[bool, list[float]] = {}
     padded: list[int] = []
+    plain = Path(tempfile.mkdtemp())  # a Trainer refuses to train what transformers has read from a GGUF file
+    save_policy(policy, plain)
 
     def train(ours: bool) -> float:
         # Each side has a model of its own: what one does to its model must not help the other.
@@ -154,9 +157,7 @@ def training(pairs: int) -> bool:
             model = policy.model
             model.load_state_dict(state)
         else:
-            model = AutoModelForCausalLM.from_pretrained(
-                Path(_file()).parent, gguf_file=Path(_file()).name, dtype=torch.float32
-            )
+            model = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32)
         with tempfile.TemporaryDirectory() as directory:
             arguments = SFTConfig(
                 output_dir=directory, per_device_train_batch_size=ROWS_PER_STEP, num_train_epochs=1, logging_steps=1,
@@ -181,6 +182,7 @@ def training(pairs: int) -> bool:
         ratios.append(seconds[False] / seconds[True])
         print(f"pair {pair + 1}: bcft {supervised / seconds[True]:,.0f}, SFTTrainer {supervised / seconds[False]:,.0f} "
               f"supervised tokens/s, ratio {ratios[-1]:.2f}")  # fmt: skip
+    shutil.rmtree(plain)
     share = 1 - sum(sizes) / sum(padded)
     apart = max(abs(a - b) for a, b in zip(losses[True], losses[False], strict=True))
     print(
