@@ -50,7 +50,7 @@ def first_rows(config: Config, *, rows: Rows | None = None) -> tuple[list[dict[s
     name = config.model.model_name_or_path
     renderer = load_renderer(name, config.model)
     spelled = config.data.special_tokens
-    check_prompts([d.problem for d in given], renderer, special_tokens=spelled)
+    check_prompts((d.problem for d in given), renderer, special_tokens=spelled)
     demonstrations, note = without_special_tokens(given, renderer, special_tokens=spelled)
     examples, counts = make_examples(
         demonstrations,

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,9 +52,9 @@ if TYPE_CHECKING:
 class Rows:
     """The examples of a run, and what is known about them."""
 
-    train: list[TrainingExample]
-    dev: list[TrainingExample]
-    test: list[TrainingExample]
+    train: Sequence[TrainingExample]
+    dev: Sequence[TrainingExample]
+    test: Sequence[TrainingExample]
     counts: ExampleCounts
     notes: tuple[str, ...]
 
@@ -136,7 +137,8 @@ def _rows(config: Config, splits: Splits, session: Session) -> Rows:
         raise UsageError("eval_strategy: there are no dev rows to take a loss on: raise eval_dev_problems, or set no")
     name, special = config.model.model_name_or_path, config.data.special_tokens
     renderer = check_model(name, config.model).renderer
-    check_prompts([d.problem for d in (*splits.train, *splits.held_out)], renderer, special_tokens=special)
+    problems = (d.problem for d in chain(splits.train, splits.held_out))
+    check_prompts(problems, renderer, special_tokens=special)
     demonstrations, note = without_special_tokens(splits.train, renderer, special_tokens=special)
     limit = longest_row(name, config.model, config.data.max_length)
     examples, counts = make_examples(
@@ -157,7 +159,7 @@ def _rows(config: Config, splits: Splits, session: Session) -> Rows:
 
 def _held_out_examples(
     config: Config, renderer: Renderer, demonstrations: Sequence[Demonstration], limit: int
-) -> list[TrainingExample]:
+) -> Sequence[TrainingExample]:
     """Return examples to take a loss on, of those problems that come with a solution."""
     bare, _ = without_special_tokens(
         [d for d in demonstrations if d.answered], renderer, special_tokens=config.data.special_tokens
@@ -241,7 +243,7 @@ def _commit(
         metrics,
         command=config.command,
         base=config.model.model_name_or_path,
-        dataset=config.data.dataset_name,
+        dataset=config.data.source_name,
         split=config.data.dataset_train_split,
         data=str(counts),
         directory=output,

@@ -6,6 +6,7 @@ other commands, but for `filtered` none of those with which the Trainer of `sft`
 """
 
 import json
+import re
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -82,6 +83,13 @@ GYM = "reasoning-gym:"
 GENERATOR = ("dataset_args", "answer_format", "prompt_suffix")
 """Keys of a reasoning-gym dataset."""
 
+
+def is_function(dataset_name: str) -> bool:
+    """Return whether a dataset is the rows that a function returns: `module:function`."""
+    return bool(_FUNCTION.fullmatch(dataset_name)) and not dataset_name.startswith(("bcft:", GYM))
+
+
+_FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 _ADAPTER = {
     "lora_r": "r",
     "lora_alpha": "lora_alpha",
@@ -139,17 +147,24 @@ def _missing(values: Mapping[str, Any], in_file: Collection[str], overrides: Col
 
 
 def _of_generator(values: Mapping[str, Any], in_file: Collection[str], overrides: Collection[str]) -> Iterator[Finding]:
-    """Yield the keys of a reasoning-gym dataset without one, and those of other datasets with one.
+    """Yield the keys of a generated dataset without one, and those of other datasets with one.
 
     Demonstrations of a reasoning-gym dataset to replay are asked and stated in these forms as well.
     """
-    generated = values["dataset_name"].startswith(GYM)
-    replayed = str(values["replay_dataset"]).startswith(GYM)
-    without = ("dataset_args",) if replayed else GENERATOR
-    for key in ("dataset_config", "dataset_test_split") if generated else without:
+    name, replayed = values["dataset_name"], str(values["replay_dataset"]).startswith(GYM)
+    if name.startswith(GYM):
+        keys, words = ("dataset_config", "dataset_test_split"), "with a reasoning-gym dataset"
+    elif is_function(name):
+        keys, words = ("dataset_config", "dataset_test_split"), "with a function"
+        if not replayed:
+            keys += ("answer_format", "prompt_suffix")
+    else:
+        keys, words = ("dataset_args",) if replayed else GENERATOR, "without a reasoning-gym dataset"
+    for key in keys:
         only_in_file = key in in_file and key not in overrides and "dataset_name" in overrides
         if (key in in_file or key in overrides) and values[key] != KEYS[key].default and not only_in_file:
-            yield key, f"has no effect {'with' if generated else 'without'} a reasoning-gym dataset"
+            more = " or a function" if key == "dataset_args" else ""
+            yield key, f"has no effect {words}{more}"
 
 
 def _unsuited(values: Mapping[str, Any], in_file: Collection[str], overrides: Collection[str]) -> Iterator[Finding]:

@@ -21,6 +21,7 @@ from bcft.config.declare import (
     own,
 )
 from bcft.config.engine import EngineSettings
+from bcft.config.mixture import mixture_faults
 from bcft.config.rounds import (
     EvaluationSettings,
     RoundSettings,
@@ -119,8 +120,16 @@ class DataSettings(Settings):
     dataset_name: str = library(
         "dataset_name",
         default="",
-        note="a Hub id, a file, a directory, reasoning-gym:NAME, a generator of the package reasoning-gym, or "
-        "bcft:arithmetic, which is embedded",
+        note="a Hub id; a file, or several, as a.jsonl,b.jsonl or data/*.parquet; a directory of files or one that "
+        "save_to_disk wrote; module:function, which returns rows; reasoning-gym:NAME, a generator of the package "
+        "reasoning-gym; or bcft:arithmetic, which is embedded",
+    )
+    datasets: tuple[Mapping[str, Any], ...] | None = own(
+        None,
+        "a mixture in place of dataset_name, as TRL has it: a list of {path, name, data_dir, data_files, split, "
+        "columns, fraction}; path is named like dataset_name, or json, csv or parquet for data_files; with fractions, "
+        "the first rows of each, as many as give those shares; held-out problems are chosen by hash",
+        commands=SPLITTING,
     )
     dataset_config: str | None = of_rows("dataset_config")
     dataset_train_split: str = of_rows("dataset_train_split")
@@ -131,7 +140,8 @@ class DataSettings(Settings):
     )
     dataset_args: Mapping[str, Any] = own(
         {},
-        "configuration of a reasoning-gym generator, such as {max_terms: 3, max_digits: 2, seed: 0}; of "
+        "arguments of module:function; configuration of a reasoning-gym generator, such as {max_terms: 3, max_digits: "
+        "2, seed: 0}; of "
         "reasoning-gym:composite {datasets: [{name: chain_sum, weight: 1, config: {max_terms: 3}}]}",
         commands=SPLITTING,
     )
@@ -178,6 +188,23 @@ class DataSettings(Settings):
         "dataset_config applies only if it is dataset_name itself",
     )
     preview_rows: int = own(3, "how many rows are shown", commands=("preview",), limits=">= 1")
+
+    def conflicts(self) -> Iterator[Conflict]:
+        """Yield what a mixture cannot be."""
+        if self.datasets is not None:
+            if self.dataset_name:
+                yield ("datasets", "dataset_name"), "dataset_name is given too: remove one of them"
+            for key in ("dataset_config", "dataset_test_split"):
+                if getattr(self, key) is not None:
+                    yield (key,), "has no effect with datasets: each has its own name and split"
+            if self.dataset_train_split != "train":
+                yield ("dataset_train_split",), "has no effect with datasets: give each its split"
+            yield from ((("datasets",), reason) for reason in mixture_faults(self.datasets))
+
+    @property
+    def source_name(self) -> str:
+        """The dataset's name; of a mixture the names of its parts."""
+        return self.dataset_name or " + ".join(str(part["path"]) for part in self.datasets or ())
 
 
 @dataclass(frozen=True)

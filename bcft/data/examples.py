@@ -4,17 +4,35 @@ Nothing is ever truncated: an example that is too long, has no loss or repeats a
 refused.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from hashlib import sha256
-from itertools import accumulate, pairwise
+from itertools import accumulate, islice, pairwise
 from typing import Any
+
+import numpy as np
 
 from bcft.errors import DataError
 from bcft.policy.chat_template import Renderer, bos_at_head
-from bcft.types import IGNORED, Demonstration, Message, Problem, Prompt, Source, TrainingExample, Trajectory, Turn
+from bcft.training.tokens import Examples, Tokens
+from bcft.types import (
+    IGNORED,
+    Demonstration,
+    Lazy,
+    Message,
+    Problem,
+    Prompt,
+    Source,
+    TrainingExample,
+    Trajectory,
+    Turn,
+)
 from bcft.types import messages as as_messages
+
+WINDOW = 1000
+"""Demonstrations that are rendered and tokenized at once: enough to keep all cores busy."""
 
 
 @dataclass(frozen=True)
@@ -57,87 +75,99 @@ def make_examples(
     overlength: str = "drop",
     train_on: str = "all_turns",
     may_be_empty: bool = False,
-) -> tuple[list[TrainingExample], ExampleCounts]:
+) -> tuple[Examples, ExampleCounts]:
     """Return the examples to train on, and their counts.
 
-    An example of a text has the demonstration's place as its id, and the whole demonstration as prompt and completion.
+    Only their tokens are kept: the text of an example is read from its demonstration when it is asked for. An example
+    of a text has the demonstration's place as its id, and the whole demonstration as prompt and completion.
     max_length: most tokens of an example, prompt and completion together; overlength: `drop` or `raise`; train_on:
     which actions of a conversation carry loss, `all_turns` or `last_turn`.
     Raises DataError when labels break a promise of the package, when an example is too long under `raise`, and when
     nothing is left unless `may_be_empty`.
     """
-    kept: dict[tuple[int, ...], TrainingExample] = {}
-    overlong: list[TrainingExample] = []
-    longest = duplicate = unsupervised = sampled = 0
-    for demonstration, made in zip(demonstrations, _tokenized(demonstrations, renderer, train_on), strict=True):
+    tokens, origin, as_sampled = Tokens(), array("q"), bytearray()
+    first: TrainingExample | None = None
+    overlong = longest = unsupervised = 0
+    for number, (demonstration, made) in enumerate(_tokenized(demonstrations, renderer, train_on)):
         longest = max([longest, *(len(example.input_ids) for example in made)])
         unsupervised += not made
         for example in made:
             if len(example.input_ids) > max_length:
-                overlong.append(example)
-            elif example.input_ids in kept:
-                duplicate += 1
-            else:
-                kept[example.input_ids] = example
-                sampled += example is demonstration.sampled
-    if overlong and overlength == "raise":
-        first = overlong[0]
+                first, overlong = first or example, overlong + 1
+                continue
+            _check_labels(example, renderer)
+            tokens.append(example)
+            origin.append(number)
+            as_sampled.append(example is demonstration.sampled)
+    if first and overlength == "raise":
         raise DataError(
-            f"{first.where}: {len(first.input_ids)} tokens, more than max_length {max_length} (and {len(overlong) - 1} "
+            f"{first.where}: {len(first.input_ids)} tokens, more than max_length {max_length} (and {overlong - 1} "
             f"other rows): raise max_length, or set overlength: drop"
         )
-    examples = list(kept.values())
-    if not examples and not may_be_empty:
-        raise DataError(_nothing_left(demonstrations, len(overlong), unsupervised, longest, max_length))
-    _check_labels(examples, renderer)
-    return examples, ExampleCounts(
-        given=len(examples) + len(overlong) + duplicate + unsupervised,
-        kept=len(examples),
-        overlong=len(overlong),
-        duplicate=duplicate,
+    kept = tokens.distinct()
+    if not len(kept) and not may_be_empty:
+        raise DataError(_nothing_left(demonstrations, overlong, unsupervised, longest, max_length))
+
+    def example(row: int, input_ids: tuple[int, ...], labels: tuple[int, ...]) -> TrainingExample:
+        demonstration = demonstrations[origin[row]]
+        if as_sampled[row] and demonstration.sampled:
+            return demonstration.sampled
+        return _example(demonstration, input_ids, labels)
+
+    return Examples(tokens, kept, example), ExampleCounts(
+        given=len(origin) + overlong + unsupervised,
+        kept=len(kept),
+        overlong=overlong,
+        duplicate=len(origin) - len(kept),
         unsupervised=unsupervised,
-        tokens=sum(len(example.input_ids) for example in examples),
-        tokens_supervised=sum(example.supervised for example in examples),
+        tokens=int(tokens.lengths[kept].sum()),
+        tokens_supervised=int(tokens.supervised[kept].sum()),
         longest=longest,
         bos=renderer.bos_count,
         stop=repr(renderer.tokenizer.convert_ids_to_tokens(renderer.tail_ids[-1])),
-        sampled=sampled,
+        sampled=int(np.frombuffer(bytes(as_sampled), dtype=np.uint8)[kept].sum()) if len(kept) else 0,
+    )
+
+
+def _example(demonstration: Demonstration, input_ids: tuple[int, ...], labels: tuple[int, ...]) -> TrainingExample:
+    """Return the example of a text that becomes these ids."""
+    problem = demonstration.problem
+    return TrainingExample(
+        id=problem.where,
+        problem_id=problem.id,
+        input_ids=input_ids,
+        labels=labels,
+        prompt=tuple(as_messages(demonstration.prompt)),
+        completion=demonstration.completion,
+        template_kwargs=problem.template_kwargs,
+        where=problem.where,
     )
 
 
 def _tokenized(
-    demonstrations: Sequence[Demonstration], renderer: Renderer, train_on: str
-) -> Iterator[list[TrainingExample]]:
-    """Yield the examples of each demonstration; none if only a stop token would carry loss."""
-    # One call of the tokenizer for all demonstrations of one action is much faster than a call for each.
-    pairs = [d for d in demonstrations if len(d.completion) == 1 and not _is_usable(d, renderer)]
-    rows = iter(renderer.rows([_texts(d, renderer) for d in pairs]))
-    for d in demonstrations:
-        if d.sampled is not None and _is_usable(d, renderer):
-            yield [d.sampled]
-            continue
-        if len(d.completion) == 1:
-            ids, action_ids = next(rows)
-            turns = [Turn(d.completion[0]["content"], tuple(ids), tuple(action_ids), "stop_token")]
-        elif d.completion:
-            given = d.problem.template_kwargs
-            turns = conversation_turns(d.prompt, d.completion, renderer, where=d.problem.where, template_kwargs=given)
-        else:
-            turns = []
-        prompt, where = tuple(as_messages(d.prompt)), d.problem.where
-        yield [
-            TrainingExample(
-                id=where,
-                problem_id=d.problem.id,
-                input_ids=segment.input_ids,
-                labels=segment.labels,
-                prompt=prompt,
-                completion=d.completion,
-                template_kwargs=d.problem.template_kwargs,
-                where=where,
-            )
-            for segment in _segments(turns, train_on)
-        ]
+    demonstrations: Iterable[Demonstration], renderer: Renderer, train_on: str
+) -> Iterator[tuple[Demonstration, list[TrainingExample]]]:
+    """Yield each demonstration and its examples; none if only a stop token would carry loss."""
+    given = iter(demonstrations)
+    # One call of the tokenizer for many demonstrations of one action is much faster than a call for each.
+    while window := list(islice(given, WINDOW)):
+        pairs = [d for d in window if len(d.completion) == 1 and not _is_usable(d, renderer)]
+        rows = iter(renderer.rows([_texts(d, renderer) for d in pairs]))
+        for d in window:
+            if d.sampled is not None and _is_usable(d, renderer):
+                yield d, [d.sampled]
+                continue
+            if len(d.completion) == 1:
+                ids, action_ids = next(rows)
+                turns = [Turn(d.completion[0]["content"], tuple(ids), tuple(action_ids), "stop_token")]
+            elif d.completion:
+                kwargs = d.problem.template_kwargs
+                turns = conversation_turns(
+                    d.prompt, d.completion, renderer, where=d.problem.where, template_kwargs=kwargs
+                )
+            else:
+                turns = []
+            yield d, [_example(d, segment.input_ids, segment.labels) for segment in _segments(turns, train_on)]
 
 
 def _texts(demonstration: Demonstration, renderer: Renderer) -> tuple[str, str]:
@@ -202,63 +232,74 @@ def conversation_turns(
 
 
 # Special tokens spelled out in text
-def check_prompts(problems: Sequence[Problem], renderer: Renderer, *, special_tokens: str) -> None:
+def check_prompts(problems: Iterable[Problem], renderer: Renderer, *, special_tokens: str) -> None:
     """Raise DataError with place and count for prompts that a template has rendered already, unless `text`.
 
     Also renders the first prompt of each kind (its roles and template arguments), so that what the template refuses is
     reported with its place. special_tokens: `raise`, `strip` or `text`, as in the recipe.
     """
     kinds: dict[str, Problem] = {}
+    first: tuple[Problem, str] | None = None
+    rendered = given = 0
     for problem in problems:
+        given += 1
         roles = [message["role"] for message in as_messages(problem.prompt)]
         kinds.setdefault(f"{roles} {problem.template_kwargs}", problem)
+        if special_tokens != "text" and (mark := renderer.rendered_mark(problem.prompt)):
+            first, rendered = first or (problem, mark), rendered + 1
     for problem in kinds.values():
         with _placed(problem.where):
             renderer.prompts([problem.prompt], [problem.template_kwargs])
-    if special_tokens == "text":
-        return
-    rendered = [(p, mark) for p in problems if (mark := renderer.rendered_mark(p.prompt))]
-    if rendered:
-        first, mark = rendered[0]
-        where = "begins with" if as_messages(first.prompt)[0]["content"].lstrip().startswith(mark) else "ends with"
+    if first:
+        problem, mark = first
+        where = "begins with" if as_messages(problem.prompt)[0]["content"].lstrip().startswith(mark) else "ends with"
         raise DataError(
-            f"{first.where}: the prompt {where} {mark!r}, so it seems to be rendered already ({len(rendered)} of "
-            f"{len(problems)} prompts): the template would be applied twice: give the text or the messages alone, or "
+            f"{problem.where}: the prompt {where} {mark!r}, so it seems to be rendered already ({rendered} of "
+            f"{given} prompts): the template would be applied twice: give the text or the messages alone, or "
             f"set special_tokens: text to keep the letters as they are"
         )
 
 
 def without_special_tokens(
     demonstrations: Sequence[Demonstration], renderer: Renderer, *, special_tokens: str
-) -> tuple[list[Demonstration], str]:
+) -> tuple[Sequence[Demonstration], str]:
     """Return the demonstrations, their actions without what a template writes around them, and a note with the count.
 
     That is the letters of stop tokens at the end, and of the generation prompt at the beginning. special_tokens: what
     to do with such actions: `raise` DataError with the first place and the count, `strip` the letters (the note says
     how many rows), or leave them as `text`. Rows with the ids that were sampled stay.
     """
-    ending: list[Demonstration] = []
-    kept: list[Demonstration] = []
+    if special_tokens == "text":
+        return demonstrations, ""
+    ending, first = 0, None
     for demonstration in demonstrations:
-        bare = tuple(_bare(message, renderer) for message in demonstration.completion)
-        spelled = bare != demonstration.completion and not _is_usable(demonstration, renderer)
-        if spelled:
-            ending.append(demonstration)
-        kept.append(replace(demonstration, completion=bare) if spelled else demonstration)
-    if not ending or special_tokens == "text":
-        return list(demonstrations), ""
+        if _stripped(demonstration, renderer) is not demonstration:
+            ending, first = ending + 1, first or demonstration
+    if first is None:
+        return demonstrations, ""
     stops = " or ".join(renderer.stop_texts)
     if special_tokens == "raise":
         opening = renderer.opening_text
-        begins = opening and any(m["content"].lstrip().startswith(opening) for m in ending[0].completion)
+        begins = opening and any(m["content"].lstrip().startswith(opening) for m in first.completion)
         which = f"begins with the generation prompt, {opening!r}" if begins else f"ends in a stop token, {stops}"
         raise DataError(
-            f"{ending[0].problem.where}: the completion {which}, in letters ({len(ending)} of {len(demonstrations)} "
+            f"{first.problem.where}: the completion {which}, in letters ({ending} of {len(demonstrations)} "
             f"rows): the template adds the tokens itself: set special_tokens: strip to take the letters off, or "
             f"special_tokens: text to train them"
         )
-    counts = f"{len(ending):,} of {len(demonstrations):,} rows"
-    return kept, f"special_tokens: strip took a template's letters, such as {stops}, off the completions of {counts}"
+    counts = f"{ending:,} of {len(demonstrations):,} rows"
+    return (
+        Lazy(len(demonstrations), lambda i: _stripped(demonstrations[i], renderer)),
+        f"special_tokens: strip took a template's letters, such as {stops}, off the completions of {counts}",
+    )
+
+
+def _stripped(demonstration: Demonstration, renderer: Renderer) -> Demonstration:
+    """Return a demonstration without what a template writes around its actions; itself if there is nothing."""
+    bare = tuple(_bare(message, renderer) for message in demonstration.completion)
+    if bare == demonstration.completion or _is_usable(demonstration, renderer):
+        return demonstration
+    return replace(demonstration, completion=bare)
 
 
 def _bare(message: Message, renderer: Renderer) -> Message:
@@ -274,20 +315,18 @@ def _bare(message: Message, renderer: Renderer) -> Message:
     return Message(role=message["role"], content=text)
 
 
-def _check_labels(examples: Sequence[TrainingExample], renderer: Renderer) -> None:
-    """Raise DataError that names the first example with labels that break a promise of the package."""
-    bos = renderer.tokenizer.bos_token_id
-    for example in examples:
-        for label, following in pairwise((*example.labels, IGNORED)):
-            if label != IGNORED and following == IGNORED and label not in renderer.stop_ids:
-                raise DataError(
-                    f"{example.where}: an action ends in label {label}, not in a stop token: {renderer.stop_ids}"
-                )
-        if example.supervised < 2:
-            raise DataError(f"{example.where}: only the stop token carries loss")
-        # Only the head matters: with some templates every message or every turn begins with one.
-        if (count := bos_at_head(example.input_ids, bos)) != renderer.bos_count:
-            raise DataError(f"{example.where}: {count} BOS tokens at its head, expected {renderer.bos_count}")
+def _check_labels(example: TrainingExample, renderer: Renderer) -> None:
+    """Raise DataError that names the example if its labels break a promise of the package."""
+    for label, following in pairwise((*example.labels, IGNORED)):
+        if label != IGNORED and following == IGNORED and label not in renderer.stop_ids:
+            raise DataError(
+                f"{example.where}: an action ends in label {label}, not in a stop token: {renderer.stop_ids}"
+            )
+    if example.supervised < 2:
+        raise DataError(f"{example.where}: only the stop token carries loss")
+    # Only the head matters: with some templates every message or every turn begins with one.
+    if (count := bos_at_head(example.input_ids, renderer.tokenizer.bos_token_id)) != renderer.bos_count:
+        raise DataError(f"{example.where}: {count} BOS tokens at its head, expected {renderer.bos_count}")
 
 
 def _nothing_left(given: Sequence[Demonstration], overlong: int, unsupervised: int, longest: int, limit: int) -> str:

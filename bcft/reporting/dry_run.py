@@ -11,6 +11,7 @@ are imported.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ from bcft.config.schema import (
 )
 from bcft.data.examples import check_prompts, make_examples, replay_examples, without_special_tokens
 from bcft.data.loading import Splits, load_splits
+from bcft.data.sources import BUILDERS
 from bcft.environments.base import rollout_settings
 from bcft.errors import UsageError
 from bcft.reporting.costs import Line, batch, before_and_after, evaluations, round_steps, sft_steps
@@ -38,6 +40,7 @@ from bcft.runs.directory import quiet_libraries
 from bcft.runs.disk import copies_of_rounds, copies_of_sft
 from bcft.runs.distributed import rank
 from bcft.selection.scoring import Scorer
+from bcft.training.tokens import longest_example
 from bcft.types import Environment
 
 if TYPE_CHECKING:
@@ -183,7 +186,7 @@ def _examples(parts: _Parts, plan: Plan) -> tuple[str, int, Lengths | None]:
     attempted = [d.problem for d in (*splits.test, *splits.harder)]
     prompts = renderer.prompts([p.prompt for p in attempted], [p.template_kwargs for p in attempted])
     sampled = max(map(len, prompts), default=0) + plan.sampling.max_completion_length
-    longest = Lengths(max(len(example.input_ids) for example in examples), sampled)
+    longest = Lengths(longest_example(examples), sampled)
     return "; ".join(filter(None, [str(counts), note])), len(examples), longest
 
 
@@ -269,8 +272,10 @@ def _bytes(size: float) -> str:
 
 def _names(plan: Plan) -> list[str]:
     """Return the names that may be Hub ids."""
-    dataset = None if plan.rows else plan.data.dataset_name
-    return [name for name in (plan.model.model_name_or_path, dataset, plan.data.replay_dataset) if name]
+    data = plan.data
+    parts = [str(part["path"]) for part in data.datasets or () if part["path"] not in BUILDERS]
+    datasets = () if plan.rows else (data.dataset_name, *parts)
+    return [name for name in (plan.model.model_name_or_path, *datasets, data.replay_dataset) if name]
 
 
 def _parts(plan: Plan, *, plays: bool) -> _Parts:
@@ -284,7 +289,7 @@ def _parts(plan: Plan, *, plays: bool) -> _Parts:
 
     name, data = plan.model.model_name_or_path, plan.data
     splits = available(
-        lambda: load_splits(data, plan.evaluation, train=plan.rows, demonstrations=not plays), data.dataset_name
+        lambda: load_splits(data, plan.evaluation, train=plan.rows, demonstrations=not plays), data.source_name
     )
     if plays and isinstance(splits, Splits):
         splits.require_dev(plan.evaluation.eval_dev_problems)
@@ -295,8 +300,8 @@ def _parts(plan: Plan, *, plays: bool) -> _Parts:
     renderer = available(lambda: _renderer(plan.model), name)
     shape = available(lambda: outline(plan.model), name)
     if isinstance(splits, Splits) and not isinstance(renderer, Missing):
-        problems = list(splits.problems_to_attempt().values()) if plays else [d.problem for d in splits.train]
-        problems += [d.problem for d in splits.held_out]
+        problems = splits.problems_to_attempt().values() if plays else (d.problem for d in splits.train)
+        problems = chain(problems, (d.problem for d in splits.held_out))
         check_prompts(problems, renderer, special_tokens=data.special_tokens)
     return _Parts(
         splits=splits,

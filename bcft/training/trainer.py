@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from transformers import PrinterCallback, ProgressCallback, set_seed
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_callback import TrainerState
@@ -27,6 +26,7 @@ from bcft.runs.progress import Progress
 from bcft.runs.storage import MANIFEST, committed, read_json, storage, write_manifest
 from bcft.training.callbacks import AtTheEnd, CountSteps, StopGently
 from bcft.training.lean import isolates, labeled_positions_only, pack
+from bcft.training.tokens import supervised_tokens, to_dataset
 from bcft.types import IGNORED, TrainingExample
 
 
@@ -144,16 +144,6 @@ class Fit:
     """In nats per token, mean over the steps: of the policy on the examples it was trained on."""
 
 
-def to_dataset(examples: Sequence[TrainingExample]) -> Dataset:
-    """Return examples as the columns that the trainer reads."""
-    return Dataset.from_dict(
-        {
-            "input_ids": [list(example.input_ids) for example in examples],
-            "labels": [list(example.labels) for example in examples],
-        }
-    )
-
-
 def training_arguments(
     settings: TrainingSettings, *, output_dir: Path, autocast: str, use_cpu: bool, **overrides: Any
 ) -> SFTConfig:
@@ -249,7 +239,7 @@ def _figures(
         )
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     entropies = [entry["entropy"] for entry in trainer.state.log_history if "entropy" in entry]
-    supervised = sum(example.supervised for example in examples)
+    supervised = supervised_tokens(examples)
     return Fit(
         rows=len(examples),
         tokens_supervised=supervised,

@@ -5,6 +5,7 @@ own demonstrations: Problem, Request, Action, Feedback, Turn, Trajectory, Traini
 """
 
 from bcft.types.data import IGNORED, Demonstration, Problem, Source, TrainingExample
+from bcft.types.lazy import Lazy
 from bcft.types.play import (
     Action,
     Ended,
@@ -32,6 +33,7 @@ __all__ = [
     "EngineMaker",
     "Environment",
     "Feedback",
+    "Lazy",
     "Message",
     "Problem",
     "Prompt",
