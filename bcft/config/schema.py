@@ -147,6 +147,29 @@ class DataSettings(Settings):
         "for text nothing; '': nothing",
         commands=SPLITTING,
     )
+    dataset_format: Literal["trl", "sharegpt", "alpaca", "math", "lines"] = own(
+        "trl",
+        "the columns of a row. trl: prompt and completion, messages, or question and answer, and tools beside them; "
+        "sharegpt: conversations of {from, value}; alpaca: instruction, input, output; math: problem, solution; lines: "
+        "conversation, a list of texts, each a question of the policy's and, behind its question mark, the reply",
+        commands=SPLITTING,
+    )
+    prompt_column: str | None = own(
+        None,
+        "the column to read as prompt; in lines the one that names the problem, which the policy does not read",
+        commands=SPLITTING,
+    )
+    completion_column: str | None = own(None, "the column to read as completion", commands=SPLITTING)
+    answer_column: str | None = own(
+        None, "the column to read as answer, the reference that grades attempts", commands=SPLITTING
+    )
+    system_prompt: str | None = own(
+        None,
+        "a system message to begin every prompt with; refused where a row has one or the chat template takes none; in "
+        "lines the user's first message, which the policy asks behind; an environment with a first message of its own "
+        "gives a system message itself",
+        commands=SPLITTING,
+    )
     max_length: int | None = library(
         "max_length",
         note="in tokens; longer examples are dropped or refused, never truncated; higher needs more memory; null: no "
@@ -178,6 +201,20 @@ class DataSettings(Settings):
         "dataset_config applies only if it is dataset_name itself",
     )
     preview_rows: int = own(3, "how many rows are shown", commands=("preview",), limits=">= 1")
+
+    def conflicts(self) -> Iterator[Conflict]:
+        """Yield columns that `dataset_format` names itself, those that it needs, and an empty system message."""
+        form, own_columns = self.dataset_format, "names its own columns: leave it out, or give dataset_format: trl"
+        if self.prompt_column is not None and form in ("alpaca", "math"):
+            yield ("prompt_column", "dataset_format"), f"dataset_format: {form} {own_columns}"
+        if self.completion_column is not None and form != "trl":
+            yield ("completion_column", "dataset_format"), f"dataset_format: {form} {own_columns}"
+        if form == "lines" and self.prompt_column is None:
+            yield ("dataset_format",), "lines needs prompt_column, the column that names the problem, such as word"
+        if form == "lines" and self.system_prompt is None:
+            yield ("dataset_format",), "lines needs system_prompt, what the policy reads before its first question"
+        if self.system_prompt is not None and not self.system_prompt.strip():
+            yield ("system_prompt",), "is empty: leave it out"
 
 
 @dataclass(frozen=True)

@@ -118,7 +118,8 @@ def _tokenized(
             continue
         if len(d.completion) == 1:
             ids, action_ids = next(rows)
-            turns = [Turn(d.completion[0]["content"], tuple(ids), tuple(action_ids), "stop_token")]
+            words = renderer.words(d.completion[0], action_ids)
+            turns = [Turn(words, tuple(ids), tuple(action_ids), "stop_token")]
         elif d.completion:
             given = d.problem.template_kwargs
             turns = conversation_turns(d.prompt, d.completion, renderer, where=d.problem.where, template_kwargs=given)
@@ -143,7 +144,7 @@ def _tokenized(
 def _texts(demonstration: Demonstration, renderer: Renderer) -> tuple[str, str]:
     problem = demonstration.problem
     with _placed(problem.where):
-        return renderer.texts(demonstration.prompt, demonstration.completion[0]["content"], problem.template_kwargs)
+        return renderer.texts(demonstration.prompt, demonstration.completion[0], problem.template_kwargs)
 
 
 @contextmanager
@@ -187,17 +188,18 @@ def conversation_turns(
     with _placed(where):
         ids, rewritten = renderer.prompts([history], [template_kwargs or {}])[0], False
         for start, following in zip(starts, [*starts[1:], None], strict=True):
-            action = completion[start]["content"]
+            action = completion[start]
             # Without a template, a text continues the one before it, and nothing stands for the messages.
             context = history if renderer.chat else history[-1:]
             ((_, action_ids),) = renderer.rows([renderer.texts(context, action, template_kwargs)])
-            turns.append(Turn(action, tuple(ids), tuple(action_ids), "stop_token", rewritten))
+            words = renderer.words(action, action_ids)
+            turns.append(Turn(words, tuple(ids), tuple(action_ids), "stop_token", rewritten))
             if following is not None:
                 observation = completion[start + 1 : following]
                 ids, rewritten = renderer.continuation(
                     history, action_ids, observation, template_kwargs=template_kwargs, said=action
                 )
-                history = [*history, completion[start], *observation]
+                history = [*history, action, *observation]
     return turns
 
 
@@ -271,7 +273,7 @@ def _bare(message: Message, renderer: Renderer) -> Message:
     bare = text.rstrip()
     while ending := next((stop for stop in renderer.stop_texts if bare.endswith(stop)), ""):
         text = bare = bare.removesuffix(ending).rstrip()
-    return Message(role=message["role"], content=text)
+    return {**message, "content": text}
 
 
 def _check_labels(examples: Sequence[TrainingExample], renderer: Renderer) -> None:

@@ -14,13 +14,14 @@ import json
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from bcft.config.schema import DataSettings, EvaluationSettings
 from bcft.data.files import SUFFIXES, Row, read_json_rows
-from bcft.data.readers import TEMPLATE_COLUMN, demonstration
+from bcft.data.readers import TEMPLATE_COLUMN, TOOLS_COLUMN, demonstration
 from bcft.data.sources import HELD_OUT, Dataset, DataSource, parse_split, rows_of
 from bcft.environments.base import SHARES, Split, embedded_datasets
 from bcft.errors import DataError, UsageError
@@ -28,6 +29,7 @@ from bcft.integrations import reasoning_gym
 from bcft.rewards.base import Reward
 from bcft.runs.storage import KEPT, MANIFEST, read_json, read_yaml
 from bcft.types import Demonstration, Problem, bucket, messages, show
+from bcft.types.text import unmarked
 
 __all__ = ["HELD_OUT", "SUFFIXES", "Splits", "load_splits"]
 
@@ -68,13 +70,16 @@ class Splits:
         digest = hashlib.sha256()
         for d in (*self.train, *self.held_out, *self.replay):
             # A plain pair is its problem and one text. The format is frozen: a run has the hash it was started with.
-            pair = len(d.completion) < 2 and d.sampled is None and d.prompt == d.problem.prompt
-            text = d.completion[-1]["content"] if d.completion else ""
-            conversation = () if pair else (*messages(d.prompt), *d.completion)
+            completion = [unmarked(message) for message in d.completion]
+            plain = all(message.keys() == {"role", "content"} for message in completion)
+            pair = len(completion) < 2 and plain and d.sampled is None and d.prompt == d.problem.prompt
+            text = completion[-1]["content"] if completion else ""
+            conversation = [] if pair else [*map(unmarked, messages(d.prompt)), *completion]
             ids = d.sampled.input_ids if d.sampled else ()
             # A column `question` beside a prompt was no part of the problem when the format was made.
             columns = {key: value for key, value in d.problem.columns.items() if key != "question"}
-            row = (d.problem.id, d.problem.prompt, text, columns, conversation, ids)
+            prompt = d.problem.prompt if isinstance(d.problem.prompt, str) else [*map(unmarked, d.problem.prompt)]
+            row = (d.problem.id, prompt, text, columns, conversation, ids)
             digest.update(json.dumps(row, default=str, sort_keys=True).encode())
         return digest.hexdigest()
 
@@ -112,7 +117,7 @@ class Splits:
         counts: Counter[str] = Counter()
         for first, again in self.repeated:
             for name in _differing(first, again):
-                if read is None or name in read or name == TEMPLATE_COLUMN:
+                if read is None or name in read or name in (TEMPLATE_COLUMN, TOOLS_COLUMN):
                     mine, other = (show(problem.columns.get(name)) for problem in (again, first))
                     raise DataError(
                         f"{again.where}: the prompt of {first.where} with another {name}: {mine}, there {other}: "
@@ -182,11 +187,7 @@ def _replay(source: DataSource, held_out: Sequence[Demonstration]) -> tuple[Demo
     except DataError as error:
         raise DataError(f"replay_dataset: {str(error).removeprefix('dataset_name: ')}") from error
     excluded = {d.problem.id for d in held_out}
-    replay = tuple(
-        d
-        for d in train
-        if d.problem.id not in excluded and (d.sampled or (d.completion and d.completion[-1]["content"]))
-    )
+    replay = tuple(d for d in train if d.problem.id not in excluded and (d.sampled or d.answered))
     if not replay:
         raise DataError(f"replay_dataset: {source.dataset_name}: no demonstration is left without held-out problems")
     return replay
@@ -209,13 +210,14 @@ def _load(
     name = source.dataset_name
     dataset = Dataset(source)
     if given is None and name.startswith("bcft:"):
-        return _embedded(name, dataset.train_slice, dev=dev, test=test)
+        return _embedded(source, dataset.train_slice, dev=dev, test=test)
     if given is None and (generated := source.generated):
         return _generated(generated, dataset, dev=dev, test=test)
     if given is None and (kept := _kept_file(name)) is not None:
         return _kept(source, kept, dataset.train_slice, dev=dev, test=test, allow_overlap=allow_overlap)
     rows = dataset.read(dataset.train_split) if given is None else given
-    train = [demonstration(row, where, problem_only=not demonstrations) for row, where in rows[dataset.train_slice]]
+    read = partial(demonstration, form=source.form, problem_only=not demonstrations)
+    train = [read(row, where) for row, where in rows[dataset.train_slice]]
     own = {} if given is not None else _own_splits(dataset, required=require_test)
     parts = _by_hash(
         train,
@@ -246,20 +248,20 @@ def _own_splits(dataset: Dataset, *, required: bool) -> dict[Split, list[Demonst
         raise DataError(f"{key}: {dataset.path} is one file without splits: give its directory, or remove the key")
     own: dict[Split, list[Demonstration]] = {}
     if dataset.has(test_split):
-        own["test"] = _problems(dataset.read(test_split)[test_slice])
+        own["test"] = _problems(dataset.read(test_split)[test_slice], dataset.source)
     elif asked and required:
         raise DataError(f"{key}: {dataset.name} has no split {test_split!r}")
     # A recipe may train on `validation`, or call it its test split.
     if "validation" not in (test_split, dataset.train_split) and dataset.has("validation"):
-        own["dev"] = _problems(dataset.read("validation"))
+        own["dev"] = _problems(dataset.read("validation"), dataset.source)
     for name in _OTHER_NAMES:
         if dataset.path.is_dir() and name not in (test_split, dataset.train_split) and dataset.has(name):
             raise DataError(f"dataset_name: {dataset.name}: its split {name!r} is not read: rename it to validation")
     return own
 
 
-def _problems(rows: Sequence[Row]) -> list[Demonstration]:
-    return [demonstration(row, where, problem_only=True) for row, where in rows]
+def _problems(rows: Sequence[Row], source: DataSource) -> list[Demonstration]:
+    return [demonstration(row, where, form=source.form, problem_only=True) for row, where in rows]
 
 
 def _refuse_overlap(train: Sequence[Demonstration], held_out: Sequence[Demonstration], *, of: str = "training") -> None:
@@ -321,7 +323,7 @@ def _kept(source: DataSource, file: Path, train: slice, *, dev: int, test: int, 
     splits = _load(made_from, dev=dev, test=test, allow_overlap=allow_overlap, demonstrations=False)
     manifest = read_json(file.parent / MANIFEST) if (file.parent / MANIFEST).is_file() else {}
     tokenizer = str(manifest.get("tokenizer", ""))
-    rows = [demonstration(row, where) for row, where in read_json_rows(file)][train]
+    rows = [demonstration(row, where, form=source.form) for row, where in read_json_rows(file)][train]
     kept = tuple(replace(d, tokenizer=tokenizer) for d in rows)
     if not kept:
         raise DataError(f"{file}: no rows: the run kept none")
@@ -332,14 +334,14 @@ def _kept(source: DataSource, file: Path, train: slice, *, dev: int, test: int, 
 
 
 # Embedded datasets
-def _embedded(name: str, train: slice, *, dev: int, test: int) -> Splits:
-    datasets = embedded_datasets()
+def _embedded(source: DataSource, train: slice, *, dev: int, test: int) -> Splits:
+    datasets, name = embedded_datasets(), source.dataset_name
     if name not in datasets:
         raise DataError(f"dataset_name: {name!r} is not embedded; there are {', '.join(sorted(datasets))}")
     dataset = datasets[name]
 
     def demonstrations(rows: Sequence[Mapping[str, Any]], part: str) -> tuple[Demonstration, ...]:
-        return tuple(demonstration(row, f"{name} {part} row {i}") for i, row in enumerate(rows))
+        return tuple(demonstration(row, f"{name} {part} row {i}", form=source.form) for i, row in enumerate(rows))
 
     def problems(split: Split, n: int) -> tuple[Demonstration, ...]:
         """Return distinct problems: a split may have fewer than n."""
@@ -360,7 +362,7 @@ def _generated(source: reasoning_gym.Source, dataset: Dataset, *, dev: int, test
     if dataset.train_split != "train":
         raise DataError(f"dataset_train_split: {source.name} has the split train, and no {dataset.train_split!r}")
     rows = reasoning_gym.problems(source, test=test, dev=dev, train=dataset.train_slice)
-    train, dev_part, test_part = (tuple(_problems(rows[name])) for name in ("train", "dev", "test"))
+    train, dev_part, test_part = (tuple(_problems(rows[name], dataset.source)) for name in ("train", "dev", "test"))
     return Splits(train, dev_part, test_part, reward=reasoning_gym.reward_function(source))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from bcft.config import python
 from bcft.data.files import SUFFIXES, Row, read_rows, suffix_of
+from bcft.data.formats import DatasetFormat, RowFormat
 from bcft.errors import DataError
 from bcft.integrations.reasoning_gym import PREFIX, AnswerFormat, Source, checked_source, reward_function
 from bcft.policy.hub_errors import hub_reason
@@ -32,6 +33,16 @@ class DataSource:
     dataset_args: Mapping[str, Any] = field(default_factory=dict)
     answer_format: AnswerFormat = "text"
     prompt_suffix: str | None = None
+    dataset_format: DatasetFormat = "trl"
+    prompt_column: str | None = None
+    completion_column: str | None = None
+    answer_column: str | None = None
+    system_prompt: str | None = None
+
+    @property
+    def form(self) -> RowFormat:
+        """What the columns of its rows mean."""
+        return RowFormat(**{key.name: getattr(self, key.name) for key in fields(RowFormat)})
 
     @property
     def generated(self) -> Source | None:
@@ -49,7 +60,7 @@ def own_reward(recorded: Mapping[str, Any]) -> Reward | None:
     """Return the reward function that the problems of a run come with, from its config.yaml; None if there is none."""
     if not recorded["dataset_name"].startswith(PREFIX):
         return None
-    source = DataSource(**{name: recorded[name] for name in HELD_OUT}).generated
+    source = DataSource(**{name: recorded[name] for name in HELD_OUT if name in recorded}).generated
     return reward_function(source) if source else None
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from bcft.types.calls import tools
 from bcft.types.text import Message, Prompt, messages
 
 Source = Literal["self", "demonstration", "teacher"]
@@ -21,14 +22,15 @@ class Problem:
     prompt: Prompt
     """As given: a string or a list of messages."""
     columns: Mapping[str, Any] = field(default_factory=dict)
-    """All other columns of the row, such as `answer`."""
+    """All other columns of the row, such as `answer`; `tools` as `types.calls.tools` reads them."""
     where: str = ""
     """`file:line` or `dataset row N`, for messages."""
 
     @property
     def template_kwargs(self) -> Mapping[str, Any]:
-        """The arguments that its column `chat_template_kwargs` gives to the chat template."""
-        return self.columns.get("chat_template_kwargs") or {}
+        """What its columns `chat_template_kwargs` and `tools` give to the chat template."""
+        given: Mapping[str, Any] = self.columns.get("chat_template_kwargs") or {}
+        return {**given, "tools": self.columns["tools"]} if self.columns.get("tools") else given
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +77,10 @@ class TrainingExample:
         return sum(label != IGNORED for label in self.labels)
 
     def to_json(self) -> dict[str, Any]:
-        """Return a line of `kept.jsonl`; `chat_template_kwargs` is there if the problem has some."""
+        """Return a line of `kept.jsonl`; `chat_template_kwargs` and `tools` are there if the problem has some."""
+        further = {"tools": self.template_kwargs["tools"]} if "tools" in self.template_kwargs else {}
+        if arguments := {name: value for name, value in self.template_kwargs.items() if name != "tools"}:
+            further["chat_template_kwargs"] = arguments
         line = {
             "id": self.id,
             "problem_id": self.problem_id,
@@ -88,11 +93,12 @@ class TrainingExample:
             "reward": self.reward,
             "weight": self.weight,
         }
-        return line | ({"chat_template_kwargs": dict(self.template_kwargs)} if self.template_kwargs else {})
+        return line | further
 
     @classmethod
     def from_json(cls, line: Mapping[str, Any], *, where: str = "") -> "TrainingExample":
         """Return the example of a line. Raises ValueError, TypeError or KeyError for another kind of line."""
+        arguments = {k: v for k, v in (line.get("chat_template_kwargs") or {}).items() if v is not None}
         return cls(
             id=str(line["id"]),
             problem_id=str(line["problem_id"]),
@@ -104,7 +110,7 @@ class TrainingExample:
             completion=tuple(messages(line["completion"])),
             reward=float(line["reward"]),
             weight=float(line["weight"]),
-            template_kwargs={k: v for k, v in (line.get("chat_template_kwargs") or {}).items() if v is not None},
+            template_kwargs=arguments | ({"tools": tools(line["tools"])} if line.get("tools") else {}),
             where=where,
         )
 
@@ -126,5 +132,6 @@ class Demonstration:
 
     @property
     def answered(self) -> bool:
-        """Whether the last action says anything."""
-        return bool(self.completion and self.completion[-1]["content"].strip())
+        """Whether the last action says or calls anything."""
+        last = self.completion[-1] if self.completion else None
+        return last is not None and bool(last["content"].strip() or "tool_calls" in last)
