@@ -57,8 +57,8 @@ def in_trl_columns(row: Mapping[str, Any], where: str, form: RowFormat) -> dict[
         )
     if taken := [key for key in SHAPE if key not in chosen.beside and not is_empty(named.get(key))]:
         raise DataError(
-            f"{where}: columns {taken[0]} and {chosen.columns[0]} are two shapes of one row: remove one of them, or set "
-            f"dataset_format: trl, which reads {taken[0]}"
+            f"{where}: columns {taken[0]} and {chosen.columns[0]} are two shapes of one row: remove one of them, or "
+            f"set dataset_format: trl, which reads {taken[0]}"
         )
     return chosen.convert(named, where, form)
 
@@ -116,7 +116,7 @@ def _renamed(row: dict[str, Any], where: str, form: RowFormat) -> dict[str, Any]
 
 
 # ShareGPT
-def _sharegpt(row: dict[str, Any], where: str, form: RowFormat) -> dict[str, Any]:
+def _sharegpt(row: dict[str, Any], where: str, _: RowFormat) -> dict[str, Any]:
     """Return `conversations`, a list of {from, value}, as `messages`; the column `system` comes first."""
     made = {key: value for key, value in row.items() if key not in ("conversations", "system")}
     talk = [_turn(turn, f"{where}: conversations: message {i}") for i, turn in enumerate(row["conversations"])]
@@ -155,7 +155,7 @@ def _system(row: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
 
 
 # Alpaca and MATH
-def _alpaca(row: dict[str, Any], where: str, form: RowFormat) -> dict[str, Any]:
+def _alpaca(row: dict[str, Any], where: str, _: RowFormat) -> dict[str, Any]:
     """Return instruction and input, with a blank line between them, as `prompt`, and output as `completion`."""
     if not is_empty(row.get("history")):
         raise DataError(f"{where}: column 'history': write the earlier turns into messages: dataset_format: trl")
@@ -168,7 +168,7 @@ def _alpaca(row: dict[str, Any], where: str, form: RowFormat) -> dict[str, Any]:
     return made | ({"completion": row["output"]} if row.get("output") is not None else {})
 
 
-def _math(row: dict[str, Any], where: str, form: RowFormat) -> dict[str, Any]:
+def _math(row: dict[str, Any], where: str, _: RowFormat) -> dict[str, Any]:
     """Return problem as `prompt` and solution as `completion`; the solution stays the reference as well."""
     made = {key: value for key, value in row.items() if key != "problem"}
     made["prompt"] = _text(row, "problem", where)
@@ -216,7 +216,7 @@ FORMATS = {
     "lines": _Format(
         ("conversation",),
         _lines,
-        "conversation, a list of texts, each a question and its reply",
+        "conversation, a list of questions with their replies",
         ("prompt", "question"),
     ),
 }

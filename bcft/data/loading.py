@@ -14,14 +14,13 @@ import json
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from bcft.config.schema import DataSettings, EvaluationSettings
 from bcft.data.files import SUFFIXES, Row, read_json_rows
-from bcft.data.readers import TEMPLATE_COLUMN, TOOLS_COLUMN, demonstration
+from bcft.data.readers import ARGUMENTS, demonstration
 from bcft.data.sources import HELD_OUT, Dataset, DataSource, parse_split, rows_of
 from bcft.environments.base import SHARES, Split, embedded_datasets
 from bcft.errors import DataError, UsageError
@@ -71,8 +70,7 @@ class Splits:
         for d in (*self.train, *self.held_out, *self.replay):
             # A plain pair is its problem and one text. The format is frozen: a run has the hash it was started with.
             completion = [unmarked(message) for message in d.completion]
-            plain = all(message.keys() == {"role", "content"} for message in completion)
-            pair = len(completion) < 2 and plain and d.sampled is None and d.prompt == d.problem.prompt
+            pair = [*map(len, completion)] in ([], [2]) and d.sampled is None and d.prompt == d.problem.prompt
             text = completion[-1]["content"] if completion else ""
             conversation = [] if pair else [*map(unmarked, messages(d.prompt)), *completion]
             ids = d.sampled.input_ids if d.sampled else ()
@@ -117,7 +115,7 @@ class Splits:
         counts: Counter[str] = Counter()
         for first, again in self.repeated:
             for name in _differing(first, again):
-                if read is None or name in read or name in (TEMPLATE_COLUMN, TOOLS_COLUMN):
+                if read is None or name in read or name in ARGUMENTS:
                     mine, other = (show(problem.columns.get(name)) for problem in (again, first))
                     raise DataError(
                         f"{again.where}: the prompt of {first.where} with another {name}: {mine}, there {other}: "
@@ -216,8 +214,7 @@ def _load(
     if given is None and (kept := _kept_file(name)) is not None:
         return _kept(source, kept, dataset.train_slice, dev=dev, test=test, allow_overlap=allow_overlap)
     rows = dataset.read(dataset.train_split) if given is None else given
-    read = partial(demonstration, form=source.form, problem_only=not demonstrations)
-    train = [read(row, where) for row, where in rows[dataset.train_slice]]
+    train = _read(rows[dataset.train_slice], source, problem_only=not demonstrations)
     own = {} if given is not None else _own_splits(dataset, required=require_test)
     parts = _by_hash(
         train,
@@ -248,20 +245,20 @@ def _own_splits(dataset: Dataset, *, required: bool) -> dict[Split, list[Demonst
         raise DataError(f"{key}: {dataset.path} is one file without splits: give its directory, or remove the key")
     own: dict[Split, list[Demonstration]] = {}
     if dataset.has(test_split):
-        own["test"] = _problems(dataset.read(test_split)[test_slice], dataset.source)
+        own["test"] = _read(dataset.read(test_split)[test_slice], dataset.source)
     elif asked and required:
         raise DataError(f"{key}: {dataset.name} has no split {test_split!r}")
     # A recipe may train on `validation`, or call it its test split.
     if "validation" not in (test_split, dataset.train_split) and dataset.has("validation"):
-        own["dev"] = _problems(dataset.read("validation"), dataset.source)
+        own["dev"] = _read(dataset.read("validation"), dataset.source)
     for name in _OTHER_NAMES:
         if dataset.path.is_dir() and name not in (test_split, dataset.train_split) and dataset.has(name):
             raise DataError(f"dataset_name: {dataset.name}: its split {name!r} is not read: rename it to validation")
     return own
 
 
-def _problems(rows: Sequence[Row], source: DataSource) -> list[Demonstration]:
-    return [demonstration(row, where, form=source.form, problem_only=True) for row, where in rows]
+def _read(rows: Sequence[Row], source: DataSource, *, problem_only: bool = True) -> list[Demonstration]:
+    return [demonstration(row, where, form=source.form, problem_only=problem_only) for row, where in rows]
 
 
 def _refuse_overlap(train: Sequence[Demonstration], held_out: Sequence[Demonstration], *, of: str = "training") -> None:
@@ -288,7 +285,7 @@ def _repeated(demonstrations: Iterable[Demonstration]) -> tuple[tuple[Problem, P
 def _differing(first: Problem, again: Problem) -> list[str]:
     """Return the columns in which two problems differ; a missing one is null."""
     values = [(name, first.columns.get(name), again.columns.get(name)) for name in {**first.columns, **again.columns}]
-    values = [(name, a or {}, b or {}) if name == TEMPLATE_COLUMN else (name, a, b) for name, a, b in values]
+    values = [(name, a or {}, b or {}) if name in ARGUMENTS else (name, a, b) for name, a, b in values]
     # NaN differs from itself, and arrays compare by element.
     return [name for name, a, b in values if repr(a) != repr(b) and not (isinstance(a, _VALUES) and a == b)]
 
@@ -362,7 +359,7 @@ def _generated(source: reasoning_gym.Source, dataset: Dataset, *, dev: int, test
     if dataset.train_split != "train":
         raise DataError(f"dataset_train_split: {source.name} has the split train, and no {dataset.train_split!r}")
     rows = reasoning_gym.problems(source, test=test, dev=dev, train=dataset.train_slice)
-    train, dev_part, test_part = (tuple(_problems(rows[name], dataset.source)) for name in ("train", "dev", "test"))
+    train, dev_part, test_part = (tuple(_read(rows[name], dataset.source)) for name in ("train", "dev", "test"))
     return Splits(train, dev_part, test_part, reward=reasoning_gym.reward_function(source))
 
 

@@ -20,6 +20,8 @@ SAMPLED_COLUMNS = {"prompt", "completion", "input_ids", "labels", "problem_id"}
 """Columns that make a row one of `kept.jsonl`."""
 TEMPLATE_COLUMN = "chat_template_kwargs"
 TOOLS_COLUMN = "tools"
+ARGUMENTS = (TEMPLATE_COLUMN, TOOLS_COLUMN)
+"""Columns that the chat template reads."""
 _TRL = RowFormat()
 _TEXT_ALONE = "only text is trained: remove the column, or leave such rows out"
 _SYSTEM = "write it into the prompt, as a first message of the role system"
