@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bcft.config.declare import TRAINING
+from bcft.config.declare import SELECTING, TRAINING
 from bcft.config.engine import SERVING
 from bcft.config.keys import KEYS
 
@@ -113,6 +113,8 @@ def without_effect(
         other = "eval_dev_samples" if split == "test" else "eval_test_samples"
         if other in overrides:
             yield other, f"has no effect with eval_split: {split}"
+    if command in SELECTING and values["train_on"] == "marked":
+        yield "train_on", "marked is for demonstrations, and a policy's own turns have no marks: give another"
     if command == "filtered":
         for key in in_file:  # a caller's are refused as keys of another command
             if KEYS[key].section == "training" and command not in KEYS[key].commands:

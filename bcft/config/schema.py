@@ -188,9 +188,10 @@ class DataSettings(Settings):
         "already: raise an error; strip: take the letters off completions; text: train them as plain text",
         commands=SPLITTING,
     )
-    train_on: Literal["all_turns", "last_turn"] = own(
+    train_on: Literal["all_turns", "last_turn", "marked"] = own(
         "all_turns",
-        "which of a conversation's assistant turns carry loss",
+        "which of a conversation's assistant turns carry loss. marked: those whose message has train: true or weight: "
+        "1, and where none has, those without train: false or weight: 0; for demonstrations",
         commands=("sft", "filtered", "collect", "refilter", "preview"),
     )
     allow_overlap: bool = own(False, "train even if held-out prompts are also in training", commands=SPLITTING)
@@ -284,6 +285,14 @@ class TrainingSettings(Settings):
     weight_decay: float = trained("weight_decay", note="higher pulls weights harder toward 0", limits=">= 0")
     max_grad_norm: float = trained("max_grad_norm", note="lower clips more; 0: off", limits=">= 0")
     loss_type: str = trained("loss_type")
+    loss_reduction: Literal["token", "sequence", "sum"] = own(
+        "token",
+        "how a step's loss is made of the negative log-likelihoods of its supervised tokens, each times its row's "
+        "weight. token: their sum, divided by the number of tokens; sequence: the mean over rows of each row's mean; "
+        "sum: their sum, so that a row of weight 2 is that row twice, and learning_rate and max_grad_norm are those "
+        "of a sum",
+        commands=(*TRAINING, "preview"),
+    )
     num_train_epochs: float = trained(
         "num_train_epochs", note="in `filtered`, of each round; more fit the examples closer", limits="> 0"
     )
@@ -309,6 +318,17 @@ class TrainingSettings(Settings):
     )
     passed_through: Mapping[str, Any] = field(default_factory=dict)
     """The keys of `keys.PASSED_THROUGH` that the recipe sets, with their values."""
+
+    def conflicts(self) -> Iterator[Conflict]:
+        """Yield reductions that a loss or a way to average over processes does not have."""
+        key, given = "loss_reduction", self.passed_through
+        if self.loss_reduction == "sequence" and self.loss_type != "nll":
+            yield (key, "loss_type"), f"sequence is a mean of log-likelihoods, and loss_type: {self.loss_type} has none"
+        if self.loss_reduction == "sequence" and given.get("label_smoothing_factor"):
+            yield (key, "label_smoothing_factor"), "sequence has no label smoothing: leave label_smoothing_factor out"
+        if self.loss_reduction != "token" and given.get("average_tokens_across_devices") is False:
+            other = "average_tokens_across_devices"
+            yield (key, other), f"{self.loss_reduction} is over all processes: leave {other} out"
 
 
 SECTIONS = {

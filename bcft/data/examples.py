@@ -11,41 +11,12 @@ from hashlib import sha256
 from itertools import accumulate, pairwise
 from typing import Any
 
+from bcft.data.counts import ExampleCounts
+from bcft.data.weights import check_marks, marked_turns, trained_turns, weighs_rows
 from bcft.errors import DataError
 from bcft.policy.chat_template import Renderer, bos_at_head
 from bcft.types import IGNORED, Demonstration, Message, Problem, Prompt, Source, TrainingExample, Trajectory, Turn
 from bcft.types import messages as as_messages
-
-
-@dataclass(frozen=True)
-class ExampleCounts:
-    """Counts over all examples before the first step."""
-
-    given: int
-    kept: int
-    overlong: int
-    duplicate: int
-    unsupervised: int
-    tokens: int
-    tokens_supervised: int
-    longest: int
-    """Tokens of the longest example given, dropped ones included."""
-    bos: int
-    """BOS tokens at the head of each example: 0 or 1, as the tokenizer's template has it."""
-    stop: str
-    """The stop token that is the last label of every example, as text."""
-    sampled: int = 0
-    """Examples with the ids that a policy sampled, rather than those of a text."""
-
-    def __str__(self) -> str:
-        dropped = {"over-long": self.overlong, "duplicate": self.duplicate, "empty": self.unsupervised}
-        drops = ", ".join(f"{n} {reason}" for reason, n in dropped.items() if n) or "none"
-        sampled = f"; {self.sampled:,} with the ids that were sampled" if self.sampled else ""
-        return (
-            f"{self.kept:,} of {self.given:,} rows (dropped: {drops}); {self.tokens_supervised:,} of "
-            f"{self.tokens:,} tokens carry loss; longest row {self.longest} tokens; "
-            f"every row ends in {self.stop}, BOS {self.bos}{sampled}"
-        )
 
 
 # From demonstrations
@@ -62,36 +33,38 @@ def make_examples(
 
     An example of a text has the demonstration's place as its id, and the whole demonstration as prompt and completion.
     max_length: most tokens of an example, prompt and completion together; overlength: `drop` or `raise`; train_on:
-    which actions of a conversation carry loss, `all_turns` or `last_turn`.
-    Raises DataError when labels break a promise of the package, when an example is too long under `raise`, and when
-    nothing is left unless `may_be_empty`.
+    which actions of a conversation carry loss, `all_turns`, `last_turn` or `marked`.
+    A row of weight 0 is as if it were not there. Where rows have weights, a duplicate adds its own to the first.
+    Raises DataError when labels break a promise of the package, when an example is too long under `raise`, when marks
+    of messages and `train_on` differ, and when nothing is left unless `may_be_empty`.
     """
-    kept: dict[tuple[int, ...], TrainingExample] = {}
+    if not may_be_empty:
+        check_marks(demonstrations, train_on)
+    given, weighted = demonstrations, weighs_rows(demonstrations)
+    demonstrations = [d for d in given if d.weight and not (train_on == "marked" and _is_marked_off(d))]
+    kept: dict[tuple[tuple[int, ...], ...], TrainingExample] = {}
     overlong: list[TrainingExample] = []
     longest = duplicate = unsupervised = sampled = 0
     for demonstration, made in zip(demonstrations, _tokenized(demonstrations, renderer, train_on), strict=True):
         longest = max([longest, *(len(example.input_ids) for example in made)])
         unsupervised += not made
         for example in made:
+            # Other marks make other labels of the same ids.
+            key = (example.input_ids, example.labels) if train_on == "marked" else (example.input_ids,)
             if len(example.input_ids) > max_length:
                 overlong.append(example)
-            elif example.input_ids in kept:
+            elif key in kept:
                 duplicate += 1
+                if weighted:
+                    kept[key] = replace(kept[key], weight=kept[key].weight + example.weight)
             else:
-                kept[example.input_ids] = example
+                kept[key] = example
                 sampled += example is demonstration.sampled
     if overlong and overlength == "raise":
-        first = overlong[0]
-        raise DataError(
-            f"{first.where}: {len(first.input_ids)} tokens, more than max_length {max_length} (and {len(overlong) - 1} "
-            f"other rows): raise max_length, or set overlength: drop"
-        )
-    examples = list(kept.values())
-    if not examples and not may_be_empty:
-        raise DataError(_nothing_left(demonstrations, len(overlong), unsupervised, longest, max_length))
-    _check_labels(examples, renderer)
-    return examples, ExampleCounts(
-        given=len(examples) + len(overlong) + duplicate + unsupervised,
+        raise DataError(_too_long(overlong, max_length))
+    examples, weightless = list(kept.values()), len(given) - len(demonstrations)
+    counts = ExampleCounts(
+        given=len(examples) + len(overlong) + duplicate + unsupervised + weightless,
         kept=len(examples),
         overlong=len(overlong),
         duplicate=duplicate,
@@ -102,7 +75,17 @@ def make_examples(
         bos=renderer.bos_count,
         stop=repr(renderer.tokenizer.convert_ids_to_tokens(renderer.tail_ids[-1])),
         sampled=sampled,
+        weightless=weightless,
     )
+    if not examples and not may_be_empty:
+        raise DataError(_nothing_left(given, counts, max_length))
+    _check_labels(examples, renderer)
+    return examples, counts
+
+
+def _is_marked_off(demonstration: Demonstration) -> bool:
+    """Return whether every action of a conversation is marked to carry no loss."""
+    return bool(demonstration.completion) and not any(marked_turns(demonstration.completion))
 
 
 def _tokenized(
@@ -134,10 +117,11 @@ def _tokenized(
                 labels=segment.labels,
                 prompt=prompt,
                 completion=d.completion,
+                weight=d.weight,
                 template_kwargs=d.problem.template_kwargs,
                 where=where,
             )
-            for segment in _segments(turns, train_on)
+            for segment in _segments(turns, trained_turns(d, train_on))
         ]
 
 
@@ -292,14 +276,23 @@ def _check_labels(examples: Sequence[TrainingExample], renderer: Renderer) -> No
             raise DataError(f"{example.where}: {count} BOS tokens at its head, expected {renderer.bos_count}")
 
 
-def _nothing_left(given: Sequence[Demonstration], overlong: int, unsupervised: int, longest: int, limit: int) -> str:
+def _too_long(overlong: Sequence[TrainingExample], limit: int) -> str:
+    first = overlong[0]
+    return (
+        f"{first.where}: {len(first.input_ids)} tokens, more than max_length {limit} (and {len(overlong) - 1} other "
+        f"rows): raise max_length, or set overlength: drop"
+    )
+
+
+def _nothing_left(given: Sequence[Demonstration], counts: ExampleCounts, limit: int) -> str:
     if not given:
         return "no rows to train on: the training split is empty without the dev and test problems"
     first = given[0]
     completion = first.completion[-1]["content"] if first.completion else ""
     return (
-        f"{first.problem.where}: nothing to train on in {len(given)} rows: {overlong} longer than max_length {limit} "
-        f"(longest {longest}), {unsupervised} with an empty completion; the first is prompt "
+        f"{first.problem.where}: nothing to train on in {len(given)} rows: {counts.overlong} longer than max_length "
+        f"{limit} (longest {counts.longest}), {counts.unsupervised} with an empty completion, {counts.weightless} of "
+        f"weight 0; the first is prompt "
         f"{str(first.problem.prompt)[:60]!r}, completion {completion[:60]!r}"
     )
 
@@ -311,14 +304,16 @@ def trajectory_examples(
     """Return the examples of a trajectory, with the ids as sampled: rows of `kept.jsonl`.
 
     There are several if the chat template rewrites earlier text, and none if every action is empty.
-    source: the policy that sampled it, `self` or `teacher`; train_on: as in `make_examples`.
+    source: the policy that sampled it, `self` or `teacher`; train_on: `all_turns` or `last_turn`.
     """
     opening = list(trajectory.opening) or as_messages(problem.prompt)
     conversation = [*opening, *trajectory.conversation]
     # The index of each action among the messages; the last number is the length of the conversation.
     starts = list(accumulate((1 + len(turn.observation) for turn in trajectory.turns), initial=len(opening)))
     examples = []
-    for segment in _segments(trajectory.turns, train_on):
+    last = len(trajectory.turns) - 1
+    trained = [train_on == "all_turns" or number == last for number in range(last + 1)]
+    for segment in _segments(trajectory.turns, trained):
         first = starts[segment.last if train_on == "last_turn" else segment.first]
         examples.append(
             TrainingExample(
@@ -347,8 +342,8 @@ class _Segment:
     labels: tuple[int, ...]
 
 
-def _segments(turns: Sequence[Turn], train_on: str) -> list[_Segment]:
-    """Return the segments of a conversation in which an action carries loss.
+def _segments(turns: Sequence[Turn], trained: Sequence[bool]) -> list[_Segment]:
+    """Return the segments of a conversation in which an action carries loss; trained: whether each turn's may.
 
     A segment ends where the template rewrites earlier text. An empty action carries no loss: its stop token alone would
     teach the policy to say nothing.
@@ -361,9 +356,9 @@ def _segments(turns: Sequence[Turn], train_on: str) -> list[_Segment]:
         if turn.rewritten:
             segments.append(_Segment(first, number - 1, tuple(ids), tuple(labels)))
             ids, labels, first = [], [], number
-        trained = turn.action.strip() and (train_on == "all_turns" or number == len(turns) - 1)
+        has_loss = trained[number] and turn.action.strip()
         ids += [*turn.ids, *turn.action_ids]
-        labels += [*[IGNORED] * len(turn.ids), *(turn.action_ids if trained else [IGNORED] * len(turn.action_ids))]
+        labels += [*[IGNORED] * len(turn.ids), *(turn.action_ids if has_loss else [IGNORED] * len(turn.action_ids))]
     segments.append(_Segment(first, len(turns) - 1, tuple(ids), tuple(labels)))
     return [_trimmed(segment) for segment in segments if any(label != IGNORED for label in segment.labels)]
 
@@ -386,7 +381,7 @@ def replay_examples(
         return []
     examples, _ = make_examples(demonstrations, renderer, max_length=max_length, train_on=train_on)
     return [
-        replace(example, id=f"demonstration-{number}", source="demonstration", turn=0, reward=0.0, weight=1.0)
+        replace(example, id=f"demonstration-{number}", source="demonstration", turn=0, reward=0.0)
         for number, example in enumerate(examples)
     ]
 

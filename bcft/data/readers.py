@@ -4,6 +4,7 @@ Nothing in a row is dropped in silence: a column or a key that would change what
 file and line. All other columns are the problem's, for its reward and its environment.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -20,6 +21,8 @@ SAMPLED_COLUMNS = {"prompt", "completion", "input_ids", "labels", "problem_id"}
 """Columns that make a row one of `kept.jsonl`."""
 TEMPLATE_COLUMN = "chat_template_kwargs"
 TOOLS_COLUMN = "tools"
+WEIGHT_COLUMN = "weight"
+"""Column of a demonstration: what its loss is multiplied by."""
 ARGUMENTS = (TEMPLATE_COLUMN, TOOLS_COLUMN)
 """Columns that the chat template reads."""
 _TRL = RowFormat()
@@ -37,8 +40,7 @@ _INTO_MESSAGE = "write it into the assistant's message, in messages or completio
 _UNTRAINED = {
     **dict.fromkeys(("reasoning_content", "reasoning", "thinking", "tool_calls", "function_call"), _INTO_MESSAGE),
     "label": "an example not to follow, as in KTO: leave such rows out; rename the column if it says something else",
-    "weight": "every row has the weight 1: leave rows out or repeat them, and remove the column",
-    "train": "leave such rows out",
+    "train": "leave such rows out, or give them the weight 0",
     **dict.fromkeys(("input_ids", "labels", "loss_mask", "completion_mask", "assistant_masks"), _WHICH_TOKENS),
 }
 """Column of a demonstration -> what to do about it: it would change whether and how the row is trained."""
@@ -57,7 +59,8 @@ def demonstration(
     """Return the demonstration of a row.
 
     A row has `prompt` or `question` with `completion`, `messages`, or `question` and `answer`, which is the completion
-    if there is no other, or the columns of another format; all other columns are the problem's.
+    if there is no other, or the columns of another format; `weight` is the demonstration's, all other columns are the
+    problem's.
     A row of `kept.jsonl` has token ids as well, which become `Demonstration.sampled`; it is read as it is.
     where: the row's place; form: what its columns mean; problem_only: accept a row without a completion, and columns
     that say how to train it.
@@ -85,12 +88,13 @@ def _read(given: dict[str, Any], where: str, *, problem_only: bool) -> Demonstra
     keys = [key for key in ("messages", "prompt", "question") if key in given]
     if not keys or (keys == ["question"] and {"answer", "completion"}.isdisjoint(given) and not problem_only):
         raise DataError(_other_shape(given, where, problem_only=problem_only))
+    weight = 1.0 if problem_only else _weight(given.pop(WEIGHT_COLUMN, None), where)
     columns = {key: value for key, value in given.items() if key not in SHAPE}
     if "question" in given and keys != ["question"]:
         columns["question"] = given["question"]
     _check_columns(columns, where)
     if "messages" in given:
-        return _conversation(given, columns, where, problem_only=problem_only)
+        return replace(_conversation(given, columns, where, problem_only=problem_only), weight=weight)
     completion_key = "completion" if keys[0] == "prompt" or "completion" in given else "answer"
     if completion_key not in given and not problem_only:
         remedy = next((f": {words}" for key, words in _NOT_TRAINED.items() if key in given), "")
@@ -101,7 +105,7 @@ def _read(given: dict[str, Any], where: str, *, problem_only: bool) -> Demonstra
     prompt = _prompt(given[keys[0]], f"{where}: {keys[0]}")
     answered = completion_key in given
     completion = _completion(given[completion_key], f"{where}: {completion_key}") if answered else ()
-    return Demonstration(Problem(problem_id(prompt), prompt, columns, where), prompt, completion)
+    return Demonstration(Problem(problem_id(prompt), prompt, columns, where), prompt, completion, weight=weight)
 
 
 def _with_system(made: Demonstration, text: str, where: str) -> Demonstration:
@@ -128,10 +132,26 @@ def _refuse_columns(row: Mapping[str, Any], where: str, *, demonstrates: bool) -
             raise DataError(f"{where}: column {key!r}: {remedy}")
     if not demonstrates:
         return
-    harmless = {"label": lambda value: not says_no(value), "weight": says_yes, "train": says_yes}
+    harmless = {"label": lambda value: not says_no(value), "train": says_yes}
     for key in sorted(row.keys() & _UNTRAINED.keys()):
         if not is_empty(row[key]) and not (key in harmless and harmless[key](row[key])):
             raise DataError(f"{where}: column {key!r} ({show(row[key])}): {_UNTRAINED[key]}")
+
+
+def _weight(value: Any, where: str) -> float:
+    """Return the weight that a row gives. Raises DataError unless it is a finite number of at least 0."""
+    if is_empty(value) or says_yes(value):
+        return 1.0
+    try:
+        weight = float(value)
+    except (TypeError, ValueError):
+        weight = 0.0 if says_no(value) else math.nan
+    if not 0 <= weight < math.inf:
+        raise DataError(
+            f"{where}: weight {show(value)}: it multiplies the row's loss, so it is a finite number >= 0: give one, or "
+            f"rename the column"
+        )
+    return weight
 
 
 def _check_columns(columns: dict[str, Any], where: str) -> None:
@@ -202,15 +222,14 @@ def _sampled(row: Mapping[str, Any], where: str, form: RowFormat) -> Demonstrati
     except (KeyError, TypeError, ValueError) as error:
         reason = f"no {error.args[0]}" if isinstance(error, KeyError) else str(error).removeprefix(f"{where}: ")
         raise DataError(f"{where}: not a row of kept.jsonl: {reason}") from error
-    if example.weight != 1.0:
-        raise DataError(f"{where}: weight {example.weight:g}: {_UNTRAINED['weight']}")
     if form.system_prompt is not None and messages(prompt)[0]["content"] != form.system_prompt:
         raise DataError(f"{where}: sampled without this system_prompt: remove the key")
     arguments = dict(example.template_kwargs)
     columns = {TOOLS_COLUMN: arguments.pop(TOOLS_COLUMN)} if TOOLS_COLUMN in arguments else {}
     if arguments:
         columns[TEMPLATE_COLUMN] = arguments
-    return Demonstration(Problem(example.problem_id, prompt, columns, where), prompt, tuple(completion), example)
+    problem = Problem(example.problem_id, prompt, columns, where)
+    return Demonstration(problem, prompt, tuple(completion), example, weight=example.weight)
 
 
 def _prompt(value: Any, where: str) -> Prompt:

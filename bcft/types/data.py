@@ -1,5 +1,6 @@
 """Problems, demonstrations and the rows to train on."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -37,8 +38,8 @@ class Problem:
 class TrainingExample:
     """One row to train on: token ids, and labels that are `IGNORED` for tokens without loss.
 
-    `to_json` is a line of `kept.jsonl`; `from_json` reads one. Raises ValueError when ids and labels differ in length
-    or a label is neither `IGNORED` nor its token.
+    `to_json` is a line of `kept.jsonl`; `from_json` reads one. Raises ValueError when ids and labels differ in length,
+    a label is neither `IGNORED` nor its token, or the weight is negative or not finite.
     """
 
     id: str
@@ -57,7 +58,7 @@ class TrainingExample:
     """To read: the messages from that action to the last one that is trained."""
     reward: float = 0.0
     weight: float = 1.0
-    """Always 1.0: part of the file format, and ignored by the trainer."""
+    """What the loss of its tokens is multiplied by."""
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     """The problem's arguments for the chat template, for another tokenizer."""
     where: str = ""
@@ -67,6 +68,8 @@ class TrainingExample:
         where = self.where or self.id
         if len(self.input_ids) != len(self.labels):
             raise ValueError(f"{where}: {len(self.input_ids)} input_ids but {len(self.labels)} labels")
+        if not 0 <= self.weight < math.inf:
+            raise ValueError(f"{where}: weight {self.weight} is not a finite number >= 0")
         for position, (token, label) in enumerate(zip(self.input_ids, self.labels, strict=True)):
             if label not in (IGNORED, token):
                 raise ValueError(f"{where}: label {label} at position {position} is not its token {token}")
@@ -129,6 +132,8 @@ class Demonstration:
     """For a policy's own text, the sampled ids: a model with the same tokenizer trains on them as they are."""
     tokenizer: str = ""
     """The fingerprint of the tokenizer that `sampled` is made with."""
+    weight: float = 1.0
+    """What the loss of its tokens is multiplied by, as given."""
 
     @property
     def answered(self) -> bool:
