@@ -12,7 +12,7 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 from bcft.data.counts import ExampleCounts
-from bcft.data.weights import check_marks, marked_turns, trained_turns, weighs_rows
+from bcft.data.weights import check_marks, marked_turns, trained_turns, unmarked, weighs_rows
 from bcft.errors import DataError
 from bcft.policy.chat_template import Renderer, bos_at_head
 from bcft.types import IGNORED, Demonstration, Message, Problem, Prompt, Source, TrainingExample, Trajectory, Turn
@@ -108,7 +108,7 @@ def _tokenized(
             turns = conversation_turns(d.prompt, d.completion, renderer, where=d.problem.where, template_kwargs=given)
         else:
             turns = []
-        prompt, where = tuple(as_messages(d.prompt)), d.problem.where
+        prompt, where = tuple(unmarked(as_messages(d.prompt))), d.problem.where
         yield [
             TrainingExample(
                 id=where,
@@ -116,7 +116,7 @@ def _tokenized(
                 input_ids=segment.input_ids,
                 labels=segment.labels,
                 prompt=prompt,
-                completion=d.completion,
+                completion=tuple(unmarked(d.completion)),
                 weight=d.weight,
                 template_kwargs=d.problem.template_kwargs,
                 where=where,

@@ -44,6 +44,15 @@ def marked_turns(completion: Sequence[Message]) -> list[bool]:
     return [not any(marks) if mark is None else mark for mark in marks]
 
 
+def unmarked(conversation: Sequence[Message]) -> list[Message]:
+    """Return the messages of a conversation without marks, unless by them an action carries no loss."""
+    copies = [message.copy() for message in conversation]
+    if all(marked_turns(conversation)):
+        for message in copies:
+            message.pop("train", None)
+    return copies
+
+
 def _actions(completion: Sequence[Message]) -> list[Message]:
     return [message for message in completion if message["role"] == "assistant"]
 

@@ -91,11 +91,6 @@ def messages(prompt: Prompt) -> list[Message]:
     return [_message(message, f"message {number}") for number, message in enumerate(prompt)]
 
 
-def unmarked(message: Message) -> dict[str, Any]:
-    """Return a message without the mark that it is trained: without a mark it is trained as well, mostly."""
-    return {key: value for key, value in message.items() if (key, value) != ("train", True)}
-
-
 def _message(value: object, where: str) -> Message:
     """Return a message with the keys of `Message` alone. Raises ValueError that names what it holds besides."""
     shape = f"{where}: a message is {{role, content}}, both text, not {with_type(value)}"
