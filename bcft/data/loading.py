@@ -22,7 +22,7 @@ from bcft.config.schema import DataSettings, EvaluationSettings
 from bcft.data.files import SUFFIXES, Row, read_json_rows
 from bcft.data.readers import ARGUMENTS, demonstration
 from bcft.data.sources import HELD_OUT, Dataset, DataSource, parse_split, rows_of
-from bcft.data.weights import unmarked
+from bcft.data.weights import with_telling_marks
 from bcft.environments.base import SHARES, Split, embedded_datasets
 from bcft.errors import DataError, UsageError
 from bcft.integrations import reasoning_gym
@@ -69,14 +69,14 @@ class Splits:
         digest = hashlib.sha256()
         for d in (*self.train, *self.held_out, *self.replay):
             # A plain pair is its problem and one text. The format is frozen: a run has the hash it was started with.
-            completion = unmarked(d.completion)
+            completion = with_telling_marks(d.completion)
             pair = [*map(len, completion)] in ([], [2]) and d.sampled is None and d.prompt == d.problem.prompt
             text = completion[-1]["content"] if completion else ""
-            conversation = [] if pair else [*unmarked(messages(d.prompt)), *completion]
+            conversation = [] if pair else [*with_telling_marks(messages(d.prompt)), *completion]
             ids = d.sampled.input_ids if d.sampled else ()
             # A column `question` beside a prompt was no part of the problem when the format was made.
             columns = {key: value for key, value in d.problem.columns.items() if key != "question"}
-            prompt = d.problem.prompt if isinstance(d.problem.prompt, str) else unmarked(d.problem.prompt)
+            prompt = d.problem.prompt if isinstance(d.problem.prompt, str) else with_telling_marks(d.problem.prompt)
             row = (d.problem.id, prompt, text, columns, conversation, ids, *(() if d.weight == 1.0 else (d.weight,)))
             digest.update(json.dumps(row, default=str, sort_keys=True).encode())
         return digest.hexdigest()

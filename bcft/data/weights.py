@@ -45,12 +45,16 @@ def marked_turns(completion: Sequence[Message]) -> list[bool]:
 
 
 def unmarked(conversation: Sequence[Message]) -> list[Message]:
-    """Return the messages of a conversation without marks, unless by them an action carries no loss."""
+    """Return the messages of a conversation without marks."""
     copies = [message.copy() for message in conversation]
-    if all(marked_turns(conversation)):
-        for message in copies:
-            message.pop("train", None)
+    for message in copies:
+        message.pop("train", None)
     return copies
+
+
+def with_telling_marks(conversation: Sequence[Message]) -> list[Message]:
+    """Return the messages of a conversation, with their marks if by these an action carries no loss."""
+    return unmarked(conversation) if all(marked_turns(conversation)) else list(conversation)
 
 
 def _actions(completion: Sequence[Message]) -> list[Message]:

@@ -69,7 +69,7 @@ class BCTrainer(SFTTrainer):  # type: ignore[misc]
         )
         self.data_collator = with_weights(self.data_collator)
         if reduction != "token" and not self.model_accepts_loss_kwargs:
-            raise UsageError(f"loss_reduction: {reduction}: this model's micro-batches are averaged alone: use token")
+            raise UsageError(f"loss_reduction: {reduction}: this model's micro-batches are averaged alone: give token")
         # The Trainer's own callbacks print every log as a dictionary, or as a table in a notebook.
         for callback in (PrinterCallback, ProgressCallback, DEFAULT_PROGRESS_CALLBACK):
             self.pop_callback(callback)
