@@ -211,10 +211,10 @@ def test_a_loss_that_takes_no_weights_is_refused_only_where_there_are_some():
     examples = [TrainingExample("1", "p", (1, 2, 3), (IGNORED, 2, 3), weight=w) for w in (1.0, 2.0)]
     dft = TrainingSettings(loss_type="dft")
     smooth = TrainingSettings(passed_through={"label_smoothing_factor": 0.1})
-    for settings, key in ((dft, "loss_type: dft"), (smooth, "label_smoothing_factor")):
+    for loss, key in ((dft, "loss_type: dft"), (smooth, "label_smoothing_factor")):
         with pytest.raises(UsageError, match=f"^{key}.*remove the weights"):
-            scaled(examples, settings)
-        assert scaled(examples[:1], settings) == (examples[:1], "")
+            scaled(examples, loss)
+        assert scaled(examples[:1], loss) == (examples[:1], "")
 
 
 @pytest.mark.parametrize("weight", [-1.0, math.nan, math.inf, -math.inf])

@@ -11,78 +11,21 @@ import pytest
 import torch
 from helpers.runs import torchrun
 from helpers.tiny import llama_tokenizer
+from helpers.weighted_step import WEIGHTS, after_a_step, examples, model, trainer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from bcft.config.schema import TrainingSettings
 from bcft.errors import UsageError
-from bcft.training.trainer import BCTrainer, fit, newest_checkpoint, next_round, to_dataset, training_arguments
-from bcft.types import IGNORED, TrainingExample
+from bcft.training.trainer import fit, newest_checkpoint, next_round, to_dataset
+from bcft.types import IGNORED
 
-VOCABULARY = 40
 REDUCTIONS = ["token", "sequence", "sum"]
-WEIGHTS = (0.25, 3.0, 1.0, 0.5)
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
     return llama_tokenizer(["a b c"])
-
-
-def model(*, lora=False):
-    torch.manual_seed(0)
-    network = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=4, max_position_embeddings=64, initializer_range=0.2, pad_token_id=0,
-        )
-    )  # fmt: skip
-    if not lora:
-        return network
-    adapted = get_peft_model(network, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
-    torch.manual_seed(1)
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:  # zero at first: no gradient would reach lora_A
-            torch.nn.init.normal_(parameter, std=0.1)
-    return adapted
-
-
-def examples(weights=(1.0,) * 4):
-    """Return an example for each weight, of different lengths, beginning alike."""
-    generator = torch.Generator().manual_seed(3)
-    made = []
-    for index, weight in enumerate(weights):
-        prompt, completion = (int(torch.randint(1, 12, (1,), generator=generator)) for _ in range(2))
-        ids = [7, 8, 9, *torch.randint(6, VOCABULARY, (prompt + completion,), generator=generator).tolist()]
-        labels = (*[IGNORED] * (prompt + 3), *ids[prompt + 3 :])
-        made.append(TrainingExample(f"demonstration-{index}", f"p{index}", tuple(ids), labels, weight=weight))
-    return made
-
-
-def trainer(network, rows, directory, tokenizer, **fields):
-    settings_ = TrainingSettings(
-        **{
-            "learning_rate": 0.05, "optim": "sgd", "max_steps": 1, "per_device_train_batch_size": 4, "seed": 0,
-            "logging_steps": 1, "max_grad_norm": 0.0, "lr_scheduler_type": "constant", "warmup_steps": 0,
-            "passed_through": {
-                "report_to": "none", "save_strategy": "no", "train_sampling_strategy": "sequential",
-            },
-        }
-        | fields
-    )  # fmt: skip
-    arguments = training_arguments(settings_, output_dir=directory, autocast="no", use_cpu=True)
-    return BCTrainer(network, arguments, examples=rows, tokenizer=tokenizer, reduction=settings_.loss_reduction)
-
-
-def after_a_step(rows, directory, tokenizer, *, lora=False, **fields):
-    """Return the trainable weights after one step of plain gradient descent, and the figures that were logged."""
-    made = trainer(model(lora=lora), rows, directory, tokenizer, **fields)
-    made.train()
-    (logged,) = [entry for entry in made.state.log_history if "entropy" in entry]
-    return {name: p.detach().clone() for name, p in made.model.named_parameters() if p.requires_grad}, logged
 
 
 def assert_close(one, two, **tolerance):
@@ -167,7 +110,7 @@ def test_a_row_twice_is_the_row_with_weight_2_under_sum(tmp_path, tokenizer):
     assert_close(one, two)
 
 
-def test_every_row_is_equal_under_sequence_however_long_it_is(tmp_path, tokenizer):
+def test_every_row_is_equal_under_sequence_however_long_it_is():
     rows = examples()
     assert len({row.supervised for row in rows}) > 1
     dataset = to_dataset(rows, "sequence")
@@ -271,5 +214,5 @@ def test_a_model_whose_micro_batches_are_averaged_alone_takes_no_other_reduction
     network = model()
     network.accepts_loss_kwargs = False
     trainer(network, examples(), tmp_path, tokenizer)
-    with pytest.raises(UsageError, match="^loss_reduction: sum: .*give token"):
+    with pytest.raises(UsageError, match=r"^loss_reduction: sum: .*give token"):
         trainer(network, examples(), tmp_path, tokenizer, loss_reduction="sum")
