@@ -188,7 +188,7 @@ def _check(config: Config, splits: Splits, names: Mapping[str, str], served: Map
 
     names: of the models by part, '' for none; served: the parts whose models a server has.
     """
-    from bcft.data.examples import check_prompts
+    from bcft.data.checks import check_prompts
     from bcft.policy.loading import check_model, load_renderer
 
     problems = [d.problem for d in (splits.test if config.evaluation.eval_split == "test" else splits.dev)]

@@ -16,8 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from bcft.algorithms.session import Session
 from bcft.config.loader import Config
-from bcft.data.examples import ExampleCounts, check_prompts, make_examples, without_special_tokens
+from bcft.data.checks import check_prompts, without_special_tokens
+from bcft.data.counts import ExampleCounts
+from bcft.data.examples import make_examples
 from bcft.data.loading import Splits
+from bcft.data.weights import scaled
 from bcft.errors import UsageError
 from bcft.evaluation.budget import samples_of, test_attempts
 from bcft.evaluation.held_out import measure
@@ -148,13 +151,14 @@ def _rows(config: Config, splits: Splits, session: Session) -> Rows:
         overlength=config.data.overlength,
         train_on=config.data.train_on,
     )
+    examples, weights_note = scaled(examples, config.training)
     dev, test = (_held_out_examples(config, renderer, part, limit) for part in (splits.dev, splits.test))
     check_disk(session.path, name, config.model, config.training, copies=copies_of_sft(config.training))
     others = sum(d.sampled is not None and d.tokenizer != renderer.fingerprint for d in splits.train)
     if others:
         others_note = f"rows: {others:,} were sampled with another tokenizer, and are tokenized from their text"
-        return Rows(examples, dev, test, counts, (note, others_note))
-    return Rows(examples, dev, test, counts, (note,))
+        return Rows(examples, dev, test, counts, (note, weights_note, others_note))
+    return Rows(examples, dev, test, counts, (note, weights_note))
 
 
 def _held_out_examples(
@@ -217,6 +221,7 @@ def _train(config: Config, session: Session, policy: Policy, rows: Rows, progres
         examples=rows.train,
         held_out=rows.dev if settings.eval_strategy != "no" else [],
         tokenizer=policy.renderer.tokenizer,
+        reduction=settings.loss_reduction,
     )
 
     def trained() -> Policy:

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bcft.config.declare import TRAINING
+from bcft.config.declare import SELECTING, TRAINING
 from bcft.config.engine import SERVING
 from bcft.config.keys import KEYS
 
@@ -121,6 +121,8 @@ def without_effect(
         other = "eval_dev_samples" if split == "test" else "eval_test_samples"
         if other in overrides:
             yield other, f"has no effect with eval_split: {split}"
+    if command in SELECTING and values["train_on"] == "marked":
+        yield "train_on", "marked is for demonstrations, and a policy's own turns have no marks: give another"
     if command == "filtered":
         for key in in_file:  # a caller's are refused as keys of another command
             if KEYS[key].section == "training" and command not in KEYS[key].commands:
@@ -151,6 +153,7 @@ def _of_generator(values: Mapping[str, Any], in_file: Collection[str], overrides
 
     Demonstrations of a reasoning-gym dataset to replay are asked and stated in these forms as well.
     """
+    keys: tuple[str, ...]
     name, replayed = values["dataset_name"], str(values["replay_dataset"]).startswith(GYM)
     if name.startswith(GYM):
         keys, words = ("dataset_config", "dataset_test_split"), "with a reasoning-gym dataset"

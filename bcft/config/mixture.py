@@ -40,4 +40,4 @@ def _suits(field: str, value: Any) -> bool:
     if isinstance(value, bool) or not isinstance(value, FIELDS[field][1]) or not value:
         return False
     texts = value if isinstance(value, list) else ()
-    return all(isinstance(text, str) for text in texts) and (field != "fraction" or value > 0)
+    return all(isinstance(text, str) for text in texts) and (not isinstance(value, int | float) or value > 0)

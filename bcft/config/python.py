@@ -43,7 +43,8 @@ def rows_of(train_dataset: Iterable[Mapping[str, Any]] | None) -> Rows | None:
         )
     if not len(rows):
         raise DataError("train_dataset: no rows")
-    return rows
+    checked: Rows = rows
+    return checked
 
 
 def named_rows(rows: Sequence[Mapping[str, Any]] | None) -> dict[str, str]:

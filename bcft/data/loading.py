@@ -12,7 +12,7 @@ problems' text.
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
@@ -23,9 +23,11 @@ import numpy as np
 
 from bcft.config.schema import DataSettings, EvaluationSettings
 from bcft.data.files import SUFFIXES, Row, read_json_rows
-from bcft.data.readers import TEMPLATE_COLUMN, demonstration
+from bcft.data.readers import ARGUMENTS, demonstration
+from bcft.data.repeated import differing, repeated_prompts
 from bcft.data.sources import HELD_OUT, Dataset, DataSource, parse_split, parts_of, rows_of, shares
 from bcft.data.stored import SMALL, Rows, Store, by_hash, first_problems, ids_of
+from bcft.data.weights import with_telling_marks
 from bcft.environments.base import Split, embedded_datasets
 from bcft.errors import DataError, UsageError
 from bcft.integrations import reasoning_gym
@@ -72,13 +74,15 @@ class Splits:
         digest = hashlib.sha256()
         for d in (*self.train, *self.held_out, *self.replay):
             # A plain pair is its problem and one text. The format is frozen: a run has the hash it was started with.
-            pair = len(d.completion) < 2 and d.sampled is None and d.prompt == d.problem.prompt
-            text = d.completion[-1]["content"] if d.completion else ""
-            conversation = () if pair else (*messages(d.prompt), *d.completion)
+            completion = with_telling_marks(d.completion)
+            pair = [*map(len, completion)] in ([], [2]) and d.sampled is None and d.prompt == d.problem.prompt
+            text = completion[-1]["content"] if completion else ""
+            conversation = [] if pair else [*with_telling_marks(messages(d.prompt)), *completion]
             ids = d.sampled.input_ids if d.sampled else ()
             # A column `question` beside a prompt was no part of the problem when the format was made.
             columns = {key: value for key, value in d.problem.columns.items() if key != "question"}
-            row = (d.problem.id, d.problem.prompt, text, columns, conversation, ids)
+            prompt = d.problem.prompt if isinstance(d.problem.prompt, str) else with_telling_marks(d.problem.prompt)
+            row = (d.problem.id, prompt, text, columns, conversation, ids, *(() if d.weight == 1.0 else (d.weight,)))
             digest.update(json.dumps(row, default=str, sort_keys=True).encode())
         return digest.hexdigest()
 
@@ -115,8 +119,8 @@ class Splits:
         """
         counts: Counter[str] = Counter()
         for first, again in self.repeated:
-            for name in _differing(first, again):
-                if read is None or name in read or name == TEMPLATE_COLUMN:
+            for name in differing(first, again):
+                if read is None or name in read or name in ARGUMENTS:
                     mine, other = (show(problem.columns.get(name)) for problem in (again, first))
                     raise DataError(
                         f"{again.where}: the prompt of {first.where} with another {name}: {mine}, there {other}: "
@@ -188,11 +192,7 @@ def _replay(source: DataSource, held_out: Sequence[Demonstration]) -> Sequence[D
     except DataError as error:
         raise DataError(f"replay_dataset: {str(error).removeprefix('dataset_name: ')}") from error
     excluded = {d.problem.id for d in held_out}
-    places = [
-        place
-        for place, d in enumerate(train)
-        if d.problem.id not in excluded and (d.sampled or (d.completion and d.completion[-1]["content"]))
-    ]
+    places = [place for place, d in enumerate(train) if d.problem.id not in excluded and (d.sampled or d.answered)]
     if not places:
         raise DataError(f"replay_dataset: {source.dataset_name}: no demonstration is left without held-out problems")
     return Lazy(len(places), lambda i: train[places[i]])
@@ -215,16 +215,16 @@ def _load(
     name = source.dataset_name
     dataset = Dataset(source)
     if given is None and name.startswith("bcft:"):
-        return _embedded(name, dataset.train_slice, dev=dev, test=test)
+        return _embedded(source, dataset.train_slice, dev=dev, test=test)
     if given is None and (generated := source.generated):
         return _generated(generated, dataset, dev=dev, test=test)
     if given is None and (kept := _kept_file(name)) is not None:
         return _kept(source, kept, dataset.train_slice, dev=dev, test=test, allow_overlap=allow_overlap)
     if given is None and source.datasets:
-        train, words = _mixed(source, demonstrations=demonstrations)
+        train, words = _mixed(source, problem_only=not demonstrations)
     else:
         rows = dataset.read(dataset.train_split) if given is None else given
-        train, words = _stored(rows, dataset.train_slice, problem_only=not demonstrations).view(), ""
+        train, words = _stored(rows, source, dataset.train_slice, problem_only=not demonstrations).view(), ""
     own = {} if given is not None or source.datasets else _own_splits(dataset, required=require_test)
     parts = by_hash(
         train,
@@ -240,22 +240,27 @@ def _load(
         parts["train"],
         first_problems(parts["dev"], dev),
         first_problems(parts["test"], test),
-        repeated=_repeated(train, *own.values()),
+        repeated=repeated_prompts(train, *own.values()),
         shares=words,
     )
 
 
-def _stored(rows: Iterable[Row], part: slice, *, problem_only: bool) -> Store:
+def _read(rows: Iterable[Row], source: DataSource, *, problem_only: bool = True) -> Iterator[Demonstration]:
+    """Yield the demonstrations that rows state."""
+    form = source.form
+    return (demonstration(row, where, form=form, problem_only=problem_only) for row, where in rows)
+
+
+def _stored(rows: Iterable[Row], source: DataSource, part: slice = slice(None), *, problem_only: bool = True) -> Store:
     """Return the demonstrations of rows, of which only a slice is read."""
-    chosen = islice(rows, part.start, part.stop)
-    return Store().extend(demonstration(row, where, problem_only=problem_only) for row, where in chosen)
+    return Store().extend(_read(islice(rows, part.start, part.stop), source, problem_only=problem_only))
 
 
-def _mixed(source: DataSource, *, demonstrations: bool) -> tuple[Rows, str]:
+def _mixed(source: DataSource, *, problem_only: bool) -> tuple[Rows, str]:
     """Return the rows of a mixture, one dataset after the other, and in words how many each has and contributes."""
     store, starts, parts = Store(), [0], list(parts_of(source))
     for part in parts:
-        store.extend(demonstration(row, where, problem_only=not demonstrations) for row, where in part.rows)
+        store.extend(_read(part.rows, source, problem_only=problem_only))
         starts.append(len(store))
     sizes = np.diff(starts).tolist()
     taken = shares(sizes, [part.fraction for part in parts])
@@ -272,20 +277,16 @@ def _own_splits(dataset: Dataset, *, required: bool) -> dict[Split, Rows]:
     key, asked = "dataset_test_split", dataset.source.dataset_test_split
     test_split, test_slice = parse_split(asked or "test", key=key)
     if asked and required and dataset.has_no_splits:
-        what = (
-            "one file without splits: give its directory"
-            if dataset.path.is_file()
-            else "rows without splits: give a directory"
-        )
-        raise DataError(f"{key}: {dataset.name} is {what}, or remove the key")
+        what = "one file" if dataset.path.is_file() else "rows"
+        raise DataError(f"{key}: {dataset.name} is {what} without splits: give a directory, or remove the key")
     own: dict[Split, Rows] = {}
     if dataset.has(test_split):
-        own["test"] = _stored(dataset.read(test_split), test_slice, problem_only=True).view()
+        own["test"] = _stored(dataset.read(test_split), dataset.source, test_slice).view()
     elif asked and required:
         raise DataError(f"{key}: {dataset.name} has no split {test_split!r}")
     # A recipe may train on `validation`, or call it its test split.
     if "validation" not in (test_split, dataset.train_split) and dataset.has("validation"):
-        own["dev"] = _stored(dataset.read("validation"), slice(None), problem_only=True).view()
+        own["dev"] = _stored(dataset.read("validation"), dataset.source).view()
     for name in _OTHER_NAMES:
         if dataset.path.is_dir() and name not in (test_split, dataset.train_split) and dataset.has(name):
             raise DataError(f"dataset_name: {dataset.name}: its split {name!r} is not read: rename it to validation")
@@ -304,36 +305,6 @@ def _refuse_overlap(train: Sequence[Demonstration], *held_out: Sequence[Demonstr
             f"{first.where}: {len(shared)} of {len(train)} {of} prompts are also in {parts} "
             f"(this one is {there.problem.where}): remove them, or set allow_overlap: true"
         )
-
-
-# One prompt in several rows
-def _repeated(*parts: Sequence[Demonstration]) -> Sequence[tuple[Problem, Problem]]:
-    """Return the rows that repeat the prompt of an earlier one with other columns, each behind the first such row."""
-    starts = np.cumsum([0, *map(len, parts)])
-
-    def problem(place: int) -> Problem:
-        part = int(np.searchsorted(starts, place, side="right")) - 1
-        return parts[part][place - int(starts[part])].problem
-
-    ids = np.concatenate([ids_of(part) for part in parts])
-    _, firsts, prompt = np.unique(ids, return_index=True, return_inverse=True)
-    first = firsts[prompt]
-    again = np.flatnonzero(first != np.arange(len(ids)))
-    differ = (bool(_differing(problem(int(first[place])), problem(int(place)))) for place in again)
-    again = again[np.fromiter(differ, dtype=bool, count=len(again))]
-    return Lazy(len(again), lambda i: (problem(int(first[again[i]])), problem(int(again[i]))))
-
-
-def _differing(first: Problem, again: Problem) -> list[str]:
-    """Return the columns in which two problems differ; a missing one is null."""
-    values = [(name, first.columns.get(name), again.columns.get(name)) for name in {**first.columns, **again.columns}]
-    values = [(name, a or {}, b or {}) if name == TEMPLATE_COLUMN else (name, a, b) for name, a, b in values]
-    # NaN differs from itself, and arrays compare by element.
-    return [name for name, a, b in values if repr(a) != repr(b) and not (isinstance(a, _VALUES) and a == b)]
-
-
-_VALUES = (str, int, float, bool, list, tuple, dict)
-"""Types whose values are compared as they are."""
 
 
 # Kept rows of a run
@@ -362,8 +333,8 @@ def _kept(source: DataSource, file: Path, train: slice, *, dev: int, test: int, 
     splits = _load(made_from, dev=dev, test=test, allow_overlap=allow_overlap, demonstrations=False)
     manifest = read_json(file.parent / MANIFEST) if (file.parent / MANIFEST).is_file() else {}
     tokenizer = str(manifest.get("tokenizer", ""))
-    rows = islice(read_json_rows(file), train.start, train.stop)
-    kept = Store().extend(replace(demonstration(row, where), tokenizer=tokenizer) for row, where in rows).view()
+    rows = _read(islice(read_json_rows(file), train.start, train.stop), source, problem_only=False)
+    kept = Store().extend(replace(d, tokenizer=tokenizer) for d in rows).view()
     if not kept:
         raise DataError(f"{file}: no rows: the run kept none")
     if not allow_overlap:
@@ -373,14 +344,14 @@ def _kept(source: DataSource, file: Path, train: slice, *, dev: int, test: int, 
 
 
 # Embedded datasets
-def _embedded(name: str, train: slice, *, dev: int, test: int) -> Splits:
-    datasets = embedded_datasets()
+def _embedded(source: DataSource, train: slice, *, dev: int, test: int) -> Splits:
+    datasets, name = embedded_datasets(), source.dataset_name
     if name not in datasets:
         raise DataError(f"dataset_name: {name!r} is not embedded; there are {', '.join(sorted(datasets))}")
     dataset = datasets[name]
 
     def demonstrations(rows: Sequence[Mapping[str, Any]], part: str) -> tuple[Demonstration, ...]:
-        return tuple(demonstration(row, f"{name} {part} row {i}") for i, row in enumerate(rows))
+        return tuple(demonstration(row, f"{name} {part} row {i}", form=source.form) for i, row in enumerate(rows))
 
     def problems(split: Split, n: int) -> tuple[Demonstration, ...]:
         """Return distinct problems: a split may have fewer than n."""
@@ -401,8 +372,5 @@ def _generated(source: reasoning_gym.Source, dataset: Dataset, *, dev: int, test
     if dataset.train_split != "train":
         raise DataError(f"dataset_train_split: {source.name} has the split train, and no {dataset.train_split!r}")
     rows = reasoning_gym.problems(source, test=test, dev=dev, train=dataset.train_slice)
-    train, dev_part, test_part = (
-        tuple(demonstration(row, where, problem_only=True) for row, where in rows[name])
-        for name in ("train", "dev", "test")
-    )
+    train, dev_part, test_part = (tuple(_read(rows[name], dataset.source)) for name in ("train", "dev", "test"))
     return Splits(train, dev_part, test_part, reward=reasoning_gym.reward_function(source))

@@ -15,6 +15,7 @@ from typing import Any
 from bcft.config import python
 from bcft.config.effects import is_function
 from bcft.data.files import SUFFIXES, Row, read_rows, read_saved, saved_splits, suffix_of
+from bcft.data.formats import DatasetFormat, RowFormat
 from bcft.errors import DataError
 from bcft.integrations.reasoning_gym import PREFIX, AnswerFormat, Source, checked_source, reward_function
 from bcft.policy.hub_errors import hub_reason
@@ -41,6 +42,16 @@ class DataSource:
     answer_format: AnswerFormat = "text"
     prompt_suffix: str | None = None
     datasets: Sequence[Mapping[str, Any]] | None = None
+    dataset_format: DatasetFormat = "trl"
+    prompt_column: str | None = None
+    completion_column: str | None = None
+    answer_column: str | None = None
+    system_prompt: str | None = None
+
+    @property
+    def form(self) -> RowFormat:
+        """What the columns of its rows mean."""
+        return RowFormat(**{key.name: getattr(self, key.name) for key in fields(RowFormat)})
 
     @property
     def generated(self) -> Source | None:

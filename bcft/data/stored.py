@@ -94,7 +94,7 @@ class Rows(Lazy[Demonstration]):
     @property
     def ids(self) -> np.ndarray:
         """The ids of the rows' problems: uint64 (N,)."""
-        return self._store.ids[self._numbers]
+        return np.asarray(self._store.ids[self._numbers])
 
     def where(self, chosen: np.ndarray) -> "Rows":
         """Return the rows at these places, or those where an array of booleans (N,) is true."""
@@ -162,7 +162,7 @@ def _hash(text: str) -> int:
 def _packed(row: Demonstration) -> bytes:
     """Return a row as bytes; b"" if a column's value is a Python object that has no such form."""
     p = row.problem
-    values = (p.id, p.prompt, p.columns, p.where, row.prompt, row.completion, row.sampled, row.tokenizer)
+    values = (p.id, p.prompt, p.columns, p.where, row.prompt, row.completion, row.sampled, row.tokenizer, row.weight)
     try:
         return pickle.dumps(values, protocol=pickle.HIGHEST_PROTOCOL)
     except (pickle.PicklingError, TypeError, AttributeError):
@@ -170,8 +170,8 @@ def _packed(row: Demonstration) -> bytes:
 
 
 def _unpacked(content: bytes) -> Demonstration:
-    identity, prompt, columns, where, first, completion, sampled, tokenizer = pickle.loads(content)
-    return Demonstration(Problem(identity, prompt, columns, where), first, completion, sampled, tokenizer)
+    identity, prompt, columns, where, *others = pickle.loads(content)
+    return Demonstration(Problem(identity, prompt, columns, where), *others)
 
 
 @contextmanager

@@ -26,9 +26,11 @@ from bcft.config.schema import (
     SelectionSettings,
     TrainingSettings,
 )
-from bcft.data.examples import check_prompts, make_examples, replay_examples, without_special_tokens
+from bcft.data.checks import check_prompts, without_special_tokens
+from bcft.data.examples import make_examples, replay_examples
 from bcft.data.loading import Splits, load_splits
 from bcft.data.sources import BUILDERS
+from bcft.data.weights import scaled
 from bcft.environments.base import rollout_settings
 from bcft.errors import UsageError
 from bcft.reporting.costs import Line, batch, before_and_after, evaluations, round_steps, sft_steps
@@ -179,6 +181,7 @@ def _examples(parts: _Parts, plan: Plan) -> tuple[str, int, Lengths | None]:
     examples, counts = make_examples(
         demonstrations, renderer, max_length=limit, overlength=data.overlength, train_on=train_on
     )
+    _, weights_note = scaled(examples, plan.training)
     for part in (splits.dev, splits.test):  # the run takes a loss on those that have a solution
         answered = [d for d in part if d.answered]
         bare, _ = without_special_tokens(answered, renderer, special_tokens=data.special_tokens)
@@ -187,7 +190,7 @@ def _examples(parts: _Parts, plan: Plan) -> tuple[str, int, Lengths | None]:
     prompts = renderer.prompts([p.prompt for p in attempted], [p.template_kwargs for p in attempted])
     sampled = max(map(len, prompts), default=0) + plan.sampling.max_completion_length
     longest = Lengths(longest_example(examples), sampled)
-    return "; ".join(filter(None, [str(counts), note])), len(examples), longest
+    return "; ".join(filter(None, [str(counts), note, weights_note])), len(examples), longest
 
 
 def _replay(parts: _Parts, plan: Plan) -> str:
@@ -196,8 +199,8 @@ def _replay(parts: _Parts, plan: Plan) -> str:
     if isinstance(splits, Missing) or isinstance(renderer, Missing):
         return ""
     demonstrations, note = without_special_tokens(splits.replay, renderer, special_tokens=data.special_tokens)
-    replay_examples(demonstrations, renderer, max_length=parts.longest, train_on=data.train_on)
-    return note
+    replay = replay_examples(demonstrations, renderer, max_length=parts.longest, train_on=data.train_on)
+    return "; ".join(filter(None, (note, scaled(replay, plan.training)[1])))
 
 
 def _problems(parts: _Parts, plan: Plan) -> tuple[list[Line], Lengths | None]:
@@ -300,9 +303,10 @@ def _parts(plan: Plan, *, plays: bool) -> _Parts:
     renderer = available(lambda: _renderer(plan.model), name)
     shape = available(lambda: outline(plan.model), name)
     if isinstance(splits, Splits) and not isinstance(renderer, Missing):
-        problems = splits.problems_to_attempt().values() if plays else (d.problem for d in splits.train)
-        problems = chain(problems, (d.problem for d in splits.held_out))
-        check_prompts(problems, renderer, special_tokens=data.special_tokens)
+        trained = splits.problems_to_attempt().values() if plays else (d.problem for d in splits.train)
+        check_prompts(
+            chain(trained, (d.problem for d in splits.held_out)), renderer, special_tokens=data.special_tokens
+        )
     return _Parts(
         splits=splits,
         notes=notes,

@@ -2,10 +2,10 @@
 
 import os
 import tempfile
-import uuid
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from hashlib import blake2b
 from typing import Any
 
@@ -24,11 +24,14 @@ _COLUMNS = ("input_ids", "labels")
 class Tokens:
     """Token ids and labels of examples: appended, then read as a table with the columns that the trainer reads.
 
-    Raises StorageError when the disk of temporary files is full.
+    by_labels: whether examples with the same ids and other labels are distinct. Raises StorageError when the disk of
+    temporary files is full.
     """
 
-    def __init__(self) -> None:
-        self._lengths, self._supervised = array("i"), array("i")
+    def __init__(self, *, by_labels: bool = False) -> None:
+        self._by_labels = by_labels
+        self._lengths, self._supervised, self._predicted = array("i"), array("i"), array("i")
+        self._weights = array("d")
         self._digests = array("Q")
         self._ids, self._labels = array("i"), array("i")
         self._open = 0  # rows that are in no batch yet
@@ -38,26 +41,23 @@ class Tokens:
         self._path = ""
         self._table: Any = None
 
-    @classmethod
-    def of(cls, examples: Iterable[TrainingExample]) -> "Tokens":
-        """Return the tokens of examples."""
-        tokens = cls()
-        for example in examples:
-            tokens.append(example)
-        return tokens
-
     def append(self, example: TrainingExample) -> None:
         """Add the tokens of an example."""
         ids, labels = array("i", example.input_ids), array("i", example.labels)
         self._lengths.append(len(ids))
         self._supervised.append(len(labels) - labels.count(IGNORED))
-        digest = blake2b(ids.tobytes(), digest_size=16).digest()
-        self._digests.frombytes(digest)
+        self._predicted.append(self._supervised[-1] - (labels[:1] != array("i", [IGNORED])))
+        self._weights.append(example.weight)
+        content = ids.tobytes() + labels.tobytes() if self._by_labels else ids.tobytes()
+        self._digests.frombytes(blake2b(content, digest_size=16).digest())
         self._ids += ids
         self._labels += labels
         self._open += 1
         if len(self._ids) >= BATCH:
             self._close_batch()
+
+    def __len__(self) -> int:
+        return len(self._lengths)
 
     @property
     def lengths(self) -> np.ndarray:
@@ -69,13 +69,32 @@ class Tokens:
         """The number of tokens of each example that carry loss: (N,)."""
         return np.array(self._supervised, dtype=np.int64)
 
-    def distinct(self) -> np.ndarray:
-        """Return the numbers of the examples whose ids no earlier example has, in order: (M,)."""
+    @property
+    def predicted(self) -> np.ndarray:
+        """The number of labels behind the first token of each example, which no token predicts: (N,)."""
+        return np.array(self._predicted, dtype=np.int64)
+
+    @property
+    def weights(self) -> np.ndarray:
+        """The weight of each example: (N,)."""
+        return np.array(self._weights, dtype=np.float64)
+
+    def distinct(self, *, add_weights: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Return the numbers of the examples that no earlier one equals, in order, and their weights: (M,) both.
+
+        add_weights: whether an example that equals an earlier one adds its weight to it.
+        """
         digests = np.array(self._digests, dtype=np.uint64).reshape(-1, 2)
         order = np.lexsort((digests[:, 1], digests[:, 0]))  # stable: of equal ones the first comes first
-        again = np.zeros(len(order), dtype=bool)
-        again[1:] = (digests[order[1:]] == digests[order[:-1]]).all(axis=1)
-        return np.sort(order[~again])
+        new = np.ones(len(order), dtype=bool)
+        new[1:] = (digests[order[1:]] != digests[order[:-1]]).any(axis=1)
+        first = np.empty_like(order)
+        first[order] = order[new][np.cumsum(new) - 1]
+        kept, weights = np.sort(order[new]), self.weights
+        again = np.flatnonzero(first != np.arange(len(first)))
+        if add_weights:
+            np.add.at(weights, first[again], weights[again])
+        return kept, weights[kept]
 
     @property
     def table(self) -> Any:
@@ -117,23 +136,53 @@ class Tokens:
 class Examples(Lazy[TrainingExample]):
     """Examples whose tokens are in a table; the text of one is read when it is asked for.
 
-    numbers: the rows of the table that these examples are: (N,); make: (row, input_ids, labels) -> its example.
+    numbers, weights: the rows of the table that these examples are, and what they weigh: (N,); make: (row, input_ids,
+    labels) -> its example, whatever it weighs.
     """
 
     def __init__(
         self,
         tokens: Tokens,
         numbers: np.ndarray,
+        weights: np.ndarray,
         make: Callable[[int, tuple[int, ...], tuple[int, ...]], TrainingExample],
     ) -> None:
+        super().__init__(len(numbers), self._example)
         self.tokens = tokens
         self.numbers = numbers
+        self.weights = weights
         self._make = make
-        super().__init__(len(numbers), self._example)
+
+    def weighing(self, weights: np.ndarray) -> "Examples":
+        """Return the same examples with other weights: (N,)."""
+        return Examples(self.tokens, self.numbers, weights, self._make)
 
     def _example(self, index: int) -> TrainingExample:
-        number, table = int(self.numbers[index]), self.tokens.table
-        return self._make(number, *(tuple(table[name][number].as_py()) for name in _COLUMNS))
+        number, table, weight = int(self.numbers[index]), self.tokens.table, float(self.weights[index])
+        made = self._make(number, *(tuple(table[name][number].as_py()) for name in _COLUMNS))
+        return made if made.weight == weight else replace(made, weight=weight)
+
+
+def tokens_of(examples: Sequence[TrainingExample]) -> tuple[Tokens, np.ndarray]:
+    """Return the tokens of examples, and the rows of their table that the examples are: (N,)."""
+    if isinstance(examples, Examples):
+        return examples.tokens, examples.numbers
+    tokens = Tokens()
+    for example in examples:
+        tokens.append(example)
+    return tokens, np.arange(len(tokens))
+
+
+def weights_of(examples: Sequence[TrainingExample]) -> np.ndarray:
+    """Return the weights of examples: (N,)."""
+    return examples.weights if isinstance(examples, Examples) else np.array([e.weight for e in examples], dtype=float)
+
+
+def weighing(examples: Sequence[TrainingExample], weights: np.ndarray) -> Sequence[TrainingExample]:
+    """Return the same examples with other weights: (N,)."""
+    if isinstance(examples, Examples):
+        return examples.weighing(weights)
+    return [replace(example, weight=float(weight)) for example, weight in zip(examples, weights, strict=True)]
 
 
 def supervised_tokens(examples: Sequence[TrainingExample]) -> int:
@@ -143,29 +192,13 @@ def supervised_tokens(examples: Sequence[TrainingExample]) -> int:
     return sum(example.supervised for example in examples)
 
 
-def longest_example(examples: Sequence[TrainingExample]) -> int:
+def longest_example(examples: Examples) -> int:
     """Return the tokens of the longest example."""
-    if isinstance(examples, Examples):
-        return int(examples.tokens.lengths[examples.numbers].max())
-    return max(len(example.input_ids) for example in examples)
-
-
-def to_dataset(examples: Sequence[TrainingExample]) -> Any:
-    """Return examples as a `datasets.Dataset` of the columns that the trainer reads."""
-    from datasets import Dataset  # noqa: PLC0415 - seconds to import, and rows are counted without it
-    from datasets.table import InMemoryTable  # noqa: PLC0415 - as above
-
-    given = isinstance(examples, Examples)
-    tokens = examples.tokens if isinstance(examples, Examples) else Tokens.of(examples)
-    # A fingerprint of the content would read the whole table.
-    dataset = Dataset(InMemoryTable(tokens.table), fingerprint=uuid.uuid4().hex[:16])
-    if given and len(examples) < len(dataset):
-        return dataset.select(examples.numbers)  # type: ignore[attr-defined]
-    return dataset
+    return int(examples.tokens.lengths[examples.numbers].max())
 
 
 @contextmanager
-def _storage() -> Any:
+def _storage() -> Iterator[None]:
     try:
         yield
     except OSError as error:
