@@ -63,9 +63,9 @@ def first_rows(config: Config, *, rows: Rows | None = None) -> tuple[list[dict[s
         overlength=config.data.overlength,
         train_on=config.data.train_on,
     )
-    examples, weights_note = scaled(examples, config.training)
+    weighted, weights_note = scaled(examples, config.training)
     shown = []
-    for example in examples[: config.data.preview_rows]:
+    for example in weighted[: config.data.preview_rows]:
         texts = [renderer.tokenizer.decode([token]) for token in example.input_ids]
         tokens = [
             {"id": token, "text": text, "label": label}

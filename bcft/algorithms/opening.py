@@ -74,7 +74,7 @@ def _check(run: Run, history: History) -> tuple[list[TrainingExample], str]:
     demonstrations, note = without_special_tokens(splits.replay, renderer, special_tokens=config.data.special_tokens)
     limit = longest_row(history.base_model, config.model, config.data.max_length)
     replay = replay_examples(demonstrations, renderer, max_length=limit, train_on=config.data.train_on)
-    replay, weights_note = scaled(replay, config.training)
+    weighted, weights_note = scaled(replay, config.training)
     check_disk(
         run.session.path,
         history.base_model,
@@ -83,7 +83,7 @@ def _check(run: Run, history: History) -> tuple[list[TrainingExample], str]:
         copies=copies_of_rounds(config.rounds),
         optimizer=not config.rounds.reset_optimizer,
     )
-    return replay, "; ".join(filter(None, (note, weights_note)))
+    return list(weighted), "; ".join(filter(None, (note, weights_note)))
 
 
 def discard_stale(history: History, drift: Collection[str]) -> None:

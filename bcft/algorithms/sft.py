@@ -151,14 +151,14 @@ def _rows(config: Config, splits: Splits, session: Session) -> Rows:
         overlength=config.data.overlength,
         train_on=config.data.train_on,
     )
-    examples, weights_note = scaled(examples, config.training)
+    weighted, weights_note = scaled(examples, config.training)
     dev, test = (_held_out_examples(config, renderer, part, limit) for part in (splits.dev, splits.test))
     check_disk(session.path, name, config.model, config.training, copies=copies_of_sft(config.training))
     others = sum(d.sampled is not None and d.tokenizer != renderer.fingerprint for d in splits.train)
     if others:
         others_note = f"rows: {others:,} were sampled with another tokenizer, and are tokenized from their text"
-        return Rows(examples, dev, test, counts, (note, weights_note, others_note))
-    return Rows(examples, dev, test, counts, (note, weights_note))
+        return Rows(weighted, dev, test, counts, (note, weights_note, others_note))
+    return Rows(weighted, dev, test, counts, (note, weights_note))
 
 
 def _held_out_examples(
