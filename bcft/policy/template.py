@@ -116,7 +116,10 @@ class Template:
         elif "tool_calls" in said and stop:
             body, tail = body.rstrip().removesuffix(stop), stop
         else:
-            raise DataError(f"the chat template emits no stop token after this completion: it ends in {body[-40:]!r}")
+            remedy = ": leave rows with tool calls out, or set chat_template_path" if "tool_calls" in said else ""
+            raise DataError(
+                f"the chat template emits no stop token after this completion: it ends in {body[-40:]!r}{remedy}"
+            )
         self._check_parts(body, written)
         if "tool_calls" not in said:
             self._check_content(body, written["content"], template_kwargs)
