@@ -3,15 +3,17 @@
 import json
 import os
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from helpers.rows import splits
 from helpers.tiny import write_jsonl
 
 from bcft.config.declare import SettingError
+from bcft.config.keys import KEYS
 from bcft.config.schema import DataSettings
 from bcft.data.files import read_rows
-from bcft.data.formats import RowFormat
+from bcft.data.formats import FORMATS, DatasetFormat, RowFormat
 from bcft.data.readers import demonstration
 from bcft.errors import DataError
 from bcft.types import TrainingExample, problem_id
@@ -248,6 +250,11 @@ def test_a_kept_row_is_read_as_it_is_whatever_format_its_run_read():
 
 
 # Settings
+def test_every_word_of_the_key_has_a_reader():
+    assert KEYS["dataset_format"].choices == get_args(DatasetFormat)
+    assert {*FORMATS, "trl"} == {*get_args(DatasetFormat)} == {*ROWS}
+
+
 @pytest.mark.parametrize(
     ("keys", "reason"),
     [
