@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import date
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 from jinja2 import TemplateError
 
@@ -116,7 +116,10 @@ class Template:
         elif "tool_calls" in said and stop:
             body, tail = body.rstrip().removesuffix(stop), stop
         else:
-            raise DataError(f"the chat template emits no stop token after this completion: it ends in {body[-40:]!r}")
+            remedy = ": leave rows with tool calls out, or set chat_template_path" if "tool_calls" in said else ""
+            raise DataError(
+                f"the chat template emits no stop token after this completion: it ends in {body[-40:]!r}{remedy}"
+            )
         self._check_parts(body, written)
         if "tool_calls" not in said:
             self._check_content(body, written["content"], template_kwargs)
@@ -332,7 +335,8 @@ def as_messages(prompt: Prompt, *, escape: Callable[[str], str] = str) -> list[M
     """Return a prompt as messages, their texts passed through `escape`, those of calls as well."""
     if isinstance(prompt, str):
         return [{"role": "user", "content": escape(prompt)}]
-    return [_escaped(message, escape) for message in prompt]
+    read = [{k: v if k == "role" else _escaped(v, escape) for k, v in message.items()} for message in prompt]
+    return cast(list[Message], read)
 
 
 def _escaped(value: Any, escape: Callable[[str], str]) -> Any:
