@@ -198,13 +198,13 @@ def _read_parquet(path: Path) -> Iterator[Row]:
 
 
 # What `datasets` saves
-def saved_splits(directory: Path) -> tuple[str, ...] | None:
-    """Return the names of the splits that `DatasetDict.save_to_disk` wrote into a directory.
+def is_saved(directory: Path) -> bool:
+    """Return whether `Dataset.save_to_disk` wrote a directory."""
+    return (directory / "state.json").is_file()
 
-    They are () where it was `Dataset.save_to_disk`, and None in another directory.
-    """
-    if (directory / "state.json").is_file():
-        return ()
+
+def saved_splits(directory: Path) -> tuple[str, ...] | None:
+    """Return the splits, each a directory in this one, that `DatasetDict.save_to_disk` wrote; None if it did not."""
     file = directory / "dataset_dict.json"
     if not file.is_file():
         return None

@@ -14,7 +14,7 @@ from typing import Any
 
 from bcft.config import python
 from bcft.config.effects import is_function
-from bcft.data.files import SUFFIXES, Row, read_rows, read_saved, saved_splits, suffix_of
+from bcft.data.files import SUFFIXES, Row, is_saved, read_rows, read_saved, saved_splits, suffix_of
 from bcft.data.formats import DatasetFormat, RowFormat
 from bcft.errors import DataError
 from bcft.integrations.reasoning_gym import PREFIX, AnswerFormat, Source, checked_source, reward_function
@@ -114,7 +114,7 @@ class Dataset:
     @property
     def has_no_splits(self) -> bool:
         """Whether it is rows alone: files, a function, or one saved `datasets.Dataset`."""
-        return self._files is not None or self.function or (self._saved == () and not self._file(self.train_split))
+        return self._files is not None or self.function or self._is_saved
 
     def read(self, split: str) -> Iterator[Row]:
         """Yield every row of a split with its place."""
@@ -123,7 +123,7 @@ class Dataset:
         files = self._files if self._files is not None else list(filter(None, [self._file(split)]))
         if files:
             return chain.from_iterable(map(read_rows, files))
-        if self._saved == ():
+        if self._is_saved:
             return read_saved(self.path)
         splits = self._hub if self._saved is None else self._saved
         if split not in splits:
@@ -145,8 +145,13 @@ class Dataset:
         return files_of(_patterns(self.name)) if self.path.is_file() or several or suffix_of(self.path) else None
 
     @cached_property
+    def _is_saved(self) -> bool:
+        """Whether it is one saved `datasets.Dataset`; files of splits in its directory come first."""
+        return is_saved(self.path) and not self._file(self.train_split)
+
+    @cached_property
     def _saved(self) -> tuple[str, ...] | None:
-        """The names of the splits that `DatasetDict.save_to_disk` wrote; () of a `Dataset`; None of another name."""
+        """The splits of a saved `datasets.DatasetDict`; None of anything else."""
         return saved_splits(self.path)
 
     def _file(self, split: str) -> Path | None:

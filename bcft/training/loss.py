@@ -28,7 +28,8 @@ def row_weights(examples: Sequence[TrainingExample], reduction: Reduction) -> np
     if reduction == "sequence":
         # As in TRL, what is before a row's first token does not predict it.
         tokens, numbers = tokens_of(examples)
-        return np.divide(weights, np.maximum(tokens.predicted[numbers], 1))
+        shared: np.ndarray = weights / np.maximum(tokens.predicted[numbers], 1)
+        return shared
     return weights if (weights != 1.0).any() else None
 
 
