@@ -34,13 +34,12 @@ for file in files:
 
 
 def write_rows(path, megabytes):
-    words, numbers, size = [f"word{number}" for number in range(500)], random.Random(0), 0
+    words, numbers, rows = [f"word{number}" for number in range(500)], random.Random(0), megabytes * 1000 // 2
     with path.open("w") as file:
-        for number in range(10**9):
-            text = " ".join(numbers.choices(words, k=200))
-            size += file.write(json.dumps({"prompt": f"{number}: {text[:200]}", "completion": text}) + "\n")
-            if size > megabytes * 10**6:
-                return str(path), number + 1
+        for number in range(rows):
+            text = " ".join(numbers.choices(words, k=210))
+            file.write(json.dumps({"prompt": f"{number}: {text[:200]}", "completion": text}) + "\n")
+    return str(path), rows
 
 
 @pytest.mark.slow

@@ -11,7 +11,8 @@ from functools import cache
 import pytest
 from helpers.trained_tokenizers import OTHERS, TRL, tokenizer
 
-from bcft.data.examples import check_prompts, make_examples
+from bcft.data.checks import check_prompts
+from bcft.data.examples import make_examples
 from bcft.data.formats import RowFormat
 from bcft.data.readers import demonstration
 from bcft.errors import DataError
