@@ -2,14 +2,15 @@
 
 A dataset has one form, whatever its size: a sequence that is read in order, often more than once. Of every row memory
 holds some 16 bytes, its problem's id and its place; rows beyond the first `IN_MEMORY` bytes are read back when they are
-asked for. The file has no name: it is gone when the process ends, however it ends.
+asked for. The file has no name: it is gone when the process ends, however it ends. A value that is none of JSON's,
+such as a date, stays in memory.
 """
 
+import json
 import os
-import pickle
 import tempfile
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import blake2b
 from typing import Any
@@ -18,10 +19,10 @@ import numpy as np
 
 from bcft.environments.base import SHARES, Split
 from bcft.errors import StorageError
-from bcft.types import Demonstration, Lazy, Problem
+from bcft.types import Demonstration, Lazy, Problem, Prompt, TrainingExample
 
 IN_MEMORY = 64 << 20
-"""Bytes of rows, pickled, that stay in memory as objects. More saves the time to read them back."""
+"""Bytes of rows, as JSON, that stay in memory as objects. More saves the time to read them back."""
 
 
 class Store:
@@ -32,6 +33,7 @@ class Store:
 
     def __init__(self) -> None:
         self._objects: dict[int, Demonstration] = {}
+        self._columns: dict[int, dict[str, Any]] = {}  # of rows in the file, the columns that are not
         self._ends = array("q", [0])  # behind each row in the file; one that is an object takes no room there
         self._ids = array("Q")
         self._room = IN_MEMORY
@@ -44,7 +46,7 @@ class Store:
     def append(self, row: Demonstration) -> None:
         """Add a row."""
         number, end = len(self._ids), self._ends[-1]
-        content = _packed(row)
+        content, others = _packed(row)
         self._ids.append(number_of(row.problem.id))
         if self._room > 0 or not content:
             self._objects[number] = row
@@ -55,6 +57,8 @@ class Store:
                     self._file = tempfile.TemporaryFile(prefix="bcft-", buffering=1 << 20)  # noqa: SIM115 - stays open
                 self._file.write(content)
             end, self._written = end + len(content), False
+            if others:
+                self._columns[number] = others
         self._ends.append(end)
 
     def extend(self, rows: Iterable[Demonstration]) -> "Store":
@@ -72,7 +76,7 @@ class Store:
                 self._file.flush()
             self._written = True
         start, end = self._ends[number], self._ends[number + 1]
-        return _unpacked(os.pread(self._file.fileno(), end - start, start))
+        return _unpacked(os.pread(self._file.fileno(), end - start, start), self._columns.get(number, {}))
 
     @property
     def ids(self) -> np.ndarray:
@@ -159,19 +163,48 @@ def _hash(text: str) -> int:
     return int.from_bytes(blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
 
 
-def _packed(row: Demonstration) -> bytes:
-    """Return a row as bytes; b"" if a column's value is a Python object that has no such form."""
-    p = row.problem
-    values = (p.id, p.prompt, p.columns, p.where, row.prompt, row.completion, row.sampled, row.tokenizer, row.weight)
-    try:
-        return pickle.dumps(values, protocol=pickle.HIGHEST_PROTOCOL)
-    except (pickle.PicklingError, TypeError, AttributeError):
-        return b""
+def _packed(row: Demonstration) -> tuple[bytes, dict[str, Any]]:
+    """Return a row as JSON, and the columns that JSON would change, which it holds as null.
+
+    b"" if it would change the texts themselves, such as a string of another class.
+    """
+    problem, sampled = row.problem, row.sampled
+    others = {name: value for name, value in problem.columns.items() if not _is_plain(value)}
+    columns = {**problem.columns, **dict.fromkeys(others)}
+    texts = [problem.id, _form(problem.prompt), problem.where, _form(row.prompt), [*row.completion], row.tokenizer]
+    values = [columns, *texts, row.weight, sampled and [sampled.to_json(), sampled.where]]
+    return (json.dumps(values).encode(), others) if _is_plain(values) else (b"", {})
 
 
-def _unpacked(content: bytes) -> Demonstration:
-    identity, prompt, columns, where, *others = pickle.loads(content)
-    return Demonstration(Problem(identity, prompt, columns, where), *others)
+def _unpacked(content: bytes, others: Mapping[str, Any]) -> Demonstration:
+    columns, identity, prompt, where, first, completion, tokenizer, weight, sampled = json.loads(content)
+    problem = Problem(identity, _prompt(prompt), columns | others, where)
+    example = TrainingExample.from_json(sampled[0], where=sampled[1]) if sampled else None
+    return Demonstration(problem, _prompt(first), tuple(completion), example, tokenizer, weight)
+
+
+def _form(prompt: Prompt) -> Any:
+    """Return a prompt so that JSON keeps whether it is a text, a list or a tuple."""
+    return prompt if isinstance(prompt, str) else [isinstance(prompt, tuple), [*prompt]]
+
+
+def _prompt(form: Any) -> Prompt:
+    if isinstance(form, str):
+        return form
+    is_tuple, conversation = form
+    return tuple(conversation) if is_tuple else list(conversation)
+
+
+def _is_plain(value: object) -> bool:
+    """Return whether JSON gives a value back as it is."""
+    kind = type(value)
+    if kind is int:
+        return -(2**63) <= value < 2**63  # type: ignore[operator] # it is an int
+    if kind is list:
+        return all(map(_is_plain, value))  # type: ignore[call-overload] # it is a list
+    if kind is dict:
+        return all(type(key) is str and _is_plain(item) for key, item in value.items())  # type: ignore[attr-defined]
+    return kind in (str, float, bool, type(None))
 
 
 @contextmanager

@@ -1,8 +1,11 @@
 """Sources: the same rows give the same splits wherever they come from, and what cannot be read is one line."""
 
 import json
+import math
+from datetime import date
 
 import datasets
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -20,6 +23,7 @@ from bcft.policy.chat_template import Renderer
 from bcft.testing import tiny_tokenizer
 from bcft.training import tokens
 from bcft.training.trainer import to_dataset
+from bcft.types import Demonstration, Problem, TrainingExample, problem_id
 
 ROWS = many(60)
 RENDERER = Renderer(tiny_tokenizer([" ".join(row.values()) for row in ROWS]))
@@ -360,9 +364,36 @@ def test_temporary_files_leave_nothing_behind(tmp_path, monkeypatch):
     assert list((tmp_path / "temporary").iterdir()) == []
 
 
-def test_a_value_that_no_file_can_hold_stays_in_memory(monkeypatch):
+def test_values_that_are_none_of_jsons_come_back_as_they_were(monkeypatch):
+    class Text(str):
+        """A text of another class."""
+
     monkeypatch.setattr(stored, "IN_MEMORY", 0)
-    rows = [row | {"check": lambda: 1} for row in ROWS[:3]]
+    values = [date(2026, 11, 27), (1, [2]), {3: "x"}, Text("a"), b"\x00", 2**200, [math.inf, -0.0, 1e-300], {"a": None},
+              "half \ud83d", np.float32(0.1), True, 1.0, 1]  # fmt: skip
+    columns = [{"value": value, "nested": [value], "last": "z"} for value in values]
+    rows = [{**row, **more} for row, more in zip(many(len(values)), columns, strict=True)]
+    rows[0] |= {"completion": Text("two")}
     sizes = EvaluationSettings(eval_dev_problems=0, eval_test_problems=0)
     parts = load_splits(DataSettings(dataset_name="train_dataset@0"), sizes, train=rows)
-    assert all(d.problem.columns["check"]() == 1 for d in parts.train)
+    for d in parts.train:
+        expected = rows[int(d.problem.where.split()[-1])]
+        for column in ("value", "nested", "last"):
+            got = d.problem.columns[column]
+            assert (repr(got), type(got)) == (repr(expected[column]), type(expected[column]))
+        assert [*d.problem.columns] == ["answer", "value", "nested", "last"]
+
+
+def test_sampled_ids_marks_and_conversations_come_back_as_they_were():
+    asked, reply = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "4", "train": True}
+    example = TrainingExample("1-a-0", "a", (1, 2, 3), (-100, 2, 3), prompt=(asked,), completion=(reply,), weight=0.5,
+                              template_kwargs={"x": 1}, where="file:2")  # fmt: skip
+    given = [
+        Demonstration(Problem(problem_id("Hi"), "Hi", {"chat_template_kwargs": {"x": 1}}, "file:2"), [asked], (reply,)),
+        Demonstration(Problem("a", (asked,), {}, "file:2"), (asked,), (reply, asked, reply), example, "abc", 0.5),
+        Demonstration(Problem("b", [asked]), "Hi"),
+    ]
+    store = stored.Store()
+    store._room = 0
+    assert list(store.extend(given).view()) == given
+    assert [type(store.row(number).prompt) for number in range(3)] == [list, tuple, str]
