@@ -85,7 +85,7 @@ def _collect(
     rollouts: RolloutSettings,
     scorer: Scorer,
 ) -> dict[str, Any]:
-    from bcft.data.examples import check_prompts
+    from bcft.data.checks import check_prompts
     from bcft.generation import open_engine
     from bcft.policy.loading import check_model, load_policy, load_renderer, load_served
     from bcft.rollout.sample import draw, roll_out

@@ -59,7 +59,7 @@ def run_config(config: Config, *, rows: Rows | None = None) -> dict[str, Any]:
         splits = load_splits(config.data, config.evaluation, train=rows, demonstrations=False)
         split = config.evaluation.eval_split
         if not (splits.test if split == "test" else splits.dev):
-            raise DataError(f"{config.data.dataset_name} has no {split} problems to evaluate")
+            raise DataError(f"{config.data.source_name} has no {split} problems to evaluate")
         for name in filter(None, (config.model.model_name_or_path, config.evaluation.against)):
             _refuse_trained(config, splits, name, rows)
         rollouts = rollout_settings(config.sampling, config.environment, seed=config.training.seed)
@@ -100,7 +100,9 @@ def _refuse_trained(config: Config, splits: Splits, name: str, rows: Rows | None
     file = next((place / "config.yaml" for place in places if (place / "versions.json").is_file()), None)
     asked = ("eval_dev_problems", "eval_test_problems")
     made = read_yaml(file) if file else {}
-    if made.get("dataset_name") != config.data.dataset_name or not all(isinstance(made.get(key), int) for key in asked):
+    same = made.get("dataset_name", "") == config.data.dataset_name
+    same = same and [*(made.get("datasets") or ())] == [*(config.data.datasets or ())]
+    if not same or not all(isinstance(made.get(key), int) for key in asked):
         return
     fewer = {key: min(made[key], getattr(config.evaluation, key)) for key in asked}
     evaluation = replace(config.evaluation, **fewer)
@@ -186,7 +188,7 @@ def _check(config: Config, splits: Splits, names: Mapping[str, str], served: Map
 
     names: of the models by part, '' for none; served: the parts whose models a server has.
     """
-    from bcft.data.examples import check_prompts
+    from bcft.data.checks import check_prompts
     from bcft.policy.loading import check_model, load_renderer
 
     problems = [d.problem for d in (splits.test if config.evaluation.eval_split == "test" else splits.dev)]

@@ -17,6 +17,7 @@ from bcft.config.entries import Recipe
 from bcft.config.loader import Config, load
 from bcft.config.python import Rows, named_rows, rows_of
 from bcft.data.loading import load_splits
+from bcft.data.weights import scaled
 from bcft.types import IGNORED
 
 
@@ -26,7 +27,9 @@ def run(
     train_dataset: Iterable[Mapping[str, Any]] | None = None,
     **overrides: Any,
 ) -> list[dict[str, Any]]:
-    """Return the first rows: `{where, problem_id, tokens: [{id, text, label}]}`, label -100 where there is no loss.
+    """Return the first rows: `{where, problem_id, weight, tokens: [{id, text, label}]}`, label -100 without loss.
+
+    weight: what the loss of the row's tokens is multiplied by.
 
     recipe: a path, or a dict of keys. train_dataset: rows in place of `dataset_name`, a `datasets.Dataset` or dicts;
     those that a run would hold out are left out.
@@ -44,14 +47,15 @@ def first_rows(config: Config, *, rows: Rows | None = None) -> tuple[list[dict[s
     """
     given = load_splits(config.data, config.evaluation, train=rows).train
 
-    from bcft.data.examples import check_prompts, make_examples, without_special_tokens
+    from bcft.data.checks import check_prompts, without_special_tokens
+    from bcft.data.examples import make_examples
     from bcft.policy.loading import load_renderer, longest_row
 
     name = config.model.model_name_or_path
     renderer = load_renderer(name, config.model)
     spelled = config.data.special_tokens
-    check_prompts([d.problem for d in given], renderer, special_tokens=spelled)
-    demonstrations, note = without_special_tokens(given, renderer, special_tokens=spelled)
+    check_prompts((d.problem for d in given), renderer, special_tokens=spelled)
+    demonstrations, *notes = without_special_tokens(given, renderer, special_tokens=spelled)
     examples, counts = make_examples(
         demonstrations,
         renderer,
@@ -59,15 +63,17 @@ def first_rows(config: Config, *, rows: Rows | None = None) -> tuple[list[dict[s
         overlength=config.data.overlength,
         train_on=config.data.train_on,
     )
+    weighted, weights_note = scaled(examples, config.training)
     shown = []
-    for example in examples[: config.data.preview_rows]:
+    for example in weighted[: config.data.preview_rows]:
         texts = [renderer.tokenizer.decode([token]) for token in example.input_ids]
         tokens = [
             {"id": token, "text": text, "label": label}
             for token, text, label in zip(example.input_ids, texts, example.labels, strict=True)
         ]
-        shown.append({"where": example.where, "problem_id": example.problem_id, "tokens": tokens})
-    return shown, "; ".join(filter(None, [str(counts), note]))
+        about = {"where": example.where, "problem_id": example.problem_id, "weight": example.weight}
+        shown.append(about | {"tokens": tokens})
+    return shown, "; ".join(filter(None, [str(counts), *notes, weights_note]))
 
 
 def show(config: Config) -> None:
@@ -80,19 +86,40 @@ def show(config: Config) -> None:
         print(page(rows, counts))
         return
     console = Console(soft_wrap=True, highlight=False)
-    for row in rows:
+    for row, shade in zip(rows, shades(rows), strict=True):
         supervised = sum(token["label"] != IGNORED for token in row["tokens"])
-        console.print(f"[bold]{row['where']}[/]: {len(row['tokens'])} tokens, {supervised} with loss", style="cyan")
+        about = f"{len(row['tokens'])} tokens, {supervised} with loss{weight_words(row)}"
+        console.print(f"[bold]{row['where']}[/]: {about}", style="cyan")
         text = Text()
         for token in row["tokens"]:
             # Alternating shades keep neighboring tokens apart; without color, brackets do.
             masked = token["label"] == IGNORED
-            style = "dim" if masked else ("black on green", "black on bright_green")[len(text) % 2]
+            style = "dim" if masked else _style(shade, bright=len(text) % 2 == 1)
             shown = visible(token["text"])
             text.append(shown if console.is_terminal or masked else f"[{shown}]", style=style)
         console.print(text)
-    console.print("\n[black on green]green[/] (or in brackets): carries loss; dim: prompt, no loss")
+    weighs = "" if all(shade == 1.0 for shade in shades(rows)) else ", the paler the less its row weighs"
+    console.print(f"\n[black on green]green[/] (or in brackets): carries loss{weighs}; dim: prompt, no loss")
     console.print(f"all rows: {counts}")
+
+
+def shades(rows: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Return how dark each row is shown, in (0, 1]: its weight, as a share of the largest one."""
+    most = max((row["weight"] for row in rows), default=1.0)
+    return [row["weight"] / most for row in rows]
+
+
+def weight_words(row: Mapping[str, Any]) -> str:
+    """Return the weight of a row in words, '' if it is 1."""
+    return "" if row["weight"] == 1.0 else f", weight {row['weight']:.3g}"
+
+
+def _style(shade: float, *, bright: bool) -> str:
+    """Return the style of a token that carries loss: green, and with a smaller shade closer to white."""
+    if shade == 1.0:
+        return "black on bright_green" if bright else "black on green"
+    pale = round(255 - (205 if bright else 255) * shade)
+    return f"black on rgb({pale},255,{pale})"
 
 
 def visible(text: str) -> str:
@@ -103,18 +130,20 @@ def visible(text: str) -> str:
 def page(rows: Sequence[Mapping[str, Any]], counts: str) -> str:
     """Return the rows as one self-contained HTML page."""
     body = []
-    for row in rows:
+    for row, shade in zip(rows, shades(rows), strict=True):
         spans = "".join(
             f'<span class="{"off" if token["label"] == IGNORED else "on"}" title="{token["id"]}">'
             f"{html.escape(visible(token['text']))}</span>"
             for token in row["tokens"]
         )
-        body.append(f"<h2>{html.escape(row['where'])}</h2><pre>{spans}</pre>")
+        shaded = "" if shade == 1.0 else f' style="--shade:{shade:.2f}"'
+        body.append(f"<h2>{html.escape(row['where'])}{weight_words(row)}</h2><pre{shaded}>{spans}</pre>")
+    weighs = "" if all(shade == 1.0 for shade in shades(rows)) else ", the paler the less their row weighs"
     return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>bcft preview</title>
 <style>body{{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}}
 h2{{font-size:1rem}}pre{{white-space:pre-wrap;font:15px/1.8 ui-monospace,monospace}}
-.on{{background:#b7f0c1;color:#000;outline:1px solid #7ccf8c}}.off{{color:#888}}</style>
-<h1>What carries loss</h1><p><span class="on">Green tokens</span> carry loss, <span class="off">gray ones</span>
+.on{{background:rgb(183 240 193/var(--shade,1));color:#000;outline:1px solid #7ccf8c}}.off{{color:#888}}</style>
+<h1>What carries loss</h1><p><span class="on">Green tokens</span> carry loss{weighs}, <span class="off">gray ones</span>
 do not; hover over a token to see its id. {html.escape(counts)}.</p>
 {"".join(body)}</html>"""
 

@@ -54,6 +54,7 @@ class Learner:
                 examples=examples,
                 tokenizer=self.policy.renderer.tokenizer,
                 checkpoints=False,
+                reduction=training.loss_reduction,
             )
         self.trainer.initial_optimizer_state = load_file(carry_from / OPTIMIZER) if carry_from else None
         rate = training.learning_rate * rounds.learning_rate_decay ** (number - 1)

@@ -6,7 +6,9 @@ from collections.abc import Collection
 
 from bcft.algorithms.learner import Learner
 from bcft.algorithms.run import Run
-from bcft.data.examples import check_prompts, replay_examples, without_special_tokens
+from bcft.data.checks import check_prompts, without_special_tokens
+from bcft.data.examples import replay_examples
+from bcft.data.weights import scaled
 from bcft.errors import FaultError
 from bcft.evaluation.held_out import UNFINISHED
 from bcft.evaluation.results import Measured, stored
@@ -72,6 +74,7 @@ def _check(run: Run, history: History) -> tuple[list[TrainingExample], str]:
     demonstrations, note = without_special_tokens(splits.replay, renderer, special_tokens=config.data.special_tokens)
     limit = longest_row(history.base_model, config.model, config.data.max_length)
     replay = replay_examples(demonstrations, renderer, max_length=limit, train_on=config.data.train_on)
+    weighted, weights_note = scaled(replay, config.training)
     check_disk(
         run.session.path,
         history.base_model,
@@ -80,7 +83,7 @@ def _check(run: Run, history: History) -> tuple[list[TrainingExample], str]:
         copies=copies_of_rounds(config.rounds),
         optimizer=not config.rounds.reset_optimizer,
     )
-    return replay, note
+    return list(weighted), "; ".join(filter(None, (note, weights_note)))
 
 
 def discard_stale(history: History, drift: Collection[str]) -> None:

@@ -256,7 +256,7 @@ def write_best(run: Run, learner: Learner, metrics: Mapping[str, Any]) -> None:
         metrics,
         command=config.command,
         base=config.model.model_name_or_path,
-        dataset=config.data.dataset_name,
+        dataset=config.data.source_name,
         split=config.data.dataset_train_split,
         data=f"the policy's own trajectories, round {metrics['best_round']} of {metrics['rounds']}",
         directory=target,

@@ -10,13 +10,17 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bcft.algorithms.session import Session
 from bcft.config.loader import Config
-from bcft.data.examples import ExampleCounts, check_prompts, make_examples, without_special_tokens
+from bcft.data.checks import check_prompts, without_special_tokens
+from bcft.data.counts import ExampleCounts
+from bcft.data.examples import make_examples
 from bcft.data.loading import Splits
+from bcft.data.weights import scaled
 from bcft.errors import UsageError
 from bcft.evaluation.budget import samples_of, test_attempts
 from bcft.evaluation.held_out import measure
@@ -51,9 +55,9 @@ if TYPE_CHECKING:
 class Rows:
     """The examples of a run, and what is known about them."""
 
-    train: list[TrainingExample]
-    dev: list[TrainingExample]
-    test: list[TrainingExample]
+    train: Sequence[TrainingExample]
+    dev: Sequence[TrainingExample]
+    test: Sequence[TrainingExample]
     counts: ExampleCounts
     notes: tuple[str, ...]
 
@@ -136,7 +140,8 @@ def _rows(config: Config, splits: Splits, session: Session) -> Rows:
         raise UsageError("eval_strategy: there are no dev rows to take a loss on: raise eval_dev_problems, or set no")
     name, special = config.model.model_name_or_path, config.data.special_tokens
     renderer = check_model(name, config.model).renderer
-    check_prompts([d.problem for d in (*splits.train, *splits.held_out)], renderer, special_tokens=special)
+    problems = (d.problem for d in chain(splits.train, splits.held_out))
+    check_prompts(problems, renderer, special_tokens=special)
     demonstrations, note = without_special_tokens(splits.train, renderer, special_tokens=special)
     limit = longest_row(name, config.model, config.data.max_length)
     examples, counts = make_examples(
@@ -146,18 +151,19 @@ def _rows(config: Config, splits: Splits, session: Session) -> Rows:
         overlength=config.data.overlength,
         train_on=config.data.train_on,
     )
+    weighted, weights_note = scaled(examples, config.training)
     dev, test = (_held_out_examples(config, renderer, part, limit) for part in (splits.dev, splits.test))
     check_disk(session.path, name, config.model, config.training, copies=copies_of_sft(config.training))
     others = sum(d.sampled is not None and d.tokenizer != renderer.fingerprint for d in splits.train)
     if others:
         others_note = f"rows: {others:,} were sampled with another tokenizer, and are tokenized from their text"
-        return Rows(examples, dev, test, counts, (note, others_note))
-    return Rows(examples, dev, test, counts, (note,))
+        return Rows(weighted, dev, test, counts, (note, weights_note, others_note))
+    return Rows(weighted, dev, test, counts, (note, weights_note))
 
 
 def _held_out_examples(
     config: Config, renderer: Renderer, demonstrations: Sequence[Demonstration], limit: int
-) -> list[TrainingExample]:
+) -> Sequence[TrainingExample]:
     """Return examples to take a loss on, of those problems that come with a solution."""
     bare, _ = without_special_tokens(
         [d for d in demonstrations if d.answered], renderer, special_tokens=config.data.special_tokens
@@ -215,6 +221,7 @@ def _train(config: Config, session: Session, policy: Policy, rows: Rows, progres
         examples=rows.train,
         held_out=rows.dev if settings.eval_strategy != "no" else [],
         tokenizer=policy.renderer.tokenizer,
+        reduction=settings.loss_reduction,
     )
 
     def trained() -> Policy:
@@ -241,7 +248,7 @@ def _commit(
         metrics,
         command=config.command,
         base=config.model.model_name_or_path,
-        dataset=config.data.dataset_name,
+        dataset=config.data.source_name,
         split=config.data.dataset_train_split,
         data=str(counts),
         directory=output,

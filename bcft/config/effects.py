@@ -6,11 +6,12 @@ other commands, but for `filtered` none of those with which the Trainer of `sft`
 """
 
 import json
+import re
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bcft.config.declare import TRAINING
+from bcft.config.declare import SELECTING, TRAINING
 from bcft.config.engine import SERVING
 from bcft.config.keys import KEYS
 
@@ -82,6 +83,13 @@ GYM = "reasoning-gym:"
 GENERATOR = ("dataset_args", "answer_format", "prompt_suffix")
 """Keys of a reasoning-gym dataset."""
 
+
+def is_function(dataset_name: str) -> bool:
+    """Return whether a dataset is the rows that a function returns: `module:function`."""
+    return bool(_FUNCTION.fullmatch(dataset_name)) and not dataset_name.startswith(("bcft:", GYM))
+
+
+_FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 _ADAPTER = {
     "lora_r": "r",
     "lora_alpha": "lora_alpha",
@@ -113,6 +121,8 @@ def without_effect(
         other = "eval_dev_samples" if split == "test" else "eval_test_samples"
         if other in overrides:
             yield other, f"has no effect with eval_split: {split}"
+    if command in SELECTING and values["train_on"] == "marked":
+        yield "train_on", "marked is for demonstrations, and a policy's own turns have no marks: give another"
     if command == "filtered":
         for key in in_file:  # a caller's are refused as keys of another command
             if KEYS[key].section == "training" and command not in KEYS[key].commands:
@@ -139,17 +149,25 @@ def _missing(values: Mapping[str, Any], in_file: Collection[str], overrides: Col
 
 
 def _of_generator(values: Mapping[str, Any], in_file: Collection[str], overrides: Collection[str]) -> Iterator[Finding]:
-    """Yield the keys of a reasoning-gym dataset without one, and those of other datasets with one.
+    """Yield the keys of a generated dataset without one, and those of other datasets with one.
 
     Demonstrations of a reasoning-gym dataset to replay are asked and stated in these forms as well.
     """
-    generated = values["dataset_name"].startswith(GYM)
-    replayed = str(values["replay_dataset"]).startswith(GYM)
-    without = ("dataset_args",) if replayed else GENERATOR
-    for key in ("dataset_config", "dataset_test_split") if generated else without:
+    keys: tuple[str, ...]
+    name, replayed = values["dataset_name"], str(values["replay_dataset"]).startswith(GYM)
+    if name.startswith(GYM):
+        keys, words = ("dataset_config", "dataset_test_split"), "with a reasoning-gym dataset"
+    elif is_function(name):
+        keys, words = ("dataset_config", "dataset_test_split"), "with a function"
+        if not replayed:
+            keys += ("answer_format", "prompt_suffix")
+    else:
+        keys, words = ("dataset_args",) if replayed else GENERATOR, "without a reasoning-gym dataset"
+    for key in keys:
         only_in_file = key in in_file and key not in overrides and "dataset_name" in overrides
         if (key in in_file or key in overrides) and values[key] != KEYS[key].default and not only_in_file:
-            yield key, f"has no effect {'with' if generated else 'without'} a reasoning-gym dataset"
+            more = " or a function" if key == "dataset_args" else ""
+            yield key, f"has no effect {words}{more}"
 
 
 def _unsuited(values: Mapping[str, Any], in_file: Collection[str], overrides: Collection[str]) -> Iterator[Finding]:

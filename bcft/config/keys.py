@@ -137,7 +137,8 @@ REFUSED = {
     "debug": "the flag --debug shows tracebacks; the Trainer's key of that name is not supported",
     "resume_from_checkpoint": "re-run the same command to resume",
     "overwrite_output_dir": "a run is resumed, never overwritten; give another output_dir",
-    "datasets": "mixtures are not supported; write one file and give it as dataset_name",
+    "streaming": "large files are not held in memory anyway, and every row is counted before the first step",
+    "test_split_size": "held-out problems are chosen by hash: eval_test_problems and eval_dev_problems",
     "packing": "this version does not pack rows",
     "use_liger_kernel": "TRL's own fused head is always on, and exact",
     "dataset_text_field": "the chat template renders every row from its prompt and completion",
@@ -177,6 +178,11 @@ RENAMED = {
         "dataset_train_split": "train_split",
         "dataset_test_split": "test_split val_set_size eval_dataset",
         "chat_template_path": "chat_template template",
+        "dataset_format": "formatting",
+        "prompt_column": "prompt_key input_key",
+        "completion_column": "response_key output_key",
+        "answer_column": "label_key",
+        "system_prompt": "default_system system_message",
         "max_length": "max_seq_length max_seq_len cutoff_len sequence_len model_max_length max_prompt_length",
         "learning_rate": "lr lm_lr actor_lr",
         "lr_scheduler_type": "lr_scheduler",
@@ -218,7 +224,7 @@ class Key:
 
     name: str
     type: str
-    """Alternatives of `null bool int float str dict list[str] list[float]`, joined by ` | `."""
+    """Alternatives of `null bool int float str dict list[str] list[float] list[dict]`, joined by ` | `."""
     default: Any
     meaning: str
     section: str
@@ -238,7 +244,7 @@ def _kinds(hint: Any) -> list[str]:
     if typing.get_origin(hint) is Literal:
         return ["str"]
     if typing.get_origin(hint) is tuple:
-        return [f"list[{typing.get_args(hint)[0].__name__}]"]
+        return [f"list[{_kinds(typing.get_args(hint)[0])[0]}]"]
     if hint is types.NoneType:
         return ["null"]
     return [hint.__name__] if hint in (bool, int, float, str) else ["dict"]

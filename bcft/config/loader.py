@@ -49,7 +49,7 @@ DOTTED_PATHS = {
 QUOTES = ("'", '"', "`", "\u2018", "\u2019", "\u201c", "\u201d")
 """What an output_dir cannot begin with: quotation marks that were meant for the shell, typographic ones included."""
 COMMAND_LINE = "command line"
-_NAMING = ("dataset_config", "dataset_test_split", "dataset_args", "answer_format", "prompt_suffix")
+_NAMING = ("datasets", "dataset_config", "dataset_test_split", "dataset_args", "answer_format", "prompt_suffix")
 OF_DATASET = ("dataset_train_split", *_NAMING)
 """Keys of a recipe that say nothing about rows that Python gives in place of its dataset."""
 
@@ -103,7 +103,8 @@ class Config:
         declared = (
             key.name for key in KEYS.values() if self.command in key.commands and key.name not in PASSED_THROUGH
         )
-        return {name: copy.deepcopy(self.values[name]) for name in sorted({*declared, *self.given})}
+        names = {*declared, *self.given} - ({"dataset_name"} if self.data.datasets else set())
+        return {name: copy.deepcopy(self.values[name]) for name in sorted(names)}
 
     @property
     def command_line(self) -> str:
@@ -236,6 +237,9 @@ def _config(
     if "model_name_or_path" in override_places:  # another model, of which the file's `gguf_file` is no part
         file_values.pop("gguf_file", None)
         file_places.pop("gguf_file", None)
+    for key, other in (("datasets", "dataset_name"), ("dataset_name", "datasets")):  # one takes the other's place
+        if key in override_places and other in file_places and other not in override_places:
+            del file_values[other], file_places[other]
     if "dataset_name" in objects:  # rows in place of the recipe's dataset
         others = [key for key in _NAMING if key in override_places]
         findings += [f"{override_places[key]}: {key}: has no effect with train_dataset" for key in others]
@@ -249,7 +253,7 @@ def _config(
     sections, conflicts = _sections(values, where)
     if not problems:
         at = path or (COMMAND_LINE if recipe is None else DICT)
-        findings += [f"{at}: {key}: required" for key in REQUIRED if key not in where]
+        findings += [f"{at}: {key}: required" for key in REQUIRED if key not in where and key not in _instead(where)]
         conflicts += [
             *_permissions(values, flags),
             *without_effect(command, values, in_file=file_places, overrides={*override_places, *objects}),
@@ -267,6 +271,11 @@ def _config(
         **sections,
         python_objects=frozenset(objects),
     )
+
+
+def _instead(given: Collection[str]) -> tuple[str, ...]:
+    """Return the required keys that another one stands for."""
+    return ("dataset_name",) if "datasets" in given else ()
 
 
 def _named_split(values: Mapping[str, Any], places: Mapping[str, str]) -> Iterator[str]:

@@ -8,7 +8,7 @@ from typing import Any
 from bcft.errors import DataError, UsageError
 from bcft.types import show
 
-Rows = list[Mapping[str, Any]]
+Rows = Sequence[Mapping[str, Any]]
 
 
 def switches(**flags: bool) -> frozenset[str]:
@@ -17,7 +17,7 @@ def switches(**flags: bool) -> frozenset[str]:
 
 
 def rows_of(train_dataset: Iterable[Mapping[str, Any]] | None) -> Rows | None:
-    """Return the rows of a `datasets.Dataset` or of any iterable of dicts as a list; None for None.
+    """Return the rows of a `datasets.Dataset`, as it is, or of any iterable of dicts as a list; None for None.
 
     Raises UsageError for what has no rows, DataError with its number for a row that is not a dict.
     """
@@ -34,15 +34,17 @@ def rows_of(train_dataset: Iterable[Mapping[str, Any]] | None) -> Rows | None:
             f"train_dataset: wants a datasets.Dataset or a list of dicts, not {show(train_dataset)}; "
             "dataset_name takes a file or a Hub id"
         )
-    rows = list(train_dataset)
+    # What has rows by number stays as it is: it may be larger than memory.
+    rows: Any = train_dataset if hasattr(kind, "__len__") and hasattr(kind, "__getitem__") else list(train_dataset)
     wrong = next((i for i, row in enumerate(rows) if not isinstance(row, Mapping)), None)
     if wrong is not None:
         raise DataError(
             f"train_dataset row {wrong}: expected a mapping from columns to values, not {show(rows[wrong])}"
         )
-    if not rows:
+    if not len(rows):
         raise DataError("train_dataset: no rows")
-    return rows
+    checked: Rows = rows
+    return checked
 
 
 def named_rows(rows: Sequence[Mapping[str, Any]] | None) -> dict[str, str]:

@@ -21,6 +21,7 @@ from bcft.config.declare import (
     own,
 )
 from bcft.config.engine import EngineSettings
+from bcft.config.mixture import mixture_faults
 from bcft.config.rounds import (
     EvaluationSettings,
     RoundSettings,
@@ -119,8 +120,16 @@ class DataSettings(Settings):
     dataset_name: str = library(
         "dataset_name",
         default="",
-        note="a Hub id, a file, a directory, reasoning-gym:NAME, a generator of the package reasoning-gym, or "
-        "bcft:arithmetic, which is embedded",
+        note="a Hub id; a file, or several, as a.jsonl,b.jsonl or data/*.parquet; a directory of files or one that "
+        "save_to_disk wrote; module:function, which returns rows; reasoning-gym:NAME, a generator of the package "
+        "reasoning-gym; or bcft:arithmetic, which is embedded",
+    )
+    datasets: tuple[Mapping[str, Any], ...] | None = own(
+        None,
+        "a mixture in place of dataset_name, as TRL has it: a list of {path, name, data_dir, data_files, split, "
+        "columns, fraction}; path is named like dataset_name, or json, csv or parquet for data_files; with fractions, "
+        "the first rows of each, as many as give those shares; held-out problems are chosen by hash",
+        commands=SPLITTING,
     )
     dataset_config: str | None = of_rows("dataset_config")
     dataset_train_split: str = of_rows("dataset_train_split")
@@ -131,7 +140,8 @@ class DataSettings(Settings):
     )
     dataset_args: Mapping[str, Any] = own(
         {},
-        "configuration of a reasoning-gym generator, such as {max_terms: 3, max_digits: 2, seed: 0}; of "
+        "arguments of module:function; configuration of a reasoning-gym generator, such as {max_terms: 3, max_digits: "
+        "2, seed: 0}; of "
         "reasoning-gym:composite {datasets: [{name: chain_sum, weight: 1, config: {max_terms: 3}}]}",
         commands=SPLITTING,
     )
@@ -145,6 +155,29 @@ class DataSettings(Settings):
         None,
         "what a reasoning-gym prompt ends with, after a blank line; null: a sentence that asks for answer_format, "
         "for text nothing; '': nothing",
+        commands=SPLITTING,
+    )
+    dataset_format: Literal["trl", "sharegpt", "alpaca", "math", "lines"] = own(
+        "trl",
+        "the columns of a row. trl: prompt and completion, messages, or question and answer, and tools beside them; "
+        "sharegpt: conversations of {from, value}; alpaca: instruction, input, output; math: problem, solution; lines: "
+        "conversation, a list of texts, each a question of the policy's and, behind its question mark, the reply",
+        commands=SPLITTING,
+    )
+    prompt_column: str | None = own(
+        None,
+        "the column to read as prompt; in lines the one that names the problem, which the policy does not read",
+        commands=SPLITTING,
+    )
+    completion_column: str | None = own(None, "the column to read as completion", commands=SPLITTING)
+    answer_column: str | None = own(
+        None, "the column to read as answer, the reference that grades attempts", commands=SPLITTING
+    )
+    system_prompt: str | None = own(
+        None,
+        "a system message to begin every prompt with; refused where a row has one or the chat template takes none; in "
+        "lines the user's first message, which the policy asks behind; an environment with a first message of its own "
+        "gives a system message itself",
         commands=SPLITTING,
     )
     max_length: int | None = library(
@@ -165,9 +198,10 @@ class DataSettings(Settings):
         "already: raise an error; strip: take the letters off completions; text: train them as plain text",
         commands=SPLITTING,
     )
-    train_on: Literal["all_turns", "last_turn"] = own(
+    train_on: Literal["all_turns", "last_turn", "marked"] = own(
         "all_turns",
-        "which of a conversation's assistant turns carry loss",
+        "which of a conversation's assistant turns carry loss. marked: those whose message has train: true or weight: "
+        "1, and where none has, those without train: false or weight: 0; for demonstrations",
         commands=("sft", "filtered", "collect", "refilter", "preview"),
     )
     allow_overlap: bool = own(False, "train even if held-out prompts are also in training", commands=SPLITTING)
@@ -178,6 +212,34 @@ class DataSettings(Settings):
         "dataset_config applies only if it is dataset_name itself",
     )
     preview_rows: int = own(3, "how many rows are shown", commands=("preview",), limits=">= 1")
+
+    def conflicts(self) -> Iterator[Conflict]:
+        """Yield what a mixture cannot be, columns that `dataset_format` names itself, and what it needs."""
+        if self.datasets is not None:
+            if self.dataset_name:
+                yield ("datasets", "dataset_name"), "dataset_name is given too: remove one of them"
+            for key in ("dataset_config", "dataset_test_split"):
+                if getattr(self, key) is not None:
+                    yield (key,), "has no effect with datasets: each has its own name and split"
+            if self.dataset_train_split != "train":
+                yield ("dataset_train_split",), "has no effect with datasets: give each its split"
+            yield from ((("datasets",), reason) for reason in mixture_faults(self.datasets))
+        form, own_columns = self.dataset_format, "names its own columns: leave it out, or give dataset_format: trl"
+        if self.prompt_column is not None and form in ("alpaca", "math"):
+            yield ("prompt_column", "dataset_format"), f"dataset_format: {form} {own_columns}"
+        if self.completion_column is not None and form != "trl":
+            yield ("completion_column", "dataset_format"), f"dataset_format: {form} {own_columns}"
+        if form == "lines" and self.prompt_column is None:
+            yield ("dataset_format",), "lines needs prompt_column, the column that names the problem, such as word"
+        if form == "lines" and self.system_prompt is None:
+            yield ("dataset_format",), "lines needs system_prompt, what the policy reads before its first question"
+        if self.system_prompt is not None and not self.system_prompt.strip():
+            yield ("system_prompt",), "is empty: leave it out"
+
+    @property
+    def source_name(self) -> str:
+        """The dataset's name; of a mixture the names of its parts."""
+        return self.dataset_name or " + ".join(str(part["path"]) for part in self.datasets or ())
 
 
 @dataclass(frozen=True)
@@ -247,6 +309,14 @@ class TrainingSettings(Settings):
     weight_decay: float = trained("weight_decay", note="higher pulls weights harder toward 0", limits=">= 0")
     max_grad_norm: float = trained("max_grad_norm", note="lower clips more; 0: off", limits=">= 0")
     loss_type: str = trained("loss_type")
+    loss_reduction: Literal["token", "sequence", "sum"] = own(
+        "token",
+        "how a step's loss is made of the negative log-likelihoods of its supervised tokens, each times its row's "
+        "weight. token: their sum, divided by the number of tokens; sequence: the mean over rows of each row's mean; "
+        "sum: their sum, so that a row of weight 2 is that row twice, and learning_rate and max_grad_norm are those "
+        "of a sum",
+        commands=(*TRAINING, "preview"),
+    )
     num_train_epochs: float = trained(
         "num_train_epochs", note="in `filtered`, of each round; more fit the examples closer", limits="> 0"
     )
@@ -272,6 +342,17 @@ class TrainingSettings(Settings):
     )
     passed_through: Mapping[str, Any] = field(default_factory=dict)
     """The keys of `keys.PASSED_THROUGH` that the recipe sets, with their values."""
+
+    def conflicts(self) -> Iterator[Conflict]:
+        """Yield reductions that a loss or a way to average over processes does not have."""
+        key, given = "loss_reduction", self.passed_through
+        if self.loss_reduction == "sequence" and self.loss_type != "nll":
+            yield (key, "loss_type"), f"sequence is a mean of log-likelihoods, and loss_type: {self.loss_type} has none"
+        if self.loss_reduction == "sequence" and given.get("label_smoothing_factor"):
+            yield (key, "label_smoothing_factor"), "sequence has no label smoothing: leave label_smoothing_factor out"
+        if self.loss_reduction != "token" and given.get("average_tokens_across_devices") is False:
+            other = "average_tokens_across_devices"
+            yield (key, other), f"{self.loss_reduction} is over all processes: leave {other} out"
 
 
 SECTIONS = {

@@ -31,6 +31,7 @@ WORDS = {
     "dict": "a mapping {name: value}",
     "list[str]": "a list [a, b]",
     "list[float]": "a list of numbers",
+    "list[dict]": "a list of mappings [{name: value}]",
     "null": "null",
 }
 
@@ -209,7 +210,7 @@ def wanted(key: Key) -> str:
     return " or ".join(words)
 
 
-_ORDER = ("bool", "int", "float", "dict", "list[str]", "list[float]", "str")
+_ORDER = ("bool", "int", "float", "dict", "list[str]", "list[float]", "list[dict]", "str")
 
 
 def _as(kind: str, raw: Raw, kinds: list[str]) -> Any:

@@ -4,48 +4,34 @@ Nothing is ever truncated: an example that is too long, has no loss or repeats a
 refused.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
-from itertools import accumulate, pairwise
+from itertools import accumulate, islice, pairwise
 from typing import Any
 
+from bcft.data.checks import check_labels, is_usable, placed
+from bcft.data.counts import ExampleCounts
+from bcft.data.weights import check_marks, marked_turns, trained_turns, unmarked
 from bcft.errors import DataError
-from bcft.policy.chat_template import Renderer, bos_at_head
-from bcft.types import IGNORED, Demonstration, Message, Problem, Prompt, Source, TrainingExample, Trajectory, Turn
+from bcft.policy.chat_template import Renderer
+from bcft.training.tokens import Examples, Tokens
+from bcft.types import (
+    IGNORED,
+    Demonstration,
+    Message,
+    Problem,
+    Prompt,
+    Source,
+    TrainingExample,
+    Trajectory,
+    Turn,
+)
 from bcft.types import messages as as_messages
 
-
-@dataclass(frozen=True)
-class ExampleCounts:
-    """Counts over all examples before the first step."""
-
-    given: int
-    kept: int
-    overlong: int
-    duplicate: int
-    unsupervised: int
-    tokens: int
-    tokens_supervised: int
-    longest: int
-    """Tokens of the longest example given, dropped ones included."""
-    bos: int
-    """BOS tokens at the head of each example: 0 or 1, as the tokenizer's template has it."""
-    stop: str
-    """The stop token that is the last label of every example, as text."""
-    sampled: int = 0
-    """Examples with the ids that a policy sampled, rather than those of a text."""
-
-    def __str__(self) -> str:
-        dropped = {"over-long": self.overlong, "duplicate": self.duplicate, "empty": self.unsupervised}
-        drops = ", ".join(f"{n} {reason}" for reason, n in dropped.items() if n) or "none"
-        sampled = f"; {self.sampled:,} with the ids that were sampled" if self.sampled else ""
-        return (
-            f"{self.kept:,} of {self.given:,} rows (dropped: {drops}); {self.tokens_supervised:,} of "
-            f"{self.tokens:,} tokens carry loss; longest row {self.longest} tokens; "
-            f"every row ends in {self.stop}, BOS {self.bos}{sampled}"
-        )
+WINDOW = 1000
+"""Demonstrations that are rendered and tokenized at once: enough to keep all cores busy."""
 
 
 # From demonstrations
@@ -57,107 +43,125 @@ def make_examples(
     overlength: str = "drop",
     train_on: str = "all_turns",
     may_be_empty: bool = False,
-) -> tuple[list[TrainingExample], ExampleCounts]:
+) -> tuple[Examples, ExampleCounts]:
     """Return the examples to train on, and their counts.
 
-    An example of a text has the demonstration's place as its id, and the whole demonstration as prompt and completion.
+    Only their tokens are kept: the text of an example is read from its demonstration when it is asked for. An example
+    of a text has the demonstration's place as its id, and the whole demonstration as prompt and completion.
     max_length: most tokens of an example, prompt and completion together; overlength: `drop` or `raise`; train_on:
-    which actions of a conversation carry loss, `all_turns` or `last_turn`.
-    Raises DataError when labels break a promise of the package, when an example is too long under `raise`, and when
-    nothing is left unless `may_be_empty`.
+    which actions of a conversation carry loss, `all_turns`, `last_turn` or `marked`.
+    A row of weight 0 is as if it were not there. Where rows have weights, a duplicate adds its own to the first.
+    Raises DataError when labels break a promise of the package, when an example is too long under `raise`, when marks
+    of messages and `train_on` differ, and when nothing is left unless `may_be_empty`.
     """
-    kept: dict[tuple[int, ...], TrainingExample] = {}
-    overlong: list[TrainingExample] = []
-    longest = duplicate = unsupervised = sampled = 0
-    for demonstration, made in zip(demonstrations, _tokenized(demonstrations, renderer, train_on), strict=True):
+    if not may_be_empty:
+        check_marks(demonstrations, train_on)
+    # Other marks make other labels of the same ids.
+    tokens, origins, as_sampled = Tokens(by_labels=train_on == "marked"), array("q"), bytearray()
+    too_long: TrainingExample | None = None
+    longest = overlong = unsupervised = weightless = 0
+    weighted = False
+    for number, (demonstration, made) in enumerate(_tokenized(demonstrations, renderer, train_on)):
+        weighted = weighted or demonstration.weight != 1.0
+        if made is None:
+            weightless += 1
+            continue
         longest = max([longest, *(len(example.input_ids) for example in made)])
         unsupervised += not made
         for example in made:
             if len(example.input_ids) > max_length:
-                overlong.append(example)
-            elif example.input_ids in kept:
-                duplicate += 1
+                too_long, overlong = too_long or example, overlong + 1
             else:
-                kept[example.input_ids] = example
-                sampled += example is demonstration.sampled
-    if overlong and overlength == "raise":
-        first = overlong[0]
-        raise DataError(
-            f"{first.where}: {len(first.input_ids)} tokens, more than max_length {max_length} (and {len(overlong) - 1} "
-            f"other rows): raise max_length, or set overlength: drop"
-        )
-    examples = list(kept.values())
-    if not examples and not may_be_empty:
-        raise DataError(_nothing_left(demonstrations, len(overlong), unsupervised, longest, max_length))
-    _check_labels(examples, renderer)
-    return examples, ExampleCounts(
-        given=len(examples) + len(overlong) + duplicate + unsupervised,
-        kept=len(examples),
-        overlong=len(overlong),
-        duplicate=duplicate,
+                check_labels(example, renderer)
+                tokens.append(example)
+                origins.append(number)
+                as_sampled.append(example is demonstration.sampled)
+    if too_long and overlength == "raise":
+        raise DataError(_too_long(too_long, overlong, max_length))
+    kept, weights = tokens.distinct(add_weights=weighted)
+    counts = ExampleCounts(
+        given=len(tokens) + overlong + unsupervised + weightless,
+        kept=len(kept),
+        overlong=overlong,
+        duplicate=len(tokens) - len(kept),
         unsupervised=unsupervised,
-        tokens=sum(len(example.input_ids) for example in examples),
-        tokens_supervised=sum(example.supervised for example in examples),
+        tokens=int(tokens.lengths[kept].sum()),
+        tokens_supervised=int(tokens.supervised[kept].sum()),
         longest=longest,
         bos=renderer.bos_count,
         stop=repr(renderer.tokenizer.convert_ids_to_tokens(renderer.tail_ids[-1])),
-        sampled=sampled,
+        sampled=sum(as_sampled[row] for row in kept),
+        weightless=weightless,
+    )
+    if not counts.kept and not may_be_empty:
+        raise DataError(_nothing_left(demonstrations, counts, max_length))
+
+    def text_of(row: int, input_ids: tuple[int, ...], labels: tuple[int, ...]) -> TrainingExample:
+        given = demonstrations[origins[row]]
+        return given.sampled if as_sampled[row] and given.sampled else _example(given, input_ids, labels)
+
+    return Examples(tokens, kept, weights, text_of), counts
+
+
+def _example(demonstration: Demonstration, input_ids: tuple[int, ...], labels: tuple[int, ...]) -> TrainingExample:
+    """Return the example of a text that becomes these ids."""
+    problem = demonstration.problem
+    return TrainingExample(
+        id=problem.where,
+        problem_id=problem.id,
+        input_ids=input_ids,
+        labels=labels,
+        prompt=tuple(unmarked(as_messages(demonstration.prompt))),
+        completion=tuple(unmarked(demonstration.completion)),
+        weight=demonstration.weight,
+        template_kwargs=problem.template_kwargs,
+        where=problem.where,
     )
 
 
+def _is_marked_off(demonstration: Demonstration) -> bool:
+    """Return whether every action of a conversation is marked to carry no loss."""
+    return bool(demonstration.completion) and not any(marked_turns(demonstration.completion))
+
+
 def _tokenized(
-    demonstrations: Sequence[Demonstration], renderer: Renderer, train_on: str
-) -> Iterator[list[TrainingExample]]:
-    """Yield the examples of each demonstration; none if only a stop token would carry loss."""
-    # One call of the tokenizer for all demonstrations of one action is much faster than a call for each.
-    pairs = [d for d in demonstrations if len(d.completion) == 1 and not _is_usable(d, renderer)]
-    rows = iter(renderer.rows([_texts(d, renderer) for d in pairs]))
-    for d in demonstrations:
-        if d.sampled is not None and _is_usable(d, renderer):
-            yield [d.sampled]
-            continue
-        if len(d.completion) == 1:
-            ids, action_ids = next(rows)
-            turns = [Turn(d.completion[0]["content"], tuple(ids), tuple(action_ids), "stop_token")]
-        elif d.completion:
-            given = d.problem.template_kwargs
-            turns = conversation_turns(d.prompt, d.completion, renderer, where=d.problem.where, template_kwargs=given)
-        else:
-            turns = []
-        prompt, where = tuple(as_messages(d.prompt)), d.problem.where
-        yield [
-            TrainingExample(
-                id=where,
-                problem_id=d.problem.id,
-                input_ids=segment.input_ids,
-                labels=segment.labels,
-                prompt=prompt,
-                completion=d.completion,
-                template_kwargs=d.problem.template_kwargs,
-                where=where,
-            )
-            for segment in _segments(turns, train_on)
+    demonstrations: Iterable[Demonstration], renderer: Renderer, train_on: str
+) -> Iterator[tuple[Demonstration, list[TrainingExample] | None]]:
+    """Yield each demonstration and its examples: [] if only a stop token would carry loss, None if it weighs 0."""
+    given = iter(demonstrations)
+    # One call of the tokenizer for many demonstrations of one action is much faster than a call for each.
+    while window := list(islice(given, WINDOW)):
+        weigh = [bool(d.weight) and not (train_on == "marked" and _is_marked_off(d)) for d in window]
+        pairs = [
+            d
+            for d, weighs in zip(window, weigh, strict=True)
+            if weighs and len(d.completion) == 1 and not is_usable(d, renderer)
         ]
+        rows = iter(renderer.rows([_texts(d, renderer) for d in pairs]))
+        for d, weighs in zip(window, weigh, strict=True):
+            if not weighs:
+                yield d, None
+                continue
+            if d.sampled is not None and is_usable(d, renderer):
+                yield d, [d.sampled]
+                continue
+            if len(d.completion) == 1:
+                ids, action_ids = next(rows)
+                words = renderer.words(d.completion[0], action_ids)
+                turns = [Turn(words, tuple(ids), tuple(action_ids), "stop_token")]
+            elif d.completion:
+                where, kwargs = d.problem.where, d.problem.template_kwargs
+                turns = conversation_turns(d.prompt, d.completion, renderer, where=where, template_kwargs=kwargs)
+            else:
+                turns = []
+            segments = _segments(turns, trained_turns(d, train_on))
+            yield d, [_example(d, segment.input_ids, segment.labels) for segment in segments]
 
 
 def _texts(demonstration: Demonstration, renderer: Renderer) -> tuple[str, str]:
     problem = demonstration.problem
-    with _placed(problem.where):
-        return renderer.texts(demonstration.prompt, demonstration.completion[0]["content"], problem.template_kwargs)
-
-
-@contextmanager
-def _placed(where: str) -> Iterator[None]:
-    """Put the place before what a template refuses."""
-    try:
-        yield
-    except DataError as error:
-        raise DataError(f"{where}: {error}" if where else str(error)) from error
-
-
-def _is_usable(demonstration: Demonstration, renderer: Renderer) -> bool:
-    """Return whether the demonstration has ids that were sampled with this tokenizer."""
-    return demonstration.sampled is not None and demonstration.tokenizer == renderer.fingerprint
+    with placed(problem.where):
+        return renderer.texts(demonstration.prompt, demonstration.completion[0], problem.template_kwargs)
 
 
 def conversation_turns(
@@ -184,120 +188,40 @@ def conversation_turns(
         )
     starts = [i for i, is_action in enumerate(roles) if is_action]
     turns: list[Turn] = []
-    with _placed(where):
+    with placed(where):
         ids, rewritten = renderer.prompts([history], [template_kwargs or {}])[0], False
         for start, following in zip(starts, [*starts[1:], None], strict=True):
-            action = completion[start]["content"]
+            action = completion[start]
             # Without a template, a text continues the one before it, and nothing stands for the messages.
             context = history if renderer.chat else history[-1:]
             ((_, action_ids),) = renderer.rows([renderer.texts(context, action, template_kwargs)])
-            turns.append(Turn(action, tuple(ids), tuple(action_ids), "stop_token", rewritten))
+            words = renderer.words(action, action_ids)
+            turns.append(Turn(words, tuple(ids), tuple(action_ids), "stop_token", rewritten))
             if following is not None:
                 observation = completion[start + 1 : following]
                 ids, rewritten = renderer.continuation(
                     history, action_ids, observation, template_kwargs=template_kwargs, said=action
                 )
-                history = [*history, completion[start], *observation]
+                history = [*history, action, *observation]
     return turns
 
 
-# Special tokens spelled out in text
-def check_prompts(problems: Sequence[Problem], renderer: Renderer, *, special_tokens: str) -> None:
-    """Raise DataError with place and count for prompts that a template has rendered already, unless `text`.
-
-    Also renders the first prompt of each kind (its roles and template arguments), so that what the template refuses is
-    reported with its place. special_tokens: `raise`, `strip` or `text`, as in the recipe.
-    """
-    kinds: dict[str, Problem] = {}
-    for problem in problems:
-        roles = [message["role"] for message in as_messages(problem.prompt)]
-        kinds.setdefault(f"{roles} {problem.template_kwargs}", problem)
-    for problem in kinds.values():
-        with _placed(problem.where):
-            renderer.prompts([problem.prompt], [problem.template_kwargs])
-    if special_tokens == "text":
-        return
-    rendered = [(p, mark) for p in problems if (mark := renderer.rendered_mark(p.prompt))]
-    if rendered:
-        first, mark = rendered[0]
-        where = "begins with" if as_messages(first.prompt)[0]["content"].lstrip().startswith(mark) else "ends with"
-        raise DataError(
-            f"{first.where}: the prompt {where} {mark!r}, so it seems to be rendered already ({len(rendered)} of "
-            f"{len(problems)} prompts): the template would be applied twice: give the text or the messages alone, or "
-            f"set special_tokens: text to keep the letters as they are"
-        )
+def _too_long(first: TrainingExample, overlong: int, limit: int) -> str:
+    return (
+        f"{first.where}: {len(first.input_ids)} tokens, more than max_length {limit} (and {overlong - 1} other "
+        f"rows): raise max_length, or set overlength: drop"
+    )
 
 
-def without_special_tokens(
-    demonstrations: Sequence[Demonstration], renderer: Renderer, *, special_tokens: str
-) -> tuple[list[Demonstration], str]:
-    """Return the demonstrations, their actions without what a template writes around them, and a note with the count.
-
-    That is the letters of stop tokens at the end, and of the generation prompt at the beginning. special_tokens: what
-    to do with such actions: `raise` DataError with the first place and the count, `strip` the letters (the note says
-    how many rows), or leave them as `text`. Rows with the ids that were sampled stay.
-    """
-    ending: list[Demonstration] = []
-    kept: list[Demonstration] = []
-    for demonstration in demonstrations:
-        bare = tuple(_bare(message, renderer) for message in demonstration.completion)
-        spelled = bare != demonstration.completion and not _is_usable(demonstration, renderer)
-        if spelled:
-            ending.append(demonstration)
-        kept.append(replace(demonstration, completion=bare) if spelled else demonstration)
-    if not ending or special_tokens == "text":
-        return list(demonstrations), ""
-    stops = " or ".join(renderer.stop_texts)
-    if special_tokens == "raise":
-        opening = renderer.opening_text
-        begins = opening and any(m["content"].lstrip().startswith(opening) for m in ending[0].completion)
-        which = f"begins with the generation prompt, {opening!r}" if begins else f"ends in a stop token, {stops}"
-        raise DataError(
-            f"{ending[0].problem.where}: the completion {which}, in letters ({len(ending)} of {len(demonstrations)} "
-            f"rows): the template adds the tokens itself: set special_tokens: strip to take the letters off, or "
-            f"special_tokens: text to train them"
-        )
-    counts = f"{len(ending):,} of {len(demonstrations):,} rows"
-    return kept, f"special_tokens: strip took a template's letters, such as {stops}, off the completions of {counts}"
-
-
-def _bare(message: Message, renderer: Renderer) -> Message:
-    """Return an action without the letters of the generation prompt before it, and of stop tokens after it."""
-    text = message["content"]
-    if message["role"] != "assistant":
-        return message
-    if (opening := renderer.opening_text) and text.lstrip().startswith(opening):
-        text = text.lstrip().removeprefix(opening).removeprefix("\n")
-    bare = text.rstrip()
-    while ending := next((stop for stop in renderer.stop_texts if bare.endswith(stop)), ""):
-        text = bare = bare.removesuffix(ending).rstrip()
-    return Message(role=message["role"], content=text)
-
-
-def _check_labels(examples: Sequence[TrainingExample], renderer: Renderer) -> None:
-    """Raise DataError that names the first example with labels that break a promise of the package."""
-    bos = renderer.tokenizer.bos_token_id
-    for example in examples:
-        for label, following in pairwise((*example.labels, IGNORED)):
-            if label != IGNORED and following == IGNORED and label not in renderer.stop_ids:
-                raise DataError(
-                    f"{example.where}: an action ends in label {label}, not in a stop token: {renderer.stop_ids}"
-                )
-        if example.supervised < 2:
-            raise DataError(f"{example.where}: only the stop token carries loss")
-        # Only the head matters: with some templates every message or every turn begins with one.
-        if (count := bos_at_head(example.input_ids, bos)) != renderer.bos_count:
-            raise DataError(f"{example.where}: {count} BOS tokens at its head, expected {renderer.bos_count}")
-
-
-def _nothing_left(given: Sequence[Demonstration], overlong: int, unsupervised: int, longest: int, limit: int) -> str:
+def _nothing_left(given: Sequence[Demonstration], counts: ExampleCounts, limit: int) -> str:
     if not given:
         return "no rows to train on: the training split is empty without the dev and test problems"
     first = given[0]
     completion = first.completion[-1]["content"] if first.completion else ""
     return (
-        f"{first.problem.where}: nothing to train on in {len(given)} rows: {overlong} longer than max_length {limit} "
-        f"(longest {longest}), {unsupervised} with an empty completion; the first is prompt "
+        f"{first.problem.where}: nothing to train on in {len(given)} rows: {counts.overlong} longer than max_length "
+        f"{limit} (longest {counts.longest}), {counts.unsupervised} with an empty completion, {counts.weightless} of "
+        f"weight 0; the first is prompt "
         f"{str(first.problem.prompt)[:60]!r}, completion {completion[:60]!r}"
     )
 
@@ -309,14 +233,16 @@ def trajectory_examples(
     """Return the examples of a trajectory, with the ids as sampled: rows of `kept.jsonl`.
 
     There are several if the chat template rewrites earlier text, and none if every action is empty.
-    source: the policy that sampled it, `self` or `teacher`; train_on: as in `make_examples`.
+    source: the policy that sampled it, `self` or `teacher`; train_on: `all_turns` or `last_turn`.
     """
     opening = list(trajectory.opening) or as_messages(problem.prompt)
     conversation = [*opening, *trajectory.conversation]
     # The index of each action among the messages; the last number is the length of the conversation.
     starts = list(accumulate((1 + len(turn.observation) for turn in trajectory.turns), initial=len(opening)))
     examples = []
-    for segment in _segments(trajectory.turns, train_on):
+    last = len(trajectory.turns) - 1
+    trained = [train_on == "all_turns" or number == last for number in range(last + 1)]
+    for segment in _segments(trajectory.turns, trained):
         first = starts[segment.last if train_on == "last_turn" else segment.first]
         examples.append(
             TrainingExample(
@@ -345,8 +271,8 @@ class _Segment:
     labels: tuple[int, ...]
 
 
-def _segments(turns: Sequence[Turn], train_on: str) -> list[_Segment]:
-    """Return the segments of a conversation in which an action carries loss.
+def _segments(turns: Sequence[Turn], trained: Sequence[bool]) -> list[_Segment]:
+    """Return the segments of a conversation in which an action carries loss; trained: whether each turn's may.
 
     A segment ends where the template rewrites earlier text. An empty action carries no loss: its stop token alone would
     teach the policy to say nothing.
@@ -359,9 +285,9 @@ def _segments(turns: Sequence[Turn], train_on: str) -> list[_Segment]:
         if turn.rewritten:
             segments.append(_Segment(first, number - 1, tuple(ids), tuple(labels)))
             ids, labels, first = [], [], number
-        trained = turn.action.strip() and (train_on == "all_turns" or number == len(turns) - 1)
+        has_loss = trained[number] and turn.action.strip()
         ids += [*turn.ids, *turn.action_ids]
-        labels += [*[IGNORED] * len(turn.ids), *(turn.action_ids if trained else [IGNORED] * len(turn.action_ids))]
+        labels += [*[IGNORED] * len(turn.ids), *(turn.action_ids if has_loss else [IGNORED] * len(turn.action_ids))]
     segments.append(_Segment(first, len(turns) - 1, tuple(ids), tuple(labels)))
     return [_trimmed(segment) for segment in segments if any(label != IGNORED for label in segment.labels)]
 
@@ -384,7 +310,7 @@ def replay_examples(
         return []
     examples, _ = make_examples(demonstrations, renderer, max_length=max_length, train_on=train_on)
     return [
-        replace(example, id=f"demonstration-{number}", source="demonstration", turn=0, reward=0.0, weight=1.0)
+        replace(example, id=f"demonstration-{number}", source="demonstration", turn=0, reward=0.0)
         for number, example in enumerate(examples)
     ]
 

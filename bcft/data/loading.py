@@ -1,9 +1,9 @@
 """Datasets to demonstrations and held-out problems.
 
-A dataset is a name of this package (`bcft:arithmetic`), a generator of another (`reasoning-gym:chain_sum`), a file
-(`files`), a directory with one such file for each split, anything that `datasets.load_dataset` takes, rows given in
-Python, or the kept rows of a run (of `collect`, `refilter` or a round): the held-out problems are then those of that
-run. `readers` documents the columns of a row.
+A dataset is a name of this package (`bcft:arithmetic`), a generator of another (`reasoning-gym:chain_sum`), what
+`sources` reads (files, directories, saved datasets, the Hub, a function, a mixture of these), rows given in Python, or
+the kept rows of a run (of `collect`, `refilter` or a round): the held-out problems are then those of that run.
+`readers` documents the columns of a row. However many rows there are, few are in memory (`stored`).
 
 Test is the split `test`, dev the split `validation`. Where there is none it is taken out of training by the hash of the
 problems' text.
@@ -12,22 +12,28 @@ problems' text.
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from bcft.config.schema import DataSettings, EvaluationSettings
 from bcft.data.files import SUFFIXES, Row, read_json_rows
-from bcft.data.readers import TEMPLATE_COLUMN, demonstration
-from bcft.data.sources import HELD_OUT, Dataset, DataSource, parse_split, rows_of
-from bcft.environments.base import SHARES, Split, embedded_datasets
+from bcft.data.readers import ARGUMENTS, demonstration
+from bcft.data.repeated import differing, repeated_prompts
+from bcft.data.sources import HELD_OUT, Dataset, DataSource, parse_split, parts_of, rows_of, shares
+from bcft.data.stored import SMALL, Rows, Store, by_hash, first_problems, ids_of
+from bcft.data.weights import with_telling_marks
+from bcft.environments.base import Split, embedded_datasets
 from bcft.errors import DataError, UsageError
 from bcft.integrations import reasoning_gym
 from bcft.rewards.base import Reward
 from bcft.runs.storage import KEPT, MANIFEST, read_json, read_yaml
-from bcft.types import Demonstration, Problem, bucket, messages, show
+from bcft.types import Demonstration, Lazy, Problem, messages, show
 
 __all__ = ["HELD_OUT", "SUFFIXES", "Splits", "load_splits"]
 
@@ -38,43 +44,45 @@ GIVEN = "train_dataset"
 """How the name of rows that were given in Python begins in a run's config.yaml."""
 _OTHER_NAMES = ("dev", "val", "valid", "eval")
 """What people call the split that is `validation` here."""
-SMALL = 5
-"""One problem in so many may be dev, and one in so many test, where the share of `SHARES` is too small."""
 
 
 @dataclass(frozen=True)
 class Splits:
     """The demonstrations to train on, and the held-out problems. Only embedded datasets have `harder` ones."""
 
-    train: tuple[Demonstration, ...]
+    train: Sequence[Demonstration]
     dev: tuple[Demonstration, ...]
     test: tuple[Demonstration, ...]
     harder: tuple[Demonstration, ...] = ()
-    replay: tuple[Demonstration, ...] = ()
+    replay: Sequence[Demonstration] = ()
     """Demonstrations of `replay_dataset`, none of a held-out problem."""
-    repeated: tuple[tuple[Problem, Problem], ...] = ()
+    repeated: Sequence[tuple[Problem, Problem]] = ()
     """The first row of a prompt, and a later one with another value in one of its columns."""
     reward: Reward | None = None
     """The reward function that the problems come with; it takes the place of the default one."""
+    shares: str = ""
+    """How many rows each dataset of a mixture contributes, in words."""
 
     @property
     def held_out(self) -> tuple[Demonstration, ...]:
         """All problems that are not trained on."""
         return (*self.dev, *self.test, *self.harder)
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """A hash of all data that is trained on or evaluated: a run is resumed with the same data only."""
         digest = hashlib.sha256()
         for d in (*self.train, *self.held_out, *self.replay):
             # A plain pair is its problem and one text. The format is frozen: a run has the hash it was started with.
-            pair = len(d.completion) < 2 and d.sampled is None and d.prompt == d.problem.prompt
-            text = d.completion[-1]["content"] if d.completion else ""
-            conversation = () if pair else (*messages(d.prompt), *d.completion)
+            completion = with_telling_marks(d.completion)
+            pair = [*map(len, completion)] in ([], [2]) and d.sampled is None and d.prompt == d.problem.prompt
+            text = completion[-1]["content"] if completion else ""
+            conversation = [] if pair else [*with_telling_marks(messages(d.prompt)), *completion]
             ids = d.sampled.input_ids if d.sampled else ()
             # A column `question` beside a prompt was no part of the problem when the format was made.
             columns = {key: value for key, value in d.problem.columns.items() if key != "question"}
-            row = (d.problem.id, d.problem.prompt, text, columns, conversation, ids)
+            prompt = d.problem.prompt if isinstance(d.problem.prompt, str) else with_telling_marks(d.problem.prompt)
+            row = (d.problem.id, prompt, text, columns, conversation, ids, *(() if d.weight == 1.0 else (d.weight,)))
             digest.update(json.dumps(row, default=str, sort_keys=True).encode())
         return digest.hexdigest()
 
@@ -111,8 +119,8 @@ class Splits:
         """
         counts: Counter[str] = Counter()
         for first, again in self.repeated:
-            for name in _differing(first, again):
-                if read is None or name in read or name == TEMPLATE_COLUMN:
+            for name in differing(first, again):
+                if read is None or name in read or name in ARGUMENTS:
                     mine, other = (show(problem.columns.get(name)) for problem in (again, first))
                     raise DataError(
                         f"{again.where}: the prompt of {first.where} with another {name}: {mine}, there {other}: "
@@ -131,7 +139,8 @@ class Splits:
     @property
     def held_out_words(self) -> str:
         """How many problems are held out, in words."""
-        return f"{len(self.dev):,} dev and {len(self.test):,} test problems held out"
+        words = f"{len(self.dev):,} dev and {len(self.test):,} test problems held out"
+        return f"{words}; {self.shares}" if self.shares else words
 
     def __str__(self) -> str:
         return f"{len(self.train):,} demonstrations to train on, {self.held_out_words}"
@@ -169,27 +178,24 @@ def load_splits(
         dataset_name=data.replay_dataset,
         dataset_config=data.dataset_config if same else None,
         dataset_args=data.dataset_args if same else {},
+        datasets=None,
         eval_dev_problems=0,
         eval_test_problems=0,
     )
     return replace(splits, replay=_replay(replayed, splits.held_out))
 
 
-def _replay(source: DataSource, held_out: Sequence[Demonstration]) -> tuple[Demonstration, ...]:
+def _replay(source: DataSource, held_out: Sequence[Demonstration]) -> Sequence[Demonstration]:
     """Return the training split of the dataset to replay, without held-out problems and empty completions."""
     try:
         train = _load(source, dev=0, test=0, allow_overlap=True, demonstrations=True, require_test=False).train
     except DataError as error:
         raise DataError(f"replay_dataset: {str(error).removeprefix('dataset_name: ')}") from error
     excluded = {d.problem.id for d in held_out}
-    replay = tuple(
-        d
-        for d in train
-        if d.problem.id not in excluded and (d.sampled or (d.completion and d.completion[-1]["content"]))
-    )
-    if not replay:
+    places = [place for place, d in enumerate(train) if d.problem.id not in excluded and (d.sampled or d.answered)]
+    if not places:
         raise DataError(f"replay_dataset: {source.dataset_name}: no demonstration is left without held-out problems")
-    return replay
+    return Lazy(len(places), lambda i: train[places[i]])
 
 
 def _load(
@@ -199,7 +205,7 @@ def _load(
     test: int,
     allow_overlap: bool,
     demonstrations: bool,
-    given: list[Row] | None = None,
+    given: Iterable[Row] | None = None,
     require_test: bool = True,
 ) -> Splits:
     """Return the splits of a dataset, with at most so many dev and test problems.
@@ -209,90 +215,96 @@ def _load(
     name = source.dataset_name
     dataset = Dataset(source)
     if given is None and name.startswith("bcft:"):
-        return _embedded(name, dataset.train_slice, dev=dev, test=test)
+        return _embedded(source, dataset.train_slice, dev=dev, test=test)
     if given is None and (generated := source.generated):
         return _generated(generated, dataset, dev=dev, test=test)
     if given is None and (kept := _kept_file(name)) is not None:
         return _kept(source, kept, dataset.train_slice, dev=dev, test=test, allow_overlap=allow_overlap)
-    rows = dataset.read(dataset.train_split) if given is None else given
-    train = [demonstration(row, where, problem_only=not demonstrations) for row, where in rows[dataset.train_slice]]
-    own = {} if given is not None else _own_splits(dataset, required=require_test)
-    parts = _by_hash(
+    if given is None and source.datasets:
+        train, words = _mixed(source, problem_only=not demonstrations)
+    else:
+        rows = dataset.read(dataset.train_split) if given is None else given
+        train, words = _stored(rows, source, dataset.train_slice, problem_only=not demonstrations).view(), ""
+    own = {} if given is not None or source.datasets else _own_splits(dataset, required=require_test)
+    parts = by_hash(
         train,
         dev=None if "dev" in own else source.eval_dev_problems,
         test=None if "test" in own else source.eval_test_problems,
     )
     parts.update(own)
     if not allow_overlap:
-        _refuse_overlap(parts["train"], (*parts["dev"], *parts["test"]))
+        _refuse_overlap(parts["train"], parts["dev"], parts["test"])
         if own:
             _refuse_overlap(parts["dev"], parts["test"], of="dev")
     return Splits(
-        tuple(parts["train"]),
-        _first(parts["dev"], dev),
-        _first(parts["test"], test),
-        repeated=_repeated((*train, *(d for part in own.values() for d in part))),
+        parts["train"],
+        first_problems(parts["dev"], dev),
+        first_problems(parts["test"], test),
+        repeated=repeated_prompts(train, *own.values()),
+        shares=words,
     )
 
 
-def _own_splits(dataset: Dataset, *, required: bool) -> dict[Split, list[Demonstration]]:
+def _read(rows: Iterable[Row], source: DataSource, *, problem_only: bool = True) -> Iterator[Demonstration]:
+    """Yield the demonstrations that rows state."""
+    form = source.form
+    return (demonstration(row, where, form=form, problem_only=problem_only) for row, where in rows)
+
+
+def _stored(rows: Iterable[Row], source: DataSource, part: slice = slice(None), *, problem_only: bool = True) -> Store:
+    """Return the demonstrations of rows, of which only a slice is read."""
+    return Store().extend(_read(islice(rows, part.start, part.stop), source, problem_only=problem_only))
+
+
+def _mixed(source: DataSource, *, problem_only: bool) -> tuple[Rows, str]:
+    """Return the rows of a mixture, one dataset after the other, and in words how many each has and contributes."""
+    store, starts, parts = Store(), [0], list(parts_of(source))
+    for part in parts:
+        store.extend(_read(part.rows, source, problem_only=problem_only))
+        starts.append(len(store))
+    sizes = np.diff(starts).tolist()
+    taken = shares(sizes, [part.fraction for part in parts])
+    numbers = [np.arange(start, start + n) for start, n in zip(starts, taken, strict=False)]
+    words = (f"{n:,} of {size:,} from {part.name}" for part, n, size in zip(parts, taken, sizes, strict=True))
+    return store.view(np.concatenate(numbers)), f"rows: {', '.join(words)}"
+
+
+def _own_splits(dataset: Dataset, *, required: bool) -> dict[Split, Rows]:
     """Return the problems of the splits that a dataset holds out itself.
 
     Raises DataError if `dataset_test_split` names one that is missing and required.
     """
     key, asked = "dataset_test_split", dataset.source.dataset_test_split
     test_split, test_slice = parse_split(asked or "test", key=key)
-    if asked and required and dataset.is_file:
-        raise DataError(f"{key}: {dataset.path} is one file without splits: give its directory, or remove the key")
-    own: dict[Split, list[Demonstration]] = {}
+    if asked and required and dataset.has_no_splits:
+        what = "one file" if dataset.path.is_file() else "rows"
+        raise DataError(f"{key}: {dataset.name} is {what} without splits: give a directory, or remove the key")
+    own: dict[Split, Rows] = {}
     if dataset.has(test_split):
-        own["test"] = _problems(dataset.read(test_split)[test_slice])
+        own["test"] = _stored(dataset.read(test_split), dataset.source, test_slice).view()
     elif asked and required:
         raise DataError(f"{key}: {dataset.name} has no split {test_split!r}")
     # A recipe may train on `validation`, or call it its test split.
     if "validation" not in (test_split, dataset.train_split) and dataset.has("validation"):
-        own["dev"] = _problems(dataset.read("validation"))
+        own["dev"] = _stored(dataset.read("validation"), dataset.source).view()
     for name in _OTHER_NAMES:
         if dataset.path.is_dir() and name not in (test_split, dataset.train_split) and dataset.has(name):
             raise DataError(f"dataset_name: {dataset.name}: its split {name!r} is not read: rename it to validation")
     return own
 
 
-def _problems(rows: Sequence[Row]) -> list[Demonstration]:
-    return [demonstration(row, where, problem_only=True) for row, where in rows]
-
-
-def _refuse_overlap(train: Sequence[Demonstration], held_out: Sequence[Demonstration], *, of: str = "training") -> None:
+def _refuse_overlap(train: Sequence[Demonstration], *held_out: Sequence[Demonstration], of: str = "training") -> None:
     """Raise DataError if a training prompt is also held out; of: another name of the prompts that must not be."""
-    by_id = {d.problem.id: d for d in reversed(held_out)}
-    shared = [d for d in train if d.problem.id in by_id]
-    if shared:
-        first = shared[0].problem
+    held = [ids_of(part) for part in held_out]
+    shared = np.flatnonzero(np.isin(ids_of(train), np.concatenate(held)))
+    if len(shared):
+        first = train[int(shared[0])].problem
+        there = next(d for part in held_out for d in part if d.problem.id == first.id)
         parts = "dev or test" if of == "training" else "test"
         raise DataError(
             f"{first.where}: {len(shared)} of {len(train)} {of} prompts are also in {parts} "
-            f"(this one is {by_id[first.id].problem.where}): remove them, or set allow_overlap: true"
+            f"(this one is {there.problem.where}): remove them, or set allow_overlap: true"
         )
-
-
-# One prompt in several rows
-def _repeated(demonstrations: Iterable[Demonstration]) -> tuple[tuple[Problem, Problem], ...]:
-    """Return the rows that repeat the prompt of an earlier one with other columns, each behind the first such row."""
-    first: dict[str, Problem] = {}
-    pairs = ((first.setdefault(d.problem.id, d.problem), d.problem) for d in demonstrations)
-    return tuple((earlier, again) for earlier, again in pairs if earlier is not again and _differing(earlier, again))
-
-
-def _differing(first: Problem, again: Problem) -> list[str]:
-    """Return the columns in which two problems differ; a missing one is null."""
-    values = [(name, first.columns.get(name), again.columns.get(name)) for name in {**first.columns, **again.columns}]
-    values = [(name, a or {}, b or {}) if name == TEMPLATE_COLUMN else (name, a, b) for name, a, b in values]
-    # NaN differs from itself, and arrays compare by element.
-    return [name for name, a, b in values if repr(a) != repr(b) and not (isinstance(a, _VALUES) and a == b)]
-
-
-_VALUES = (str, int, float, bool, list, tuple, dict)
-"""Types whose values are compared as they are."""
 
 
 # Kept rows of a run
@@ -321,8 +333,8 @@ def _kept(source: DataSource, file: Path, train: slice, *, dev: int, test: int, 
     splits = _load(made_from, dev=dev, test=test, allow_overlap=allow_overlap, demonstrations=False)
     manifest = read_json(file.parent / MANIFEST) if (file.parent / MANIFEST).is_file() else {}
     tokenizer = str(manifest.get("tokenizer", ""))
-    rows = [demonstration(row, where) for row, where in read_json_rows(file)][train]
-    kept = tuple(replace(d, tokenizer=tokenizer) for d in rows)
+    rows = _read(islice(read_json_rows(file), train.start, train.stop), source, problem_only=False)
+    kept = Store().extend(replace(d, tokenizer=tokenizer) for d in rows).view()
     if not kept:
         raise DataError(f"{file}: no rows: the run kept none")
     if not allow_overlap:
@@ -332,14 +344,14 @@ def _kept(source: DataSource, file: Path, train: slice, *, dev: int, test: int, 
 
 
 # Embedded datasets
-def _embedded(name: str, train: slice, *, dev: int, test: int) -> Splits:
-    datasets = embedded_datasets()
+def _embedded(source: DataSource, train: slice, *, dev: int, test: int) -> Splits:
+    datasets, name = embedded_datasets(), source.dataset_name
     if name not in datasets:
         raise DataError(f"dataset_name: {name!r} is not embedded; there are {', '.join(sorted(datasets))}")
     dataset = datasets[name]
 
     def demonstrations(rows: Sequence[Mapping[str, Any]], part: str) -> tuple[Demonstration, ...]:
-        return tuple(demonstration(row, f"{name} {part} row {i}") for i, row in enumerate(rows))
+        return tuple(demonstration(row, f"{name} {part} row {i}", form=source.form) for i, row in enumerate(rows))
 
     def problems(split: Split, n: int) -> tuple[Demonstration, ...]:
         """Return distinct problems: a split may have fewer than n."""
@@ -360,41 +372,5 @@ def _generated(source: reasoning_gym.Source, dataset: Dataset, *, dev: int, test
     if dataset.train_split != "train":
         raise DataError(f"dataset_train_split: {source.name} has the split train, and no {dataset.train_split!r}")
     rows = reasoning_gym.problems(source, test=test, dev=dev, train=dataset.train_slice)
-    train, dev_part, test_part = (tuple(_problems(rows[name])) for name in ("train", "dev", "test"))
+    train, dev_part, test_part = (tuple(_read(rows[name], dataset.source)) for name in ("train", "dev", "test"))
     return Splits(train, dev_part, test_part, reward=reasoning_gym.reward_function(source))
-
-
-# Splits by hash
-def _by_hash(
-    demonstrations: Sequence[Demonstration], *, dev: int | None, test: int | None
-) -> dict[Split, list[Demonstration]]:
-    """Split by the hash of the prompt; dev, test: how many problems an evaluation asks for, None to take none out.
-
-    The shares of `SHARES` are held out, all of them even if fewer are evaluated: a later evaluation may take more. A
-    share smaller than asked for gets further training problems, in the order of their hash, up to one in `SMALL` of
-    all. (A tiny dataset may have more than that in a share by chance: the rest is then trained on.)
-    """
-    ids = sorted({d.problem.id for d in demonstrations})
-    most = len(ids) // SMALL
-    asked: dict[Split, int] = {}
-    asked |= {} if test is None else {"test": test}
-    asked |= {} if dev is None else {"dev": dev}
-    split_of: dict[str, Split] = {}
-    for split, n in asked.items():
-        low, high = SHARES[split]
-        share = [key for key in ids if low <= bucket(key) < high]
-        split_of |= dict.fromkeys(share if len(share) >= n else share[:most], split)
-    held = Counter(split_of.values())
-    left = iter([key for key in ids if key not in split_of])
-    for split, n in asked.items():
-        split_of |= dict.fromkeys(islice(left, max(0, min(n, most) - held[split])), split)
-    parts: dict[Split, list[Demonstration]] = {"train": [], "dev": [], "test": []}
-    for d in demonstrations:
-        parts[split_of.get(d.problem.id, "train")].append(d)
-    return parts
-
-
-def _first(demonstrations: Sequence[Demonstration], n: int) -> tuple[Demonstration, ...]:
-    """Return n problems in the order of their hash: a sample that no order of the file can bias."""
-    distinct = {d.problem.id: d for d in reversed(demonstrations)}
-    return tuple(distinct[key] for key in sorted(distinct)[:n])

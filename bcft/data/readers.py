@@ -4,85 +4,121 @@ Nothing in a row is dropped in silence: a column or a key that would change what
 file and line. All other columns are the problem's, for its reward and its environment.
 """
 
+import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
+from bcft.data.formats import SHAPE, RowFormat, hint, in_trl_columns, names
 from bcft.errors import DataError
 from bcft.rewards.base import REFERENCE_COLUMNS
 from bcft.rewards.signature import TRL_ARGUMENTS
 from bcft.types import Demonstration, Message, Problem, Prompt, TrainingExample, messages, problem_id, show
-from bcft.types.text import is_empty, says_no, says_yes, valid_text
+from bcft.types.calls import tools
+from bcft.types.plain import is_empty, says_no, says_yes, valid_text
 
-SHAPE = ("prompt", "question", "completion", "messages")
-"""Columns that say what is asked and answered; null is as if absent."""
 SAMPLED_COLUMNS = {"prompt", "completion", "input_ids", "labels", "problem_id"}
 """Columns that make a row one of `kept.jsonl`."""
 TEMPLATE_COLUMN = "chat_template_kwargs"
+TOOLS_COLUMN = "tools"
+WEIGHT_COLUMN = "weight"
+"""Column of a demonstration: what its loss is multiplied by."""
+ARGUMENTS = (TEMPLATE_COLUMN, TOOLS_COLUMN)
+"""Columns that the chat template reads."""
+_TRL = RowFormat()
 _TEXT_ALONE = "only text is trained: remove the column, or leave such rows out"
 _SYSTEM = "write it into the prompt, as a first message of the role system"
-_TOOLS = "write the tools into the system message as the model's template prints them, or remove the column"
 _REFUSED = {
     **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), _TEXT_ALONE),
     **dict.fromkeys(("system", "system_prompt"), _SYSTEM),
-    **dict.fromkeys(("tools", "functions"), _TOOLS),
+    "functions": "rename it to tools, a list of JSON schemas",
     **dict.fromkeys(TRL_ARGUMENTS, "reward functions have an argument of that name: rename the column"),
 }
 """Column -> what to do about it: it would change what the policy reads or how a reward is called."""
 _WHICH_TOKENS = "which tokens carry loss follows from the messages: remove the column"
-_THOUGHT = "write it into the completion as the model's template does, such as <think>…</think>, or remove the column"
+_INTO_MESSAGE = "write it into the assistant's message, in messages or completion, or remove the column"
 _UNTRAINED = {
-    **dict.fromkeys(("reasoning_content", "reasoning", "thinking"), _THOUGHT),
-    **dict.fromkeys(("tool_calls", "function_call"), "this version trains no tool calls: leave such rows out"),
+    **dict.fromkeys(("reasoning_content", "reasoning", "thinking", "tool_calls", "function_call"), _INTO_MESSAGE),
     "label": "an example not to follow, as in KTO: leave such rows out; rename the column if it says something else",
-    "weight": "every row has the weight 1: leave rows out or repeat them, and remove the column",
-    "train": "leave such rows out",
+    "train": "leave such rows out, or give them the weight 0",
     **dict.fromkeys(("input_ids", "labels", "loss_mask", "completion_mask", "assistant_masks"), _WHICH_TOKENS),
 }
 """Column of a demonstration -> what to do about it: it would change whether and how the row is trained."""
+_STEPS = "the steps of a process reward model: join those that are right into completion, or leave such rows out"
 _CHECKED = frozenset({*_REFUSED, *_UNTRAINED})
-_RENAME = {
-    "conversations": "a ShareGPT file: rename conversations to messages, and in it from to role and value to content",
-    "problem": "rename problem to prompt",
-    "instruction": "write instruction and input into prompt, and rename output to completion",
+_NOT_TRAINED = {
     "chosen": "a preference pair: make prompt and completion of it",
     "text": "split text into prompt and completion",
 }
-"""Column of another format -> how to make it one of these."""
+"""Column of another type of TRL's -> how to make a demonstration of it."""
 
 
-def demonstration(row: Mapping[str, Any], where: str, *, problem_only: bool = False) -> Demonstration:
+def demonstration(
+    row: Mapping[str, Any], where: str, *, form: RowFormat = _TRL, problem_only: bool = False
+) -> Demonstration:
     """Return the demonstration of a row.
 
     A row has `prompt` or `question` with `completion`, `messages`, or `question` and `answer`, which is the completion
-    if there is no other; all other columns are the problem's.
-    A row of `kept.jsonl` has token ids as well, which become `Demonstration.sampled`.
-    where: the row's place; problem_only: accept a row without a completion, and columns that say how to train it.
+    if there is no other, or the columns of another format; `weight` is the demonstration's, all other columns are the
+    problem's.
+    A row of `kept.jsonl` has token ids as well, which become `Demonstration.sampled`; it is read as it is.
+    where: the row's place; form: what its columns mean; problem_only: accept a row without a completion, and columns
+    that say how to train it.
     Raises DataError that names the place for a row of another shape, and for what cannot be trained.
     """
-    given = {key: value for key, value in row.items() if key not in SHAPE or value is not None}
-    sampled = given.keys() >= SAMPLED_COLUMNS
-    _refuse_columns(given, where, demonstrates=not problem_only and not sampled)
+    given = _stated(row)
+    if given.keys() >= SAMPLED_COLUMNS:
+        return _sampled(given, where, form)
+    given = _stated(in_trl_columns(row, where, form))
+    made = _read(given, where, problem_only=problem_only)
+    if form.dataset_format == "lines":  # the policy must not read what names the problem
+        name = problem_id(str(row[str(form.prompt_column)]))
+        return replace(made, problem=replace(made.problem, id=name))
+    return made if form.system_prompt is None else _with_system(made, form.system_prompt, where)
+
+
+def _stated(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row without the columns of `SHAPE` that are null."""
+    return {key: value for key, value in row.items() if key not in SHAPE or value is not None}
+
+
+def _read(given: dict[str, Any], where: str, *, problem_only: bool) -> Demonstration:
+    """Return the demonstration of a row in the columns of `trl`."""
+    _refuse_columns(given, where, demonstrates=not problem_only)
     keys = [key for key in ("messages", "prompt", "question") if key in given]
     if not keys or (keys == ["question"] and {"answer", "completion"}.isdisjoint(given) and not problem_only):
         raise DataError(_other_shape(given, where, problem_only=problem_only))
+    weight = 1.0 if problem_only else _weight(given.pop(WEIGHT_COLUMN, None), where)
     columns = {key: value for key, value in given.items() if key not in SHAPE}
     if "question" in given and keys != ["question"]:
         columns["question"] = given["question"]
     _check_columns(columns, where)
     if "messages" in given:
-        return _conversation(given, columns, where, problem_only=problem_only)
+        return replace(_conversation(given, columns, where, problem_only=problem_only), weight=weight)
     completion_key = "completion" if keys[0] == "prompt" or "completion" in given else "answer"
     if completion_key not in given and not problem_only:
+        remedy = next((f": {words}" for key, words in _NOT_TRAINED.items() if key in given), "")
         raise DataError(
             f"{where}: no completion: a demonstration is a prompt and a completion (only filtered, collect and "
-            f"evaluate take prompts alone)"
+            f"evaluate take prompts alone){remedy}"
         )
     prompt = _prompt(given[keys[0]], f"{where}: {keys[0]}")
-    if sampled:
-        return _sampled(given, prompt, where)
     answered = completion_key in given
     completion = _completion(given[completion_key], f"{where}: {completion_key}") if answered else ()
-    return Demonstration(Problem(problem_id(prompt), prompt, columns, where), prompt, completion)
+    return Demonstration(Problem(problem_id(prompt), prompt, columns, where), prompt, completion, weight=weight)
+
+
+def _with_system(made: Demonstration, text: str, where: str) -> Demonstration:
+    """Return a demonstration whose prompt begins with a system message; the id is still that of the row's own prompt.
+
+    So the splits are the same under every system prompt. Raises DataError for a row with a system message of its own.
+    """
+    given = messages(made.prompt)
+    if any(message["role"] == "system" for message in given):
+        raise DataError(f"{where}: the row has a system message: remove it, or system_prompt from the recipe")
+    prompt: list[Message] = [{"role": "system", "content": text}, *given]
+    read = made.prompt == made.problem.prompt
+    return replace(made, prompt=prompt, problem=replace(made.problem, prompt=prompt) if read else made.problem)
 
 
 # Columns
@@ -92,28 +128,52 @@ def _refuse_columns(row: Mapping[str, Any], where: str, *, demonstrates: bool) -
         return
     for key in sorted(row.keys() & _REFUSED.keys()):
         if not is_empty(row[key]):
-            raise DataError(f"{where}: column {key!r}: {_REFUSED[key]}")
+            remedy = _STEPS if key == "completions" and "labels" in row else _REFUSED[key]
+            raise DataError(f"{where}: column {key!r}: {remedy}")
     if not demonstrates:
         return
-    harmless = {"label": lambda value: not says_no(value), "weight": says_yes, "train": says_yes}
+    harmless = {"label": lambda value: not says_no(value), "train": says_yes}
     for key in sorted(row.keys() & _UNTRAINED.keys()):
         if not is_empty(row[key]) and not (key in harmless and harmless[key](row[key])):
             raise DataError(f"{where}: column {key!r} ({show(row[key])}): {_UNTRAINED[key]}")
 
 
+def _weight(value: Any, where: str) -> float:
+    """Return the weight that a row gives. Raises DataError unless it is a finite number of at least 0."""
+    if is_empty(value) or says_yes(value):
+        return 1.0
+    try:
+        weight = float(value)
+    except (TypeError, ValueError):
+        weight = 0.0 if says_no(value) else math.nan
+    if not 0 <= weight < math.inf:
+        raise DataError(
+            f"{where}: weight {show(value)}: it multiplies the row's loss, so it is a finite number >= 0: give one, or "
+            f"rename the column"
+        )
+    return weight
+
+
 def _check_columns(columns: dict[str, Any], where: str) -> None:
-    """Raise DataError for a reference that is null, and for arguments of the template that are no mapping."""
+    """Raise DataError for a reference that is null, and for tools or arguments of the template of another form."""
     for key in REFERENCE_COLUMNS:
         if key in columns and columns[key] is None:
             raise DataError(f"{where}: {key}: null: give every row its reference answer, or remove the column")
+    if not is_empty(columns.get(TOOLS_COLUMN)):
+        try:
+            columns[TOOLS_COLUMN] = tools(columns[TOOLS_COLUMN])
+        except ValueError as error:
+            raise DataError(f"{where}: {TOOLS_COLUMN}: {error}") from error
     if TEMPLATE_COLUMN not in columns:
         return
     given = columns[TEMPLATE_COLUMN]
     if is_empty(given) and not isinstance(given, Mapping):
         return
     if not isinstance(given, Mapping) or not all(isinstance(key, str) for key in given):
-        hint = ": write it as an object, which csv and tsv cannot hold" if isinstance(given, str) else ""
-        raise DataError(f"{where}: {TEMPLATE_COLUMN}: expected an object with names as keys, not {show(given)}{hint}")
+        remedy = ": write it as an object, which csv and tsv cannot hold" if isinstance(given, str) else ""
+        raise DataError(f"{where}: {TEMPLATE_COLUMN}: expected an object with names as keys, not {show(given)}{remedy}")
+    if TOOLS_COLUMN in given:
+        raise DataError(f"{where}: {TEMPLATE_COLUMN}: give tools as a column of its own, {TOOLS_COLUMN}")
     # `datasets` and parquet give every row the keys of all rows: null is as if absent.
     columns[TEMPLATE_COLUMN] = {key: value for key, value in given.items() if value is not None}
 
@@ -123,8 +183,8 @@ def _other_shape(row: Mapping[str, Any], where: str, *, problem_only: bool) -> s
     expected = (
         "prompt, messages or question" if problem_only else "prompt and completion, messages, or question and answer"
     )
-    hint = next((f" ({remedy})" for key, remedy in _RENAME.items() if key in row), "")
-    return f"{where}: columns {', '.join(sorted(map(str, row))) or 'none'}: expected {expected}{hint}"
+    remedy = hint(row) or next((words for key, words in _NOT_TRAINED.items() if key in row), "")
+    return f"{where}: columns {names(row)}: expected {expected}{f' ({remedy})' if remedy else ''}"
 
 
 # Messages
@@ -151,8 +211,10 @@ def _conversation(
     return Demonstration(problem, conversation[:first], tuple(conversation[first:]))
 
 
-def _sampled(row: Mapping[str, Any], prompt: Prompt, where: str) -> Demonstration:
+def _sampled(row: Mapping[str, Any], where: str, form: RowFormat) -> Demonstration:
     """Return the demonstration of a row of `kept.jsonl`: its text, and the ids that were sampled."""
+    _refuse_columns(row, where, demonstrates=False)
+    prompt = _prompt(row["prompt"], f"{where}: prompt")
     completion = _messages(row["completion"], f"{where}: completion")
     _ends_with_assistant(completion, f"{where}: completion")
     try:
@@ -160,10 +222,14 @@ def _sampled(row: Mapping[str, Any], prompt: Prompt, where: str) -> Demonstratio
     except (KeyError, TypeError, ValueError) as error:
         reason = f"no {error.args[0]}" if isinstance(error, KeyError) else str(error).removeprefix(f"{where}: ")
         raise DataError(f"{where}: not a row of kept.jsonl: {reason}") from error
-    if example.weight != 1.0:
-        raise DataError(f"{where}: weight {example.weight:g}: {_UNTRAINED['weight']}")
-    columns = {TEMPLATE_COLUMN: dict(example.template_kwargs)} if example.template_kwargs else {}
-    return Demonstration(Problem(example.problem_id, prompt, columns, where), prompt, tuple(completion), example)
+    if form.system_prompt is not None and messages(prompt)[0]["content"] != form.system_prompt:
+        raise DataError(f"{where}: sampled without this system_prompt: remove the key")
+    arguments = dict(example.template_kwargs)
+    columns = {TOOLS_COLUMN: arguments.pop(TOOLS_COLUMN)} if TOOLS_COLUMN in arguments else {}
+    if arguments:
+        columns[TEMPLATE_COLUMN] = arguments
+    problem = Problem(example.problem_id, prompt, columns, where)
+    return Demonstration(problem, prompt, tuple(completion), example, weight=example.weight)
 
 
 def _prompt(value: Any, where: str) -> Prompt:

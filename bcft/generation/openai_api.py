@@ -29,7 +29,7 @@ from bcft.policy.chat_template import Renderer
 from bcft.policy.loading import Policy
 from bcft.runs.distributed import world_size
 from bcft.types import Action, Engine, EngineMaker, Request, RolloutSettings
-from bcft.types.text import valid_text
+from bcft.types.plain import valid_text
 
 KEY = "OPENAI_API_KEY"
 """The variable that holds the key. It is in no file, line or error."""

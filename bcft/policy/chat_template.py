@@ -20,6 +20,7 @@ __all__ = ["DATE", "Renderer", "bos_at_head"]
 
 _HEADS = ("<|im_start|>", "<|start_header_id|>", "<|begin_of_text|>", "<start_of_turn>", "[INST]", "<|user|>")
 """What templates of other models write before a user's message."""
+_NO_TEMPLATE = "{} but the tokenizer has no chat template: set chat_template_path"
 _RECENT = 4096
 """Rendered conversations that are remembered: more than are played at once."""
 _Kwargs = Mapping[str, Any] | None
@@ -53,6 +54,8 @@ class Renderer:
             )
         self.tail_ids = self._find_tail(known)
         self.stop_ids: tuple[int, ...] = tuple(sorted(known | {self.tail_ids[-1]}))
+        if self._template:
+            self._template.stops = self.stop_texts
         self._lead, self._lead_ids, self._lead_space = self._find_lead()
         shortest = self.prompts(["?"])[0]
         self.bos_count = bos_at_head(shortest, tokenizer.bos_token_id)
@@ -84,15 +87,17 @@ class Renderer:
         bare = self._template.bare if self._template else ""
         return self._action_ids([bare] * len(texts), [self._ended(self._text.escape(text)) for text in texts])
 
-    def texts(self, prompt: Prompt, content: str, template_kwargs: _Kwargs = None) -> tuple[str, str]:
+    def texts(self, prompt: Prompt, answer: str | Message, template_kwargs: _Kwargs = None) -> tuple[str, str]:
         """Return a prompt and an answer as the template renders them, the answer with its stop token.
 
         Raises DataError when the row would not be what the template renders, or not what prompt and answer say.
         """
-        context = self._context(prompt, template_kwargs)
+        context, said = self._context(prompt, template_kwargs), _message(answer)
         if self._template is None:
-            return context, self._text.escape(content)
-        return context, self._template.answer(prompt, context, content, template_kwargs)
+            if further := said.keys() - {"role", "content", "train"}:
+                raise DataError(_NO_TEMPLATE.format(f"the completion has {sorted(further)[0]}"))
+            return context, self._text.escape(said["content"])
+        return context, self._template.answer(prompt, context, said, template_kwargs)
 
     def rows(self, texts: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
         """Return the ids of prompts and answers that `texts` returned, each tokenized apart."""
@@ -101,6 +106,8 @@ class Renderer:
 
     def _context(self, prompt: Prompt, template_kwargs: _Kwargs) -> str:
         if self._template is None:
+            if (template_kwargs or {}).get("tools"):
+                raise DataError(_NO_TEMPLATE.format("the row has tools"))
             return self._text.escape(_plain_text(prompt))
         return self._template.context(prompt, template_kwargs)
 
@@ -123,13 +130,14 @@ class Renderer:
         observation: Prompt,
         *,
         template_kwargs: _Kwargs = None,
-        said: str | None = None,
+        said: str | Message | None = None,
     ) -> tuple[list[int], bool]:
         """Return the ids that an observation adds behind an action, and False; or the whole next context, and True.
 
-        before: all messages before the action; said: the action's text, if it is not to be read from its ids. The whole
-        context is rendered anew where the template changes earlier text (drops thoughts, say) or the action did not
-        stop as the template ends a message. Whitespace that the template strips from the action itself changes nothing.
+        before: all messages before the action; said: the action's text, if it is not to be read from its ids, or its
+        message, if it has calls or a thought apart from the text. The whole context is rendered anew where the template
+        changes earlier text (drops thoughts, say) or the action did not stop as the template ends a message. Whitespace
+        that the template strips from the action itself changes nothing.
         A truncated action gets the end that it lacks.
         """
         truncated = not action_ids or action_ids[-1] not in self.stop_ids
@@ -142,7 +150,7 @@ class Renderer:
         body, stopped = raw.removesuffix(tail), raw.endswith(tail)
         ends = tuple(action_ids[-len(self.tail_ids) :]) == tuple(self.tail_ids)
         action = self.decode(action_ids[: -len(self.tail_ids)] if ends else action_ids)
-        reply = Message(role="assistant", content=action if said is None else said)
+        reply = _message(action if said is None else said)
         earlier = self._conversation(before, template_kwargs)
         whole = self._conversation([*before, reply, *messages(observation)], template_kwargs)
         rest = whole.removeprefix(earlier)
@@ -162,7 +170,8 @@ class Renderer:
         The latest results are remembered: rendering takes time that grows with the number of messages, and each
         conversation is needed twice, after one turn and before the next.
         """
-        key = (kwargs_key(template_kwargs), *((message["role"], message["content"]) for message in conversation))
+        said = [(m["role"], m["content"], repr(m) if len(m) > 2 else "") for m in conversation]
+        key = (kwargs_key(template_kwargs), *said)
         if key not in self._recent:
             if len(self._recent) >= _RECENT:
                 del self._recent[next(iter(self._recent))]
@@ -187,6 +196,10 @@ class Renderer:
             known = [token for token in ids if token not in self._text.special]
             return str(self.tokenizer.decode(known, skip_special_tokens=True))
         return self._text.words(ids).removeprefix(self._lead_space)
+
+    def words(self, said: Message, ids: Sequence[int]) -> str:
+        """Return the text of an action; with tool calls that of its ids, which is what a policy would have said."""
+        return self.decode(ids) if "tool_calls" in said else said["content"]
 
     @property
     def opening_text(self) -> str:
@@ -266,9 +279,13 @@ def _behind(ids: list[int], lead: list[int]) -> list[int]:
     return ids if start is None else ids[start + len(lead) :]
 
 
+def _message(answer: str | Message) -> Message:
+    return {"role": "assistant", "content": answer} if isinstance(answer, str) else answer
+
+
 def _plain_text(prompt: Prompt) -> str:
     if isinstance(prompt, str):
         return prompt
     if [message["role"] for message in prompt] == ["user"]:  # the same as a string
         return prompt[0]["content"]
-    raise DataError("the prompt is a list of messages but the tokenizer has no chat template: set chat_template_path")
+    raise DataError(_NO_TEMPLATE.format("the prompt is a list of messages"))

@@ -7,15 +7,18 @@ earlier messages or drop what it does not know. What belongs to a row is kept; w
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from datetime import date
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 from jinja2 import TemplateError
 
 from bcft.errors import DataError
 from bcft.policy.text_ids import BREAK, TextIds
 from bcft.types import Message, Prompt, show
+from bcft.types.calls import ToolCall, texts, tool_name
+from bcft.types.text import THOUGHT
 
 DATE = "26 Jul 2024"
 """Llama-3 templates print today's date. This is the one they fall back to, so that prompts never change overnight."""
@@ -39,6 +42,9 @@ _TAG = re.compile(r"<[^<>\s]+>|\[/?[A-Z_]+\]")
 _SWITCH = re.compile(r"/(?:no_)?think\b")
 """Words in a message that some templates obey and take out."""
 _TEXT_TEMPLATE = "set chat_template_path to a template that takes messages of text"
+_THOUGHT_KEYS = (THOUGHT, "thinking", "reasoning")
+"""What templates call a thought that is apart from the content."""
+_TOOLS = "set chat_template_path to a template that does"
 
 
 class Template:
@@ -59,15 +65,22 @@ class Template:
         """What it writes after an answer."""
         self.tail = self.end
         """The part of it that ends with the stop token."""
+        self.stops: tuple[str, ...] = ()
+        """The letters of all stop tokens: some templates end a tool call with another one."""
 
     def context(self, prompt: Prompt, template_kwargs: Mapping[str, Any] | None = None) -> str:
         """Return the prompt as the policy reads it.
 
-        Raises DataError when the template refuses the messages or loses the text of one.
+        Raises DataError when the template refuses the messages, or loses the text of one, a call or a tool.
         """
         given = as_messages(prompt, escape=self._escape)
         shown = self.render(given, template_kwargs, generate=True)
+        for tool in (template_kwargs or {}).get("tools", ()):
+            if not _holds(shown, tool_name(tool)):
+                raise DataError(f"tools: the chat template does not render {tool_name(tool)!r}: {_TOOLS}")
         for message in given:
+            if "tool_calls" in message:
+                self._require_calls()
             if message["role"] != "assistant" and not _holds(shown, message["content"]):
                 raise DataError(
                     f"the chat template does not render the {message['role']}'s text {_plain(message['content'])}: set "
@@ -76,35 +89,80 @@ class Template:
         return shown
 
     def answer(
-        self, prompt: Prompt, context: str, content: str, template_kwargs: Mapping[str, Any] | None = None
+        self, prompt: Prompt, context: str, said: Message, template_kwargs: Mapping[str, Any] | None = None
     ) -> str:
         """Return what the template writes behind a context for an answer, up to and including its stop token.
 
-        context: of the same prompt, as `context` returns it. Raises DataError when the template rewrites the context,
-        loses a part of the answer, or writes a tag of the answer's once more.
+        context: of the same prompt, as `context` returns it; said: the assistant's message. Raises DataError when the
+        template rewrites the context, loses a part of the answer, or writes a tag of the answer's once more.
         """
-        written = self._escape(content)
-        given = [*as_messages(prompt, escape=self._escape), Message(role="assistant", content=written)]
-        whole = self.render(given, template_kwargs, generate=False)
+        (written,) = as_messages([said], escape=self._escape)
+        whole = self.render([*as_messages(prompt, escape=self._escape), written], template_kwargs, generate=False)
         if not whole.startswith(context):
             at = _alike(whole, context)
             remedies = [*self._switch(), "set another chat_template_path"]
-            remedies += [] if "</think>" in content else ["give completions that carry their thought"]
+            thinks = "</think>" in said["content"] or THOUGHT in said
+            remedies += [] if thinks else ["give completions that carry their thought"]
             raise DataError(
                 f"the generation prompt is not a prefix of the rendering: it has {context[at:][:40]!r} where the "
                 f"rendering has {whole[at:][:40]!r}: {', or '.join(remedies)}"
             )
-        body = whole.removeprefix(context)
+        body, tail = whole.removeprefix(context), self.tail
+        stop = next((stop for stop in self.stops if body.rstrip().endswith(stop)), "")
         if self.end and body.endswith(self.end):
             body = body.removesuffix(self.end)
         elif self.tail and self.tail in body:
             body = body.rpartition(self.tail)[0]
+        elif "tool_calls" in said and stop:
+            body, tail = body.rstrip().removesuffix(stop), stop
         else:
-            raise DataError(f"the chat template emits no stop token after this completion: it ends in {body[-40:]!r}")
-        self._check_answer(body, written, template_kwargs)
-        return body + self.tail
+            remedy = ": leave rows with tool calls out, or set chat_template_path" if "tool_calls" in said else ""
+            raise DataError(
+                f"the chat template emits no stop token after this completion: it ends in {body[-40:]!r}{remedy}"
+            )
+        self._check_parts(body, written)
+        if "tool_calls" not in said:
+            self._check_content(body, written["content"], template_kwargs)
+        return body + tail
 
-    def _check_answer(self, body: str, written: str, template_kwargs: Mapping[str, Any] | None) -> None:
+    def _check_parts(self, body: str, written: Message) -> None:
+        """Raise DataError unless a rendering holds an answer's thought and, where there are calls, all its parts."""
+        thought = written.get(THOUGHT, "")
+        if not _holds(body, thought):
+            raise DataError(
+                f"the chat template does not render the thought {_plain(thought)}: write it into content as the "
+                f"template does, such as <think>…</think> before the answer, or remove {THOUGHT}"
+            )
+        if "tool_calls" not in written:
+            return
+        self._require_calls()
+        called = [call["function"] for call in written["tool_calls"]]
+        stated = [text for one in called for text in (one["name"], *texts(one["arguments"]))]
+        for text in [written["content"], *stated]:
+            if not _holds(body, text):
+                raise DataError(
+                    f"the chat template drops {_plain(text)} of a message with tool calls: it ends in {body[-40:]!r}: "
+                    f"take it off, or set chat_template_path to a template that renders it"
+                )
+
+    def _require_calls(self) -> None:
+        if self._call_refused:
+            raise DataError(f"the chat template renders no tool calls{self._call_refused}: {_TOOLS}")
+
+    @cached_property
+    def _call_refused(self) -> str:
+        """'' if the template renders a tool call; else why not, behind a colon if there is a reason."""
+        call = ToolCall(type="function", function={"name": CONTENT, "arguments": {}}, id="call00000")
+        try:
+            shown = self.render(
+                [{"role": "user", "content": "?"}, {"role": "assistant", "content": "", "tool_calls": [call]}],
+                generate=False,
+            )
+        except DataError as error:
+            return f": {error}"
+        return "" if CONTENT in shown else ", and would drop them"
+
+    def _check_content(self, body: str, written: str, template_kwargs: Mapping[str, Any] | None) -> None:
         """Raise DataError unless an answer stands at the end of its rendering, with no tag of its own before it."""
         before = self.generation_prompt(template_kwargs)
         shown = next((text for text in (written, written.strip()) if body.endswith(text)), None)
@@ -171,19 +229,53 @@ class Template:
         """
         own = checked_kwargs(template_kwargs)
         if unread := self.unread(own):
+            if "tools" in unread:
+                raise DataError(f"tools: the chat template has no place for them: {_TOOLS}, or remove the column")
             raise DataError(f"chat_template_kwargs: {', '.join(unread)}: the chat template has no such name: remove it")
         kwargs = self._kwargs | own
+        if "tools" in own:
+            kwargs["tools"] = _escaped(own["tools"], self._escape)
         if self._dated is not None:
             kwargs["chat_template"] = self._dated
         try:
             return str(
                 self._tokenizer.apply_chat_template(
-                    list(given), tokenize=False, add_generation_prompt=generate, **kwargs
+                    [self._as_read(message) for message in given],
+                    tokenize=False,
+                    add_generation_prompt=generate,
+                    **kwargs,
                 )
             )
         except _ERRORS as error:
             roles = " ".join(message["role"] for message in given)
-            raise DataError(f"the chat template refuses the messages ({roles}): {_one_line(error)}") from error
+            remedy = ""
+            if given[0]["role"] == "system" and len(given) > 1 and self._takes(given[1:], template_kwargs):
+                remedy = ": it takes no system message here: write it into the user's, or remove system_prompt"
+            raise DataError(f"the chat template refuses the messages ({roles}): {_one_line(error)}{remedy}") from error
+
+    def _takes(self, given: Sequence[Message], template_kwargs: Mapping[str, Any] | None) -> bool:
+        try:
+            self.render(given, template_kwargs, generate=True)
+        except DataError:
+            return False
+        return True
+
+    def _as_read(self, message: Message) -> dict[str, Any]:
+        """Return a message under the keys that the template reads."""
+        read = {key: value for key, value in message.items() if key not in ("train", THOUGHT)}
+        return read | ({self._thought_key: message[THOUGHT]} if THOUGHT in message else {})
+
+    @cached_property
+    def _thought_key(self) -> str:
+        """What the template calls a thought apart from the content; if it knows none, what most of them call it."""
+        for key in _THOUGHT_KEYS:
+            said = {"role": "assistant", "content": "?", key: CONTENT}
+            asked = [{"role": "user", "content": "?"}, said]
+            # Some templates refuse messages of this form; another key may do.
+            with suppress(*_ERRORS):
+                if CONTENT in self._tokenizer.apply_chat_template(asked, tokenize=False, **self._kwargs):
+                    return key
+        return THOUGHT
 
     def _try_out(self) -> tuple[str, str]:
         """Return a bare prompt, and a rendering of the same with an answer, `CONTENT`."""
@@ -227,7 +319,8 @@ def checked_kwargs(template_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
         return {}
     if not isinstance(template_kwargs, Mapping):
         raise DataError(f"chat_template_kwargs: expected names and values, not {show(template_kwargs)}")
-    if taken := sorted(template_kwargs.keys() & NOT_TO_SET):
+    set_by_row = {"tools"} if isinstance(template_kwargs.get("tools"), list) else set()  # it has a column of its own
+    if taken := sorted(template_kwargs.keys() & NOT_TO_SET - set_by_row):
         raise DataError(f"chat_template_kwargs: {', '.join(taken)}: set by the program, not by a row: remove it")
     # A table's rows all have the same names: None stands for a name that the row does not have.
     return {name: value for name, value in template_kwargs.items() if value is not None}
@@ -239,18 +332,31 @@ def kwargs_key(template_kwargs: Mapping[str, Any] | None) -> str:
 
 
 def as_messages(prompt: Prompt, *, escape: Callable[[str], str] = str) -> list[Message]:
-    """Return a prompt as messages, their texts passed through `escape`."""
+    """Return a prompt as messages, their texts passed through `escape`, those of calls as well."""
     if isinstance(prompt, str):
         return [{"role": "user", "content": escape(prompt)}]
-    return [{"role": message["role"], "content": escape(message["content"])} for message in prompt]
+    read = [{k: v if k == "role" else _escaped(v, escape) for k, v in message.items()} for message in prompt]
+    return cast(list[Message], read)
+
+
+def _escaped(value: Any, escape: Callable[[str], str]) -> Any:
+    """Return a value of JSON with its texts passed through `escape`, the keys of its objects as well."""
+    if isinstance(value, str):
+        return escape(value)
+    if isinstance(value, Mapping):
+        return {escape(key): _escaped(item, escape) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_escaped(item, escape) for item in value]
+    return value
 
 
 def _holds(shown: str, text: str) -> bool:
-    """Return whether a rendering has a message's text: as it is, stripped, as JSON, or without thinking switches."""
+    """Return whether a rendering has a text: as it is, stripped, as JSON or Python, or without thinking switches."""
     if text in shown:
         return True
-    whole = _squash(shown)
-    return any(_squash(form) in whole for form in (text, json.dumps(text.strip(), ensure_ascii=False)[1:-1]))
+    whole, bare = _squash(shown), text.strip()
+    forms = (text, *(json.dumps(bare, ensure_ascii=ascii)[1:-1] for ascii in (False, True)), repr(bare)[1:-1])
+    return any(_squash(form) in whole for form in forms)
 
 
 def _squash(text: str) -> str:

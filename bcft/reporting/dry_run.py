@@ -11,6 +11,7 @@ are imported.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +26,11 @@ from bcft.config.schema import (
     SelectionSettings,
     TrainingSettings,
 )
-from bcft.data.examples import check_prompts, make_examples, replay_examples, without_special_tokens
+from bcft.data.checks import check_prompts, without_special_tokens
+from bcft.data.examples import make_examples, replay_examples
 from bcft.data.loading import Splits, load_splits
+from bcft.data.sources import BUILDERS
+from bcft.data.weights import scaled
 from bcft.environments.base import rollout_settings
 from bcft.errors import UsageError
 from bcft.reporting.costs import Line, batch, before_and_after, evaluations, round_steps, sft_steps
@@ -38,6 +42,7 @@ from bcft.runs.directory import quiet_libraries
 from bcft.runs.disk import copies_of_rounds, copies_of_sft
 from bcft.runs.distributed import rank
 from bcft.selection.scoring import Scorer
+from bcft.training.tokens import longest_example
 from bcft.types import Environment
 
 if TYPE_CHECKING:
@@ -176,6 +181,7 @@ def _examples(parts: _Parts, plan: Plan) -> tuple[str, int, Lengths | None]:
     examples, counts = make_examples(
         demonstrations, renderer, max_length=limit, overlength=data.overlength, train_on=train_on
     )
+    _, weights_note = scaled(examples, plan.training)
     for part in (splits.dev, splits.test):  # the run takes a loss on those that have a solution
         answered = [d for d in part if d.answered]
         bare, _ = without_special_tokens(answered, renderer, special_tokens=data.special_tokens)
@@ -183,8 +189,8 @@ def _examples(parts: _Parts, plan: Plan) -> tuple[str, int, Lengths | None]:
     attempted = [d.problem for d in (*splits.test, *splits.harder)]
     prompts = renderer.prompts([p.prompt for p in attempted], [p.template_kwargs for p in attempted])
     sampled = max(map(len, prompts), default=0) + plan.sampling.max_completion_length
-    longest = Lengths(max(len(example.input_ids) for example in examples), sampled)
-    return "; ".join(filter(None, [str(counts), note])), len(examples), longest
+    longest = Lengths(longest_example(examples), sampled)
+    return "; ".join(filter(None, [str(counts), note, weights_note])), len(examples), longest
 
 
 def _replay(parts: _Parts, plan: Plan) -> str:
@@ -193,8 +199,8 @@ def _replay(parts: _Parts, plan: Plan) -> str:
     if isinstance(splits, Missing) or isinstance(renderer, Missing):
         return ""
     demonstrations, note = without_special_tokens(splits.replay, renderer, special_tokens=data.special_tokens)
-    replay_examples(demonstrations, renderer, max_length=parts.longest, train_on=data.train_on)
-    return note
+    replay = replay_examples(demonstrations, renderer, max_length=parts.longest, train_on=data.train_on)
+    return "; ".join(filter(None, (note, scaled(replay, plan.training)[1])))
 
 
 def _problems(parts: _Parts, plan: Plan) -> tuple[list[Line], Lengths | None]:
@@ -269,8 +275,10 @@ def _bytes(size: float) -> str:
 
 def _names(plan: Plan) -> list[str]:
     """Return the names that may be Hub ids."""
-    dataset = None if plan.rows else plan.data.dataset_name
-    return [name for name in (plan.model.model_name_or_path, dataset, plan.data.replay_dataset) if name]
+    data = plan.data
+    parts = [str(part["path"]) for part in data.datasets or () if part["path"] not in BUILDERS]
+    datasets = () if plan.rows else (data.dataset_name, *parts)
+    return [name for name in (plan.model.model_name_or_path, *datasets, data.replay_dataset) if name]
 
 
 def _parts(plan: Plan, *, plays: bool) -> _Parts:
@@ -284,7 +292,7 @@ def _parts(plan: Plan, *, plays: bool) -> _Parts:
 
     name, data = plan.model.model_name_or_path, plan.data
     splits = available(
-        lambda: load_splits(data, plan.evaluation, train=plan.rows, demonstrations=not plays), data.dataset_name
+        lambda: load_splits(data, plan.evaluation, train=plan.rows, demonstrations=not plays), data.source_name
     )
     if plays and isinstance(splits, Splits):
         splits.require_dev(plan.evaluation.eval_dev_problems)
@@ -295,9 +303,10 @@ def _parts(plan: Plan, *, plays: bool) -> _Parts:
     renderer = available(lambda: _renderer(plan.model), name)
     shape = available(lambda: outline(plan.model), name)
     if isinstance(splits, Splits) and not isinstance(renderer, Missing):
-        problems = list(splits.problems_to_attempt().values()) if plays else [d.problem for d in splits.train]
-        problems += [d.problem for d in splits.held_out]
-        check_prompts(problems, renderer, special_tokens=data.special_tokens)
+        trained = splits.problems_to_attempt().values() if plays else (d.problem for d in splits.train)
+        check_prompts(
+            chain(trained, (d.problem for d in splits.held_out)), renderer, special_tokens=data.special_tokens
+        )
     return _Parts(
         splits=splits,
         notes=notes,

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeVar
 
+from bcft.config.effects import is_function
 from bcft.data.loading import SUFFIXES
 from bcft.errors import BcftError
 from bcft.policy.gguf import PACKAGE
@@ -30,6 +31,8 @@ def work_offline_if_unreachable(names: Iterable[str]) -> None:
     local = all(
         name.startswith(("bcft:", "reasoning-gym:", PACKAGE))
         or name.endswith(SUFFIXES)
+        or is_function(name)
+        or any(sign in name for sign in ",*?[{")  # several files
         or (name.endswith(".gguf") and ":" not in name)  # owner/name:FILE.gguf is on the Hub
         or Path(name).exists()
         for name in (*names, *filter(None, map(_base, names)))

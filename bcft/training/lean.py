@@ -14,6 +14,7 @@ from transformers.cache_utils import DynamicLayer
 from trl.trainer import utils
 
 from bcft.policy.text_ids import common_beginning
+from bcft.training.loss import WEIGHT
 from bcft.types import IGNORED
 
 GROUP_TOKENS = 512
@@ -33,6 +34,7 @@ def pack(batch: Mapping[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
 
     What the prompts of all rows begin with, such as a system prompt, is read once for a sequence. A mask (1, 1, T, T)
     lets each row see itself and that beginning. A sequence has at most `GROUP_TOKENS` tokens, or one longer row.
+    Weights (B, T), if the batch has some, stay with their tokens.
     """
     mask, ids, labels = batch["attention_mask"], batch["input_ids"], batch["labels"]
     sizes = mask.sum(1).tolist()
@@ -48,7 +50,12 @@ def pack(batch: Mapping[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
             room = GROUP_TOKENS - shared
         groups[-1].append(row)
         room -= size - shared
-    return [_sequence([ids[i, : sizes[i]] for i in group], [labels[i] for i in group], shared) for group in groups]
+    sequences = [_sequence([ids[i, : sizes[i]] for i in group], [labels[i] for i in group], shared) for group in groups]
+    if WEIGHT in batch:
+        for sequence, group in zip(sequences, groups, strict=True):
+            weights = [batch[WEIGHT][i, : sizes[i]] for i in group]
+            sequence[WEIGHT] = torch.cat([weights[0][:shared], *(row[shared:] for row in weights)])[None]
+    return sequences
 
 
 def _sequence(rows: Sequence[torch.Tensor], labels: Sequence[torch.Tensor], shared: int) -> dict[str, torch.Tensor]:

@@ -1,19 +1,24 @@
 """The trainer: TRL's `SFTTrainer` on ids and labels that were checked before.
 
-The loss is TRL's: the mean over all supervised tokens of an optimizer step, whatever the micro-batches. Truncation and
-packing do not happen; tokenization and labels are made earlier, in `bcft.data.examples`.
+The loss is TRL's: the mean over all supervised tokens of an optimizer step, whatever the micro-batches; with weights of
+rows, the sum of the weighted losses over the same number of tokens. Truncation and packing do not happen; tokenization
+and labels are made earlier, in `bcft.data.examples`.
 """
 
 import dataclasses
 import math
 import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import torch
 from datasets import Dataset
+from datasets.table import InMemoryTable
 from transformers import PrinterCallback, ProgressCallback, set_seed
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_callback import TrainerState
@@ -27,6 +32,8 @@ from bcft.runs.progress import Progress
 from bcft.runs.storage import MANIFEST, committed, read_json, storage, write_manifest
 from bcft.training.callbacks import AtTheEnd, CountSteps, StopGently
 from bcft.training.lean import isolates, labeled_positions_only, pack
+from bcft.training.loss import WEIGHT, Reduction, count_rows, row_weights, weighted, with_weights
+from bcft.training.tokens import supervised_tokens, tokens_of
 from bcft.types import IGNORED, TrainingExample
 
 
@@ -35,10 +42,13 @@ class BCTrainer(SFTTrainer):  # type: ignore[misc]
 
     LoRA adapters are kept in fp32: TRL casts them to bf16 on a quantized base, where most small updates vanish.
     `initial_optimizer_state`, as `optimizer_state` returns one, is what the next optimizer starts from.
+    reduction: of a step's loss, as `loss_reduction` describes it. The logged loss is per token also under `sum`.
     """
 
     initial_optimizer_state: Mapping[str, torch.Tensor] | None = None
     _total_train_tokens: int
+    _signature_columns: Any
+    data_collator: Any
 
     def __init__(
         self,
@@ -49,17 +59,22 @@ class BCTrainer(SFTTrainer):  # type: ignore[misc]
         tokenizer: Any,
         held_out: Sequence[TrainingExample] = (),
         checkpoints: bool = True,
+        reduction: Reduction = "token",
     ) -> None:
+        self.reduction = reduction
         # TRL's cast to bf16 cannot be undone: it drops 16 of the 24 bits of an adapter's weights.
         named = model.named_parameters() if hasattr(model, "peft_config") else ()
         exact = {name: p.detach().clone() for name, p in named if p.requires_grad}
         super().__init__(
             model=model,
             args=args,
-            train_dataset=to_dataset(examples),
+            train_dataset=to_dataset(examples, reduction),
             eval_dataset=to_dataset(held_out) if held_out else None,
             processing_class=tokenizer,
         )
+        self.data_collator = with_weights(self.data_collator)
+        if reduction != "token" and not self.model_accepts_loss_kwargs:
+            raise UsageError(f"loss_reduction: {reduction}: this model's micro-batches are averaged alone: give token")
         # The Trainer's own callbacks print every log as a dictionary, or as a table in a notebook.
         for callback in (PrinterCallback, ProgressCallback, DEFAULT_PROGRESS_CALLBACK):
             self.pop_callback(callback)
@@ -94,7 +109,31 @@ class BCTrainer(SFTTrainer):  # type: ignore[misc]
                 f"step {self.state.global_step + 1}: the loss is not finite, and no weights were saved from "
                 f"it: lower learning_rate (now {self._get_learning_rate():.2g}) or max_grad_norm, or use bf16, not fp16"
             )
-        return loss
+        return loss / num_items_in_batch if self.reduction == "sum" else loss
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Return TRL's loss of a micro-batch, its rows weighted.
+
+        num_items_in_batch: what a step's sum is divided by; None in an evaluation, which is a mean over tokens.
+        """
+        weights = inputs.pop(WEIGHT, None)
+        model = model if weights is None else weighted(model, weights)
+        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        return loss * num_items_in_batch if self.reduction == "sum" and num_items_in_batch is not None else loss
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
+        """Return the micro-batches of a step, and their supervised tokens in all processes; the rows for `sequence`."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.reduction == "sequence" and items is not None:
+            items = self.accelerator.reduce(torch.tensor(float(count_rows(batches)), device=device))
+        return batches, items
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """Keep the weights: the Trainer removes columns that it does not know."""
+        super()._set_signature_columns_if_needed()
+        self._signature_columns = [*dict.fromkeys((*self._signature_columns, WEIGHT))]
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """Create the optimizer, with the moments of `initial_optimizer_state` if there is one."""
@@ -144,14 +183,17 @@ class Fit:
     """In nats per token, mean over the steps: of the policy on the examples it was trained on."""
 
 
-def to_dataset(examples: Sequence[TrainingExample]) -> Dataset:
-    """Return examples as the columns that the trainer reads."""
-    return Dataset.from_dict(
-        {
-            "input_ids": [list(example.input_ids) for example in examples],
-            "labels": [list(example.labels) for example in examples],
-        }
-    )
+def to_dataset(examples: Sequence[TrainingExample], reduction: Reduction = "token") -> Dataset:
+    """Return examples as the columns that the trainer reads; there are no weights where all would be 1."""
+    tokens, numbers = tokens_of(examples)
+    table, weights = tokens.table, row_weights(examples, reduction)
+    if weights is not None:
+        column = np.ones(len(table))
+        column[numbers] = weights
+        table = table.append_column(WEIGHT, pa.array(column))
+    # A fingerprint of the content would read the whole table.
+    dataset = Dataset(InMemoryTable(table), fingerprint=uuid.uuid4().hex[:16])
+    return dataset if len(numbers) == len(table) else dataset.select(numbers)
 
 
 def training_arguments(
@@ -163,6 +205,7 @@ def training_arguments(
     """
     values = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
     values |= values.pop("passed_through")
+    del values["loss_reduction"]  # the trainer's own
     if values["logging_steps"] is None:
         del values["logging_steps"]  # leaves TRL's default
     ours = {
@@ -249,7 +292,7 @@ def _figures(
         )
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     entropies = [entry["entropy"] for entry in trainer.state.log_history if "entropy" in entry]
-    supervised = sum(example.supervised for example in examples)
+    supervised = supervised_tokens(examples)
     return Fit(
         rows=len(examples),
         tokens_supervised=supervised,
@@ -270,7 +313,7 @@ def next_round(trainer: BCTrainer, examples: Sequence[TrainingExample], *, seed:
     A new trainer for each round would nest the model's forward, lose autocast from the second round on and draw the
     same random numbers in every round.
     """
-    trainer.train_dataset = to_dataset(examples)
+    trainer.train_dataset = to_dataset(examples, trainer.reduction)
     trainer.args.learning_rate = learning_rate
     trainer.args.data_seed = seed % 2**31
     set_seed(seed)

@@ -5,6 +5,8 @@ own demonstrations: Problem, Request, Action, Feedback, Turn, Trajectory, Traini
 """
 
 from bcft.types.data import IGNORED, Demonstration, Problem, Source, TrainingExample
+from bcft.types.lazy import Lazy
+from bcft.types.plain import show
 from bcft.types.play import (
     Action,
     Ended,
@@ -20,7 +22,7 @@ from bcft.types.play import (
     Trajectory,
     Turn,
 )
-from bcft.types.text import ROLES, Message, Prompt, bucket, messages, problem_id, show
+from bcft.types.text import ROLES, Message, Prompt, bucket, messages, problem_id
 
 __all__ = [
     "IGNORED",
@@ -32,6 +34,7 @@ __all__ = [
     "EngineMaker",
     "Environment",
     "Feedback",
+    "Lazy",
     "Message",
     "Problem",
     "Prompt",

@@ -1,9 +1,11 @@
 """Problems, demonstrations and the rows to train on."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from bcft.types.calls import tools
 from bcft.types.text import Message, Prompt, messages
 
 Source = Literal["self", "demonstration", "teacher"]
@@ -21,22 +23,23 @@ class Problem:
     prompt: Prompt
     """As given: a string or a list of messages."""
     columns: Mapping[str, Any] = field(default_factory=dict)
-    """All other columns of the row, such as `answer`."""
+    """All other columns of the row, such as `answer`; `tools` as `types.calls.tools` reads them."""
     where: str = ""
     """`file:line` or `dataset row N`, for messages."""
 
     @property
     def template_kwargs(self) -> Mapping[str, Any]:
-        """The arguments that its column `chat_template_kwargs` gives to the chat template."""
-        return self.columns.get("chat_template_kwargs") or {}
+        """What its columns `chat_template_kwargs` and `tools` give to the chat template."""
+        given: Mapping[str, Any] = self.columns.get("chat_template_kwargs") or {}
+        return {**given, "tools": self.columns["tools"]} if self.columns.get("tools") else given
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingExample:
     """One row to train on: token ids, and labels that are `IGNORED` for tokens without loss.
 
-    `to_json` is a line of `kept.jsonl`; `from_json` reads one. Raises ValueError when ids and labels differ in length
-    or a label is neither `IGNORED` nor its token.
+    `to_json` is a line of `kept.jsonl`; `from_json` reads one. Raises ValueError when ids and labels differ in length,
+    a label is neither `IGNORED` nor its token, or the weight is negative or not finite.
     """
 
     id: str
@@ -55,7 +58,7 @@ class TrainingExample:
     """To read: the messages from that action to the last one that is trained."""
     reward: float = 0.0
     weight: float = 1.0
-    """Always 1.0: part of the file format, and ignored by the trainer."""
+    """What the loss of its tokens is multiplied by."""
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     """The problem's arguments for the chat template, for another tokenizer."""
     where: str = ""
@@ -65,6 +68,8 @@ class TrainingExample:
         where = self.where or self.id
         if len(self.input_ids) != len(self.labels):
             raise ValueError(f"{where}: {len(self.input_ids)} input_ids but {len(self.labels)} labels")
+        if not 0 <= self.weight < math.inf:
+            raise ValueError(f"{where}: weight {self.weight} is not a finite number >= 0")
         for position, (token, label) in enumerate(zip(self.input_ids, self.labels, strict=True)):
             if label not in (IGNORED, token):
                 raise ValueError(f"{where}: label {label} at position {position} is not its token {token}")
@@ -75,7 +80,10 @@ class TrainingExample:
         return sum(label != IGNORED for label in self.labels)
 
     def to_json(self) -> dict[str, Any]:
-        """Return a line of `kept.jsonl`; `chat_template_kwargs` is there if the problem has some."""
+        """Return a line of `kept.jsonl`; `chat_template_kwargs` and `tools` are there if the problem has some."""
+        further = {"tools": self.template_kwargs["tools"]} if "tools" in self.template_kwargs else {}
+        if arguments := {name: value for name, value in self.template_kwargs.items() if name != "tools"}:
+            further["chat_template_kwargs"] = arguments
         line = {
             "id": self.id,
             "problem_id": self.problem_id,
@@ -88,11 +96,12 @@ class TrainingExample:
             "reward": self.reward,
             "weight": self.weight,
         }
-        return line | ({"chat_template_kwargs": dict(self.template_kwargs)} if self.template_kwargs else {})
+        return line | further
 
     @classmethod
     def from_json(cls, line: Mapping[str, Any], *, where: str = "") -> "TrainingExample":
         """Return the example of a line. Raises ValueError, TypeError or KeyError for another kind of line."""
+        arguments = {k: v for k, v in (line.get("chat_template_kwargs") or {}).items() if v is not None}
         return cls(
             id=str(line["id"]),
             problem_id=str(line["problem_id"]),
@@ -104,7 +113,7 @@ class TrainingExample:
             completion=tuple(messages(line["completion"])),
             reward=float(line["reward"]),
             weight=float(line["weight"]),
-            template_kwargs={k: v for k, v in (line.get("chat_template_kwargs") or {}).items() if v is not None},
+            template_kwargs=arguments | ({"tools": tools(line["tools"])} if line.get("tools") else {}),
             where=where,
         )
 
@@ -123,8 +132,11 @@ class Demonstration:
     """For a policy's own text, the sampled ids: a model with the same tokenizer trains on them as they are."""
     tokenizer: str = ""
     """The fingerprint of the tokenizer that `sampled` is made with."""
+    weight: float = 1.0
+    """What the loss of its tokens is multiplied by, as given."""
 
     @property
     def answered(self) -> bool:
-        """Whether the last action says anything."""
-        return bool(self.completion and self.completion[-1]["content"].strip())
+        """Whether the last action says or calls anything."""
+        last = self.completion[-1] if self.completion else None
+        return last is not None and bool(last["content"].strip() or "tool_calls" in last)

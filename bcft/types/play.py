@@ -8,7 +8,8 @@ from numbers import Real
 from typing import Any, Literal, Protocol, TypeAlias, get_args
 
 from bcft.types.data import Problem
-from bcft.types.text import Message, Prompt, messages, with_type
+from bcft.types.plain import with_type
+from bcft.types.text import Message, Prompt, messages
 
 Stop = Literal["stop_token", "max_tokens", "context_full"]
 Success: TypeAlias = Literal["yes", "no", "unknown"]

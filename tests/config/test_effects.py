@@ -105,6 +105,13 @@ def test_what_an_override_makes_useless_in_a_file_may_stand(write: Write, line: 
     assert parse("sft", [write(f"{BASE}{line}\n"), override])
 
 
+@pytest.mark.parametrize("command", ["filtered", "collect", "refilter"])
+def test_marks_are_for_demonstrations(command: str, write: Write) -> None:
+    (line,) = findings(lambda: load(command, write(f"{BASE}train_on: marked\n"), {}))
+    assert "train_on: marked is for demonstrations" in line
+    assert load("sft", write(f"{BASE}train_on: marked\n"), {}).data.train_on == "marked"
+
+
 # A key of another command
 
 OF_SFT = {

@@ -161,7 +161,7 @@ BAD_LINES = [
     ("rollout.n: 4", "use num_generations"),
     ("policy_lm: gpt2", "use model_name_or_path"),
     ("env: {HF_TOKEN: x}", "env: refused: a recipe sets no environment variables"),
-    ("datasets: [{path: x}]", "datasets: refused: mixtures"),
+    ("datasets: [{path: x}]", "datasets: dataset_name is given too: remove one of them"),
     ("completion_only_loss: true", "bcft makes and checks the labels"),
     ("packing: true", "packing: refused: this version does not pack"),
     ("hub_token: hf_abc", "set HF_TOKEN in the environment"),

@@ -12,6 +12,7 @@ from bcft.config.schema import (
     RoundSettings,
     RuleSettings,
     SelectionSettings,
+    TrainingSettings,
 )
 
 NO_DIRECTION = {"seed", "preview_rows", "reward_weights"}
@@ -50,6 +51,17 @@ CONFLICTS: list[tuple[Callable[[], Settings], str, str]] = [
     (lambda: SelectionSettings(pass_rate=(0.0, 1.1)), "pass_rate", "in [0, 1]"),
     (lambda: SelectionSettings(ties="sample", keep_quantile=1.0), "ties", "would keep nothing"),
     (lambda: RoundSettings(num_rounds=2, warmup_rounds=2), "warmup_rounds", "leave none that trains"),
+    (lambda: TrainingSettings(loss_reduction="sequence", loss_type="dft"), "loss_reduction", "loss_type: dft"),
+    (
+        lambda: TrainingSettings(loss_reduction="sequence", passed_through={"label_smoothing_factor": 0.1}),
+        "loss_reduction",
+        "has no label smoothing",
+    ),
+    (
+        lambda: TrainingSettings(loss_reduction="sum", passed_through={"average_tokens_across_devices": False}),
+        "loss_reduction",
+        "sum is over all processes",
+    ),
 ]
 
 

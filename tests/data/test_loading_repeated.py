@@ -4,8 +4,9 @@ import pytest
 from helpers.tiny import write_jsonl
 
 from bcft.config.schema import DataSettings, EvaluationSettings
-from bcft.data.loading import _repeated, load_splits
+from bcft.data.loading import load_splits
 from bcft.data.readers import demonstration
+from bcft.data.repeated import repeated_prompts
 from bcft.errors import DataError
 from bcft.types import bucket, problem_id
 
@@ -123,7 +124,7 @@ def test_values_that_are_not_plain_are_compared_by_what_they_show():
     ]
     for a, b, differ in [*pairs, ({"x": 1, "y": 2}, {"y": 2, "x": 1}, False), ("1", 1, True)]:
         rows = [demonstration({"prompt": "?", "value": value}, "", problem_only=True) for value in (a, b)]
-        assert bool(_repeated(rows)) == differ
+        assert bool(repeated_prompts(rows)) == differ
 
 
 def test_embedded_datasets_repeat_no_prompt_with_another_value():

@@ -97,7 +97,7 @@ def test_every_format_gives_the_same_rows_with_their_places(tmp_path):
     places = {"a.jsonl": ":2", "b.json": ": row 1", "c.csv": ":5", "d.parquet": ": row 1"}
     for name, place in places.items():
         path = tmp_path / name
-        read = read_rows(path)
+        read = list(read_rows(path))
         assert [row for row, _ in read] == rows
         assert read[1][1] == f"{path}{place}"
 

@@ -22,7 +22,7 @@ SHAPES = [
 ]
 EMPTY = [None, "", [], {}]
 REFUSED = {
-    "tools": [{"type": "function"}],
+    "functions": [{"type": "function"}],
     "images": ["a.png"],
     "image": {"bytes": "x", "path": None},
     "videos": ["a.mp4"],
@@ -57,7 +57,6 @@ def test_a_column_that_changes_what_the_policy_reads_is_refused_unless_it_is_emp
     ("column", "refused_values", "harmless"),
     [
         ("label", [False, 0, 0.0, "false", "0", "False"], [True, 1, "true", "cat", 7]),
-        ("weight", [0, 0.5, 2, "0.3", False, "high"], [1, 1.0, "1", "1.0", True]),
         ("train", [False, 0, "false", "no", "False"], [True, 1, "true", "True", "1"]),
         ("loss_mask", [[0, 1], "01", 1, [0], {"a": 1}], []),
         ("completion_mask", [[0, 1], [1], [0], "1", 1], []),
@@ -131,9 +130,10 @@ def test_a_completion_is_kept_where_a_prompt_alone_would_do():
 @pytest.mark.parametrize(
     ("row", "hint"),
     [
-        ({"conversations": [{"from": "human", "value": "a"}]}, "a ShareGPT file: rename conversations to messages"),
-        ({"instruction": "a", "input": "", "output": "b"}, "rename output to completion"),
-        ({"problem": "a", "solution": "b"}, "rename problem to prompt"),
+        ({"conversations": [{"from": "human", "value": "a"}]}, "set dataset_format: sharegpt"),
+        ({"instruction": "a", "input": "", "output": "b"}, "set dataset_format: alpaca"),
+        ({"problem": "a", "solution": "b"}, "set dataset_format: math"),
+        ({"conversation": ["a? b"], "word": "c"}, "set dataset_format: lines"),
         ({"text": "a"}, "split text into prompt and completion"),
         ({"chosen": [USER, REPLY], "rejected": [USER, REPLY]}, "a preference pair"),
     ],
@@ -165,15 +165,44 @@ def test_a_question_beside_a_prompt_is_a_column_and_no_part_of_the_digest(tmp_pa
     assert digests == {load_splits(DataSettings(dataset_name=str(path)), EvaluationSettings()).digest}
 
 
-def test_a_kept_row_has_the_weight_one():
+@pytest.mark.parametrize(
+    ("given", "weight"),
+    [(1, 1.0), ("1.0", 1.0), (True, 1.0), ("true", 1.0), (0, 0.0), (False, 0.0), ("false", 0.0), (0.5, 0.5), ("2", 2.0),
+     (1e300, 1e300), (-0.0, 0.0), *((empty, 1.0) for empty in EMPTY)],
+)  # fmt: skip
+def test_a_weight_is_the_demonstrations_and_no_column_of_its_problem(given, weight):
+    for shape in SHAPES:
+        d = demonstration({**shape, "weight": given}, "file:7")
+        assert (d.weight, "weight" in d.problem.columns) == (weight, False)
+        # An attempt at a problem trains its own text: the column is the reward's.
+        attempted = demonstration({**shape, "weight": given}, "file:7", problem_only=True)
+        assert (attempted.weight, attempted.problem.columns["weight"]) == (1.0, given)
+
+
+@pytest.mark.parametrize("given", [-1, -1e-9, float("nan"), float("inf"), "nan", "-inf", "high", [1.0], {"a": 1}])
+def test_a_weight_that_no_loss_can_have_is_refused_with_its_place(given):
+    for shape in SHAPES:
+        assert refused({**shape, "weight": given}).startswith("file:7: weight ")
+        assert demonstration({**shape, "weight": given}, "", problem_only=True).weight == 1.0
+
+
+def test_the_same_prompt_may_have_demonstrations_of_other_weights(tmp_path):
+    rows = [{**PAIR, "weight": 2}, {**PAIR, "completion": "five", "weight": 0.5}]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    parts = load_splits(DataSettings(dataset_name=str(path)), EvaluationSettings(eval_dev_problems=0))
+    assert (parts.note_conflicts(None), [d.weight for d in parts.train]) == ("", [2.0, 0.5])
+
+
+def test_a_kept_row_has_the_weight_that_it_was_kept_with():
     kept = TrainingExample(
         "1-p-0", "p", (1, 2, 3), (-100, 2, 3), source="self", prompt=(USER,), completion=(REPLY,)
     ).to_json()
-    for weight in (1, 1.0, "1.0", True, "1"):
-        sampled = demonstration(kept | {"weight": weight}, "kept:1").sampled
-        assert (sampled.weight, sampled.input_ids) == (1.0, (1, 2, 3))
-    for weight in (0, 0.5, 2, "0.9", False):
-        assert refused(kept | {"weight": weight}).startswith("file:7: weight ")
+    for weight in (1, 1.0, "1.0", True, 0, 0.5, 2, "0.9", False):
+        d = demonstration(kept | {"weight": weight}, "kept:1")
+        assert d.weight == d.sampled.weight == float(weight)
+        assert d.sampled.input_ids == (1, 2, 3)
+    for weight in (-1, "nan", float("inf"), "high", None):
+        assert refused(kept | {"weight": weight}).startswith("file:7: not a row of kept.jsonl: ")
     assert json.loads(json.dumps(kept)) == kept
 
 

@@ -7,7 +7,8 @@ from helpers.episodes import retold
 from helpers.trained_tokenizers import KINDS, OTHERS, TEMPLATES, TRL, renderer_of, reply, tokenizer, user
 from transformers import AddedToken
 
-from bcft.data.examples import check_prompts, make_examples, without_special_tokens
+from bcft.data.checks import check_prompts, without_special_tokens
+from bcft.data.examples import make_examples
 from bcft.errors import DataError, UsageError
 from bcft.policy.chat_template import DATE, Renderer
 from bcft.types import IGNORED, Demonstration, Problem, problem_id

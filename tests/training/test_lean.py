@@ -75,6 +75,22 @@ def test_packed_rows_have_the_loss_and_the_gradient_of_the_padded_batch(model, m
     assert all(s["input_ids"].shape[1] <= tokens or s["attention_mask"].ndim == 2 for s in sequences)
 
 
+@pytest.mark.parametrize("shared", [0, 7])
+@pytest.mark.parametrize("tokens", [30, 1000])
+def test_a_weight_stays_with_its_token(monkeypatch, tokens, shared):
+    monkeypatch.setattr(lean, "GROUP_TOKENS", tokens)
+    batch = drawn(9, shared=shared, seed=shared)
+    weights = torch.arange(1.0, 10.0)[:, None].expand(batch["labels"].shape)
+
+    def carried(labels, weights):
+        return [pair for pair in zip(labels.flatten().tolist(), weights.flatten().tolist(), strict=True) if pair[0] > 0]
+
+    sequences = lean.pack(batch | {"weight": weights})
+    assert all(s["weight"].shape == s["labels"].shape for s in sequences)
+    packed = [pair for s in sequences for pair in carried(s["labels"], s["weight"])]
+    assert packed == carried(batch["labels"], weights)
+
+
 def test_what_all_prompts_begin_with_is_read_once_and_nothing_is_padded():
     batch = batch_of([[1, 2, 3, 4, 5], [1, 2, 3, 6, 7, 8], [1, 2, 3, 9, 5]], [4, 4, 4])
     (sequence,) = lean.pack(batch)
