@@ -1,4 +1,4 @@
-"""Conversations with tools and thoughts, and the law of their rows: the template's rendering, the assistant's trained."""
+"""Conversations with tools and thoughts, and the law of rows: rendered by the template, the assistant's trained."""
 
 from datetime import date
 
@@ -43,9 +43,8 @@ def rendered(renderer, conversation, *, tools=None, generate=False, thought="rea
     text = renderer.tokenizer.apply_chat_template(
         given, tools=tools, tokenize=False, add_generation_prompt=generate, date_string=DATE, **kwargs
     ).replace(date.today().isoformat(), "2024-07-26")
-    return (
-        text if generate else text[: max(text.rfind(stop) + len(stop) for stop in renderer.stop_texts if stop in text)]
-    )
+    ends = [text.rfind(stop) + len(stop) for stop in renderer.stop_texts if stop in text]
+    return text if generate else text[: max(ends)]
 
 
 def as_text(renderer, text):

@@ -50,7 +50,8 @@ REFUSED = {
     "nemotron_3_nano": (NO_PREFIX, NO_PREFIX, "", ""),
     "phi3": (NO_PLACE, NO_PLACE, NO_THOUGHT, NO_PLACE),
 }
-THINKING = {"gptoss": "thinking", "lfm2_2_5_v2": "reasoning_content"}
+OWN_NAME = {"gptoss": "thinking"}
+"""What a template calls a thought, if not reasoning_content."""
 
 
 @pytest.mark.parametrize("kind", CONVERSATIONS)
@@ -65,7 +66,7 @@ def test_a_row_with_calls_or_thoughts_is_what_the_template_renders_or_a_refusal_
         assert "\n" not in str(caught.value)
         return
     examples, _ = make_examples([demonstration(row, "rows.jsonl:7")], renderer, max_length=4096)
-    thought = THINKING.get(name, "reasoning_content")
+    thought = OWN_NAME.get(name, "reasoning_content")
     check_law(renderer, examples, conversation, tools=row.get("tools"), thought=thought)
 
 
@@ -81,7 +82,7 @@ def test_a_thought_has_the_name_that_the_template_knows(name):
 
 def test_a_call_may_end_in_another_stop_token_of_the_model():
     made = tokenizer("bytes", TRL["gptoss"])
-    rows = [demonstration({"messages": CALLED, "tools": [TOOL]}, "rows.jsonl:7")]
+    rows = [demonstration({"messages": CONVERSATIONS["calls"][:4], "tools": [TOOL]}, "rows.jsonl:7")]
     with pytest.raises(DataError, match=r"emits no stop token .*<\|call\|>': leave rows with tool calls out"):
         make_examples(rows, Renderer(made), max_length=4096)
     examples, _ = make_examples(rows, Renderer(made, [made.convert_tokens_to_ids("<|call|>")]), max_length=4096)
