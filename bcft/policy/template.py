@@ -118,7 +118,7 @@ class Template:
         else:
             remedy = ": leave rows with tool calls out, or set chat_template_path" if "tool_calls" in said else ""
             raise DataError(
-                f"the chat template emits no stop token after this completion: it ends in {body[-40:]!r}{remedy}"
+                f"the chat template emits no stop token after this completion: it ends in {_plain(body[-40:])}{remedy}"
             )
         self._check_parts(body, written)
         if "tool_calls" not in said:
@@ -141,8 +141,8 @@ class Template:
         for text in [written["content"], *stated]:
             if not _holds(body, text):
                 raise DataError(
-                    f"the chat template drops {_plain(text)} of a message with tool calls: it ends in {body[-40:]!r}: "
-                    f"take it off, or set chat_template_path to a template that renders it"
+                    f"the chat template drops {_plain(text)} of a message with tool calls, which ends in "
+                    f"{_plain(body[-40:])}: take it off, or set chat_template_path to a template that renders it"
                 )
 
     def _require_calls(self) -> None:
@@ -172,8 +172,8 @@ class Template:
             whole, part = _squash(before + body), _squash(written)
             if not whole.endswith(part):
                 raise DataError(
-                    f"the chat template drops a part of the completion {_plain(written)}: it ends in {body[-40:]!r}: "
-                    f"take that part off, or set chat_template_path to a template that renders it"
+                    f"the chat template drops a part of the completion {_plain(written)}: it ends in "
+                    f"{_plain(body[-40:])}: take that part off, or set chat_template_path to a template that renders it"
                 )
             lead = whole.removesuffix(part)
         # A broken control token is only text, except at the beginning: there the answer seems to be rendered already.
