@@ -5,6 +5,7 @@ The networks are tiny and the steps plain gradient descent, so that the weights 
 
 import dataclasses
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -192,6 +193,7 @@ def test_a_round_takes_the_weights_of_its_own_examples(tmp_path, tokenizer):
         (batch,) = made.get_train_dataloader()
         assert len(made.train_dataset.column_names) == columns
         assert ("weight" in batch) == (columns == 3)
+    pickle.dumps(made.data_collator)  # for processes that load data
 
 
 def test_a_resumed_run_with_weights_ends_in_the_same_weights_bit_for_bit(tmp_path, tokenizer):
