@@ -27,7 +27,7 @@ from bcft.data.readers import ARGUMENTS, demonstration
 from bcft.data.repeated import differing, repeated_prompts
 from bcft.data.sources import HELD_OUT, Dataset, DataSource, parse_split, parts_of, rows_of, shares
 from bcft.data.stored import SMALL, Rows, Store, by_hash, first_problems, ids_of
-from bcft.data.weights import with_telling_marks
+from bcft.data.weights import without_idle_marks
 from bcft.environments.base import Split, embedded_datasets
 from bcft.errors import DataError, UsageError
 from bcft.integrations import reasoning_gym
@@ -58,6 +58,8 @@ class Splits:
     """Demonstrations of `replay_dataset`, none of a held-out problem."""
     repeated: Sequence[tuple[Problem, Problem]] = ()
     """The first row of a prompt, and a later one with another value in one of its columns."""
+    marked: bool = False
+    """Whether marks of messages say which turns are trained."""
     reward: Reward | None = None
     """The reward function that the problems come with; it takes the place of the default one."""
     shares: str = ""
@@ -74,14 +76,14 @@ class Splits:
         digest = hashlib.sha256()
         for d in (*self.train, *self.held_out, *self.replay):
             # A plain pair is its problem and one text. The format is frozen: a run has the hash it was started with.
-            completion = with_telling_marks(d.completion)
+            completion = without_idle_marks(d.completion, marked=self.marked)
             pair = [*map(len, completion)] in ([], [2]) and d.sampled is None and d.prompt == d.problem.prompt
             text = completion[-1]["content"] if completion else ""
-            conversation = [] if pair else [*with_telling_marks(messages(d.prompt)), *completion]
+            conversation = [] if pair else [*without_idle_marks(messages(d.prompt)), *completion]
             ids = d.sampled.input_ids if d.sampled else ()
             # A column `question` beside a prompt was no part of the problem when the format was made.
             columns = {key: value for key, value in d.problem.columns.items() if key != "question"}
-            prompt = d.problem.prompt if isinstance(d.problem.prompt, str) else with_telling_marks(d.problem.prompt)
+            prompt = d.problem.prompt if isinstance(d.problem.prompt, str) else without_idle_marks(d.problem.prompt)
             row = (d.problem.id, prompt, text, columns, conversation, ids, *(() if d.weight == 1.0 else (d.weight,)))
             digest.update(json.dumps(row, default=str, sort_keys=True).encode())
         return digest.hexdigest()
@@ -161,7 +163,7 @@ def load_splits(
     """
     values = {**vars(data), **vars(evaluation)}
     source = DataSource(**{name: values[name] for name in HELD_OUT})
-    splits = _load(
+    loaded = _load(
         source,
         dev=evaluation.eval_dev_problems,
         test=evaluation.eval_test_problems,
@@ -169,6 +171,7 @@ def load_splits(
         demonstrations=demonstrations,
         given=None if train is None else rows_of(train),
     )
+    splits = replace(loaded, marked=data.train_on == "marked")
     if data.replay_dataset is None:
         return splits
     # A configuration belongs to its dataset; the train split, its slice included, is taken from either dataset.

@@ -52,9 +52,14 @@ def unmarked(conversation: Sequence[Message]) -> list[Message]:
     return copies
 
 
-def with_telling_marks(conversation: Sequence[Message]) -> list[Message]:
-    """Return the messages of a conversation, with their marks if by these an action carries no loss."""
-    return unmarked(conversation) if all(marked_turns(conversation)) else list(conversation)
+def without_idle_marks(conversation: Sequence[Message], *, marked: bool = False) -> list[Message]:
+    """Return the messages of a conversation without the marks that change nothing.
+
+    marked: whether marks say which turns carry loss; else a mark to carry it changes nothing.
+    """
+    if marked:
+        return unmarked(conversation) if all(marked_turns(conversation)) else list(conversation)
+    return [message if message.get("train") is False else unmarked([message])[0] for message in conversation]
 
 
 def _actions(completion: Sequence[Message]) -> list[Message]:

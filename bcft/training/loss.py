@@ -5,6 +5,7 @@ computed, and nothing at all where every row has the same.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -33,17 +34,22 @@ def row_weights(examples: Sequence[TrainingExample], reduction: Reduction) -> np
     return weights if (weights != 1.0).any() else None
 
 
-def with_weights(collate: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> Callable[..., dict[str, Any]]:
-    """Return a collator that adds the rows' weights, where they have some, to the batch of another."""
+@dataclass(frozen=True)
+class WithWeights:
+    """A collator that adds the rows' weights, where they have some, to the batch of another.
 
-    def collated(rows: list[dict[str, Any]]) -> dict[str, Any]:
-        batch = collate(rows)
+    A class, not a closure: processes that load data may get it pickled.
+    """
+
+    collate: Callable[[list[dict[str, Any]]], dict[str, Any]]
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return the batch of rows."""
+        batch = self.collate(rows)
         if WEIGHT in rows[0]:
             weights = torch.tensor([row[WEIGHT] for row in rows])
             batch[WEIGHT] = weights[:, None].expand(batch["labels"].shape).contiguous()
         return batch
-
-    return collated
 
 
 def weighted(model: Callable[..., Any], weights: torch.Tensor) -> Callable[..., Any]:

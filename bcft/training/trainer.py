@@ -32,7 +32,7 @@ from bcft.runs.progress import Progress
 from bcft.runs.storage import MANIFEST, committed, read_json, storage, write_manifest
 from bcft.training.callbacks import AtTheEnd, CountSteps, StopGently
 from bcft.training.lean import isolates, labeled_positions_only, pack
-from bcft.training.loss import WEIGHT, Reduction, count_rows, row_weights, weighted, with_weights
+from bcft.training.loss import WEIGHT, Reduction, WithWeights, count_rows, row_weights, weighted
 from bcft.training.tokens import supervised_tokens, tokens_of
 from bcft.types import IGNORED, TrainingExample
 
@@ -72,7 +72,7 @@ class BCTrainer(SFTTrainer):  # type: ignore[misc]
             eval_dataset=to_dataset(held_out) if held_out else None,
             processing_class=tokenizer,
         )
-        self.data_collator = with_weights(self.data_collator)
+        self.data_collator = WithWeights(self.data_collator)
         if reduction != "token" and not self.model_accepts_loss_kwargs:
             raise UsageError(f"loss_reduction: {reduction}: this model's micro-batches are averaged alone: give token")
         # The Trainer's own callbacks print every log as a dictionary, or as a table in a notebook.

@@ -238,14 +238,16 @@ def test_kept_rows_bring_their_weights_and_replayed_ones_too(renderer):
 
 
 def test_a_weight_of_1_and_marks_that_train_all_are_no_part_of_the_digest_and_others_are(tmp_path):
-    def digest(rows):
-        return splits(write_jsonl(tmp_path / "rows.jsonl", rows)).digest
+    def digest(rows, **keys):
+        return splits(write_jsonl(tmp_path / "rows.jsonl", rows), **keys).digest
 
     rows = many(9)
     plain = digest(rows)
     assert plain == digest([row | {"weight": 1} for row in rows]) == digest([row | {"weight": None} for row in rows])
     assert len({plain, *(digest([rows[0] | {"weight": w}, *rows[1:]]) for w in (0, 0.5, 2))}) == 4
     talks = [talk(marks) for marks in ([None, None], [1, 1], [0, None], [1, None], [None, 1])]
-    none, every, *others = (digest([row]) for row in talks)
-    assert none == every
+    none, every, *others = (digest([row], train_on="marked") for row in talks)
+    assert none == every == digest([talks[0]])
     assert len({none, *others}) == 4
+    none, *every, left_out = (digest([talk(marks)]) for marks in ([None, None], [1, 1], [1, None], [0, None]))
+    assert {*every} == {none} != {left_out}
