@@ -74,6 +74,7 @@ _VALUES = (
         ("base_url", "served_model", "max_requests", "max_total_tokens"), "engine", ("openai",),
         "without engine: openai",
     ),
+    _Needs(("weight_temperature",), "row_weight", ("reward",), "without row_weight: reward"),
     _Needs(("concurrency",), "engine", ("vllm", "openai"), "without engine: vllm or openai"),
 )  # fmt: skip
 

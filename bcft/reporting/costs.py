@@ -40,7 +40,7 @@ def round_steps(
     """
     span = rounds.num_rounds if rounds.history == "all" else min(rounds.history, rounds.num_rounds)
     scope = attempts * span
-    most = min(scope, prompts * span * (rule.max_per_problem or scope))
+    most = min(scope, prompts * span * (rule.most_per_problem or scope))
     share = min(most, round((1 - rule.keep_quantile) * scope))
     cases = []
     for kept in dict.fromkeys((most, share)):

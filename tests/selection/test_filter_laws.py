@@ -187,6 +187,7 @@ def test_nothing_is_kept_of_a_problem_that_is_solved_too_rarely_or_too_often(
         assert not known or 0.2 <= known.count("yes") / len(known) <= 0.8
 
 
+@LAW
 @given(candidates(), rules(ties="include"))
 def test_ties_are_broken_only_where_they_are_sampled(scope: list[Candidate], rule: Rule) -> None:
     assert select(scope, rule).rejected["tie_break"] == 0
