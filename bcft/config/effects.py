@@ -109,6 +109,7 @@ def without_effect(
     for key, reason in _of_generator(values, in_file, overrides):
         if command in KEYS[key].commands:
             yield key, reason
+    yield from _single_attempts(command, values, overrides)
     if command == "evaluate":
         split = values["eval_split"]
         other = "eval_dev_samples" if split == "test" else "eval_test_samples"
@@ -125,6 +126,14 @@ def without_effect(
         )
     if command in TRAINING:
         yield from _continued_adapter(values, {*in_file, *overrides})
+
+
+def _single_attempts(command: str, values: Mapping[str, Any], overrides: Collection[str]) -> Iterator[Finding]:
+    """Yield `row_weight: maxrl` where every problem has one attempt in scope: of one right attempt the weight is 1."""
+    single = values["num_generations"] == 1 and (command == "collect" or values["history"] == 1)
+    only_in_file = "row_weight" not in overrides and "num_generations" in overrides
+    if command in ("filtered", "collect") and values["row_weight"] == "maxrl" and single and not only_in_file:
+        yield "row_weight", "maxrl has no effect with num_generations: 1: a right attempt weighs 1"
 
 
 def _missing(values: Mapping[str, Any], in_file: Collection[str], overrides: Collection[str]) -> Iterator[Finding]:

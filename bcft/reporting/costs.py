@@ -50,6 +50,16 @@ def round_steps(
     return f"per round at most {', '.join(cases)}; {batch(training)}"
 
 
+def weight_lines(rule: RuleSettings) -> list[Line]:
+    """Return the line about what kept rows weigh; none where all weigh 1."""
+    words = {
+        "maxrl": "maxrl: a right attempt 1/K, where K attempts at its problem are right",
+        "reward": f"reward: exp(reward / {rule.weight_temperature:g})",
+    }
+    scale = "a duplicate adds its weight; scaled to a mean of 1 over the rows of a round"
+    return [("weights", f"{words[rule.row_weight]}; {scale}")] if rule.row_weight in words else []
+
+
 def batch(training: TrainingSettings) -> str:
     """Return in words how long training is and how many rows a step has."""
     factors = (training.per_device_train_batch_size, training.gradient_accumulation_steps, world_size())

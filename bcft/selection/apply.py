@@ -1,4 +1,4 @@
-"""From scores to training examples by a rule: the step that a round, `collect` and `refilter` share."""
+"""From scores to weighted training examples by a rule: the step that a round, `collect` and `refilter` share."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
