@@ -219,8 +219,10 @@ def test_runs_that_cannot_be_pooled_are_refused_before_a_reward_is_asked(two_run
 
 def test_what_is_read_in_pieces_is_scored_and_kept_as_in_memory(tmp_path):
     """Problems recur in both rounds: their attempts are still asked for together, and reported in the files' order."""
-    attempts = [[(p, s, f"{'so ' * (s % 3)}#### {p + (s + r) % 2}", [p, s % 3, s % 2, 6]) for p in range(40) for s in range(4)]
-                for r in (1, 0)]  # fmt: skip
+    attempts = [
+        [(p, s, f"{'so ' * (s % 3)}#### {p + (s + r) % 2}", [p, s % 3, s % 2, 6]) for p in range(40) for s in range(4)]
+        for r in (1, 0)
+    ]
     run = make_run(tmp_path / "run", attempts, num_rounds=2)
     metrics = refilter.run(None, rollouts=str(run), output_dir=str(tmp_path / "out"), max_per_problem=2, **MATH)
     config = load("refilter", None, MATH | {"max_per_problem": 2})
