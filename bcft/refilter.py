@@ -1,13 +1,15 @@
 """Saved rollouts scored and selected again: `python -m bcft.refilter RECIPE --rollouts FILE_OR_DIRECTORY`.
 
 Nothing is generated and no model is loaded: other rewards, another quantile or another limit, on saved trajectories.
-The rewards are asked anew. Resume an interrupted command with the same one.
+The rewards are asked anew. Resume an interrupted command with the same one. The trajectories of several runs may be
+pooled, and stay in their files: what is in memory of one does not depend on how many tokens it has.
 The kept rows are a dataset, as those of `collect` are; `sft` on them is offline filtered behavior cloning.
 """
 
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -17,34 +19,27 @@ from bcft.cli import execute
 from bcft.config.entries import Recipe
 from bcft.config.loader import Config, load
 from bcft.config.python import switches
+from bcft.data.examples import trajectory_examples
 from bcft.data.sources import HELD_OUT, own_reward
 from bcft.environments.base import step_checker
 from bcft.errors import DataError, UsageError
-from bcft.evaluation.metrics import diversity, tally
+from bcft.evaluation.metrics import Diversity, tally
 from bcft.reporting.tables import say
+from bcft.rollout.failures import refuse_share
 from bcft.runs.directory import open_run
 from bcft.runs.distributed import rank
 from bcft.runs.progress import Progress
-from bcft.runs.storage import (
-    KEPT,
-    MANIFEST,
-    ROLLOUTS,
-    SCORES,
-    SEAL,
-    read_json,
-    read_jsonl,
-    read_yaml,
-    sealed,
-    write_json,
-    write_manifest,
-    write_text,
-)
-from bcft.selection.apply import apply_filter, rule_of
-from bcft.selection.scoring import Scorer
-from bcft.types import Problem, Trajectory
+from bcft.runs.storage import KEPT, SCORES, write_json, write_jsonl, write_manifest, write_text
+from bcft.selection.apply import rule_of, stream_filter
+from bcft.selection.brief import Brief
+from bcft.selection.saved import SavedRollouts, SavedRun, pooled_problems, saved_runs, tokenizer_of
+from bcft.selection.scoring import BATCH, Scorer, batches_of, score_batches
+from bcft.types import Problem, Source, TrainingExample, Trajectory
 
 JOURNAL = "journal"
 """Where the answers of the reward functions are until the selection is written."""
+_OF_RUN = (*HELD_OUT, "environment")
+"""Keys of the runs that made the rollouts, which decide what a problem is and which are held out."""
 
 
 def run(recipe: Recipe | None = None, *, quiet: bool = False, **overrides: Any) -> dict[str, Any]:
@@ -64,116 +59,134 @@ def run_config(config: Config) -> dict[str, Any]:
     """
     if rank() > 0:  # there is nothing to share among processes
         return {}
-    if config.selection.rollouts is None:
+    if not config.selection.rollouts:
         raise UsageError("rollouts: required: a rollouts.jsonl, a round, or the directory of a run")
     with Progress(config.label("refilter, other work"), around=True):
-        metrics = _refilter(config, Path(config.selection.rollouts))
+        given = config.selection.rollouts
+        metrics = _refilter(config, [given] if isinstance(given, str) else given)
     say(metrics["conclusion"], quiet=False)
     return metrics
 
 
-def _refilter(config: Config, path: Path) -> dict[str, Any]:
-    """Select from the rollouts at a path and write what was kept; return the metrics.
+def _refilter(config: Config, places: Sequence[str]) -> dict[str, Any]:
+    """Select from the rollouts at some places and write what was kept; return the metrics.
 
-    All attempts are selected from together, with the draws of their last round.
+    All attempts are selected from together, with the draws of their last round. They stay in their files: each is read
+    once to be checked, once to be scored, and once more if it is kept.
     """
     with Progress(config.label("reading the rollouts")):
-        files = rollout_files(path)
-        top = run_of(files[0])
-        made = read_yaml(top / "config.yaml")
+        runs = saved_runs(places)
         output = Path(config.training.output_dir)
-        if output.resolve() in {top.resolve(), *(file.parent.resolve() for file in files)}:
-            raise UsageError(f"output_dir: {output} holds the rollouts: give another")
-        problems = {line["problem_id"]: _problem(line) for line in read_jsonl(top / "problems.jsonl")}
-        trajectories = [_trajectory(line, file) for file in files for line in read_jsonl(file)]
-    say(f"rollouts: {len(trajectories):,} attempts of {len(files)} rounds in {top}", quiet=config.quiet)
-    attempted = {trajectory.problem_id for trajectory in trajectories}
-    if missing := attempted - problems.keys():
-        raise DataError(f"{top / 'problems.jsonl'}: {len(missing)} problems of the rollouts are missing")
+        made = _common(runs, output)
+        problems = pooled_problems(runs)
+        saved = SavedRollouts(runs, _trajectory)
+    tops = ", ".join(str(run.path) for run in runs)
+    say(f"rollouts: {len(saved.places):,} attempts of {len(saved.files)} rounds in {tops}", quiet=config.quiet)
+    if missing := saved.problem_ids - problems.keys():
+        raise DataError(f"{runs[0].path / 'problems.jsonl'}: {len(missing)} problems of the rollouts are missing")
     with Progress(config.label("checking references")):
-        attempted_problems = [problems[identity] for identity in attempted]
+        attempted_problems = [problems[identity] for identity in saved.problem_ids]
         environment, own = made["environment"], own_reward(made)
         scorer = Scorer.of(config.selection, attempted_problems, environment=environment, own=own)
-    last = max(trajectory.round for trajectory in trajectories)
     # Problems, held-out problems and the environment are those of the run that made the rollouts.
-    recipe = {**config.resolved, **{key: made[key] for key in (*HELD_OUT, "environment") if key in made}}
-    with open_run(output, command=config.command, recipe=recipe, debug="debug" in config.flags) as directory:
+    recipe = {**config.resolved, **{key: made[key] for key in _OF_RUN if key in made}}
+    with (
+        closing(saved),
+        open_run(output, command=config.command, recipe=recipe, debug="debug" in config.flags) as directory,
+    ):
         directory.write_status("running")
-        store = output / JOURNAL / "000.jsonl"
-        scores = scorer.score(trajectories, problems, store=store, label=config.label("score"))
+        scores, diverse = _score(saved, problems, scorer, store=output / JOURNAL / "000.jsonl", config=config)
         with Progress(config.label("select")):
-            filtered = apply_filter(
+            filtered = stream_filter(
                 scores,
-                rule_of(config.selection, seed=config.training.seed, number=last),
+                rule_of(config.selection, seed=config.training.seed, number=saved.last_round),
                 problems,
-                source="self" if "num_rounds" in made else "teacher",
-                train_on=config.data.train_on,
+                rows=_rows_of(saved, scores, problems, train_on=config.data.train_on),
                 check_steps=step_checker(made["dataset_name"], environment),
+                keep=lambda examples: write_jsonl(output / KEPT, (example.to_json() for example in examples)),
             )
-            filtered.write(output)
+            filtered.write_scores(output)
             metrics: dict[str, Any] = {
                 "rollout": tally(scores),
                 "selection": filtered.metrics,
-                "diversity": diversity(scores),
+                "diversity": diverse.figures,
             }
         metrics["conclusion"] = filtered.conclusion(config.path, output)
-        _write(output, recipe, metrics, files)
+        _write(output, recipe, metrics, runs)
         shutil.rmtree(output / JOURNAL, ignore_errors=True)  # it is not there if nothing was asked
     return metrics
 
 
-def rollout_files(path: Path) -> list[Path]:
-    """Return the rollouts that a path means: a file, that of `collect` or of a round, or those of all rounds.
+def _common(runs: Sequence[SavedRun], output: Path) -> Mapping[str, Any]:
+    """Return the configuration of the runs, of which all keys of `_OF_RUN` agree.
 
-    Raises UsageError where there are none, DataError for a file that has changed since it was written.
+    Raises UsageError where they do not, and if the output would replace one of them.
     """
-    files = [path] if path.is_file() else [path / ROLLOUTS]
-    if not files[0].is_file():
-        files = sorted(path.glob(f"round_*/{ROLLOUTS}"))
-    if not files:
-        raise UsageError(f"rollouts: {path} has no {ROLLOUTS}: give the directory of a run of collect or filtered")
-    for file in files:
-        if not sealed(file.parent, file.name):
-            raise DataError(f"{file}: changed since it was written, or not finished: finish the round that writes it")
-    return files
+    first = runs[0]
+    for run in runs:
+        if output.resolve() in {run.path.resolve(), *(file.parent.resolve() for file in run.files)}:
+            raise UsageError(f"output_dir: {output} holds the rollouts: give another")
+        for key in _OF_RUN:
+            theirs, ours = run.made.get(key), first.made.get(key)
+            if theirs != ours:
+                raise UsageError(
+                    f"rollouts: {run.path} was made with {key} {theirs!r}, {first.path} with {ours!r}: runs are pooled "
+                    f"if their problems and held-out problems are the same"
+                )
+    return first.made
 
 
-def run_of(file: Path) -> Path:
-    """Return the directory of the run that a file of rollouts belongs to."""
-    for directory in (file.parent, file.parent.parent):
-        if (directory / "config.yaml").is_file() and (directory / "problems.jsonl").is_file():
-            return directory
-    raise DataError(f"{file}: neither its directory nor the one above holds config.yaml and problems.jsonl of its run")
+def _score(
+    saved: SavedRollouts, problems: Mapping[str, Problem], scorer: Scorer, *, store: Path, config: Config
+) -> tuple[list[Brief], Diversity]:
+    """Return what is kept of each score, in the order of the trajectories; raise FaultError if too many failed."""
+    refuse_share(saved.errors, of=len(saved.places), first=saved.first_error)
+    played = [number for number, place in enumerate(saved.places) if not place.errored]
+    errored = [number for number, place in enumerate(saved.places) if place.errored]
+    batches = batches_of(played, lambda number: saved.places[number].problem_id)
+    order = [*batches, *(errored[first : first + BATCH] for first in range(0, len(errored), BATCH))]
+    briefs: dict[int, Brief] = {}
+    diverse = Diversity()
+    scored = score_batches(
+        map(saved.read_all, order), problems, scorer.functions, weights=scorer.weights, success=scorer.success,
+        total=len(played), store=store, label=config.label("score"),
+    )  # fmt: skip
+    for numbers, scores in zip(order, scored, strict=True):
+        for number, score in zip(numbers, scores, strict=True):
+            briefs[number] = score.brief
+            diverse.add(score)
+    return [briefs[number] for number in range(len(briefs))], diverse
 
 
-def _problem(line: dict[str, Any]) -> Problem:
-    columns = {key: value for key, value in line.items() if key not in ("problem_id", "prompt")}
-    return Problem(line["problem_id"], line["prompt"], columns, f"problem {line['problem_id']}")
+def _rows_of(
+    saved: SavedRollouts, scores: Sequence[Brief], problems: Mapping[str, Problem], *, train_on: str
+) -> Callable[[int], list[TrainingExample]]:
+    """Return what makes the rows of a trajectory, by its position."""
+
+    def rows(number: int) -> list[TrainingExample]:
+        trajectory = saved.read(number)
+        source: Source = "self" if "num_rounds" in saved.run(number).made else "teacher"
+        problem = problems[trajectory.problem_id]
+        reward = scores[number].reward
+        return trajectory_examples(trajectory, problem, reward=reward, source=source, train_on=train_on)
+
+    return rows
 
 
-def _trajectory(line: dict[str, Any], file: Path) -> Trajectory:
+def _trajectory(line: Mapping[str, Any], file: Path) -> Trajectory:
     try:
         return Trajectory.from_json(line)
     except (ValueError, TypeError, KeyError) as error:
         raise DataError(f"{file}: {line.get('id', '')}: not a trajectory: {error}") from error
 
 
-def _write(output: Path, recipe: Mapping[str, Any], metrics: Mapping[str, Any], files: Sequence[Path]) -> None:
+def _write(output: Path, recipe: Mapping[str, Any], metrics: Mapping[str, Any], runs: Sequence[SavedRun]) -> None:
     """Write recipe and metrics, and the manifest that commits them with the selected rows."""
     write_text(output / "config.yaml", yaml.safe_dump(dict(recipe), allow_unicode=True))
     write_json(output / "metrics.json", metrics)
     written = [output / name for name in (SCORES, KEPT, "metrics.json", "config.yaml")]
-    about = {"tokenizer": _tokenizer(files), "rollouts": [str(file) for file in files]}
-    write_manifest(output, written, about=about)
-
-
-def _tokenizer(files: Sequence[Path]) -> str:
-    """Return the fingerprint of the tokenizer whose ids the rollouts hold; '' where they do not agree."""
-    fingerprints = set()
-    for file in files:
-        manifests = [file.parent / name for name in (MANIFEST, SEAL) if (file.parent / name).is_file()]
-        fingerprints.add(str(read_json(manifests[0]).get("tokenizer", "")) if manifests else "")
-    return fingerprints.pop() if len(fingerprints) == 1 else ""
+    files = [str(file) for run in runs for file in run.files]
+    write_manifest(output, written, about={"tokenizer": tokenizer_of(runs), "rollouts": files})
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -75,6 +75,7 @@ _VALUES = (
         ("base_url", "served_model", "max_requests", "max_total_tokens"), "engine", ("openai",),
         "without engine: openai",
     ),
+    _Needs(("weight_temperature",), "row_weight", ("reward",), "without row_weight: reward"),
     _Needs(("concurrency",), "engine", ("vllm", "openai"), "without engine: vllm or openai"),
 )  # fmt: skip
 
@@ -116,6 +117,7 @@ def without_effect(
     for key, reason in _of_generator(values, in_file, overrides):
         if command in KEYS[key].commands:
             yield key, reason
+    yield from _single_attempts(command, values, overrides)
     if command == "evaluate":
         split = values["eval_split"]
         other = "eval_dev_samples" if split == "test" else "eval_test_samples"
@@ -134,6 +136,14 @@ def without_effect(
         )
     if command in TRAINING:
         yield from _continued_adapter(values, {*in_file, *overrides})
+
+
+def _single_attempts(command: str, values: Mapping[str, Any], overrides: Collection[str]) -> Iterator[Finding]:
+    """Yield `row_weight: maxrl` where every problem has one attempt in scope: of one right attempt the weight is 1."""
+    single = values["num_generations"] == 1 and (command == "collect" or values["history"] == 1)
+    only_in_file = "row_weight" not in overrides and "num_generations" in overrides
+    if command in ("filtered", "collect") and values["row_weight"] == "maxrl" and single and not only_in_file:
+        yield "row_weight", "maxrl has no effect with num_generations: 1: a right attempt weighs 1"
 
 
 def _missing(values: Mapping[str, Any], in_file: Collection[str], overrides: Collection[str]) -> Iterator[Finding]:

@@ -13,7 +13,7 @@ of_rounds = partial(own, commands=("filtered",))
 
 @dataclass(frozen=True)
 class RuleSettings(Settings):
-    """The filter's rule."""
+    """The filter's rule, and what the rows that it keeps weigh."""
 
     keep_quantile: float = of_rule(
         0.9,
@@ -35,6 +35,11 @@ class RuleSettings(Settings):
     max_per_problem: int | None = of_rule(
         None, "most trajectories kept of one problem; lower spreads a round over more problems", limits=">= 1"
     )
+    select: Literal["reward", "shortest"] = of_rule(
+        "reward",
+        "which trajectories of a problem max_per_problem keeps. reward: the highest rewards, drawn among equals; "
+        "shortest: the fewest tokens, of those that pass the other rules; the shortest one if max_per_problem is null",
+    )
     ties: Literal["include", "sample"] = of_rule(
         "include", "include: keep everything at the cutoff; sample: keep round((1 - keep_quantile) x graded)"
     )
@@ -43,15 +48,40 @@ class RuleSettings(Settings):
         "random: keep as many trajectories of each problem as the filter would, and draw which ones without looking at "
         "rewards; a control, not a method",
     )
+    row_weight: Literal["none", "maxrl", "reward"] = of_rule(
+        "none",
+        "what a kept row weighs in the loss. none: 1; maxrl: 1/K where K attempts at its problem are right; reward: "
+        "exp(reward / weight_temperature). A duplicate adds its weight, and the weights are scaled to a mean of 1",
+    )
+    weight_temperature: float = of_rule(
+        1.0, "of row_weight: reward; lower gives the highest rewards more of the weight", limits="> 0"
+    )
+
+    @property
+    def most_per_problem(self) -> int | None:
+        """The most trajectories kept of a problem; None: no limit."""
+        return 1 if self.select == "shortest" and self.max_per_problem is None else self.max_per_problem
 
     def conflicts(self) -> Iterator[Conflict]:
-        """Yield a pass rate that is not an interval, and a way to break ties that would keep nothing."""
+        """Yield a pass rate that is not an interval, a rule that would keep nothing, and rules that do not fit."""
         rate = self.pass_rate
         if rate is not None and not (len(rate) == 2 and 0 <= rate[0] <= rate[1] <= 1):
             wanted = "wants two numbers in [0, 1], the lower first, such as [0.1, 0.9]"
             yield ("pass_rate",), f"{wanted}, not {list(rate)!s:.60}"
         if self.ties == "sample" and self.keep_quantile == 1:
             yield ("ties", "keep_quantile"), "ties: sample with keep_quantile: 1 would keep nothing"
+        if self.select == "shortest" and self.require_success == "false":
+            yield (
+                ("select", "require_success"),
+                "shortest with require_success: false would keep the shortest attempts, right or wrong",
+            )
+        if self.row_weight == "maxrl" and self.require_success != "true":
+            yield ("row_weight", "require_success"), 'maxrl weighs known successes: add `require_success: "true"`'
+        if self.row_weight != "none" and self.control == "random":
+            yield (
+                ("row_weight", "control"),
+                f"{self.row_weight} looks at rewards, and control: random draws without: leave one of them out",
+            )
 
 
 @dataclass(frozen=True)
@@ -76,8 +106,11 @@ class SelectionSettings(RuleSettings):
         "only one of reward_funcs; required with several; '': none, for rewards that do not show success",
         commands=GRADING,
     )
-    rollouts: str | None = own(
-        None, "saved rollouts to select from: a rollouts.jsonl, a round, or a run directory", commands=("refilter",)
+    rollouts: str | tuple[str, ...] | None = own(
+        None,
+        "saved rollouts to select from: a rollouts.jsonl, a round, or a run directory; a list of them is selected from "
+        "together",
+        commands=("refilter",),
     )
 
 

@@ -1,16 +1,18 @@
 """A round's attempts in numbers: success and rewards, diversity, and second attempts against first ones."""
 
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
+from bcft.selection.brief import Scored
 from bcft.selection.scoring import Score
 from bcft.types import Success
 
 
-def tally(scores: Sequence[Score]) -> dict[str, Any]:
+def tally(scores: Sequence[Scored]) -> dict[str, Any]:
     """Return how a round's attempts did: `rollout` of its metrics; `logged` is there if a reward function logged."""
-    trajectories = [score.trajectory for score in scores]
     rewards = [score.reward for score in scores if score.graded]
     logged: dict[str, list[float]] = {}
     for score in scores:
@@ -18,16 +20,16 @@ def tally(scores: Sequence[Score]) -> dict[str, Any]:
             logged.setdefault(name, []).append(value)
     means = {name: sum(values) / len(values) for name, values in logged.items()}
     figures = {
-        "played": len(trajectories),
-        "tokens": sum(len(turn.action_ids) for trajectory in trajectories for turn in trajectory.turns),
+        "played": len(scores),
+        "tokens": sum(score.tokens for score in scores),
         "success": sum(score.success == "yes" for score in scores) / max(len(scores), 1),
         "unknown": sum(score.success == "unknown" for score in scores),
         "reward_mean": sum(rewards) / max(len(rewards), 1),
         "reward_max": max(rewards, default=0.0),
-        "truncated": sum(trajectory.truncated for trajectory in trajectories),
+        "truncated": sum(score.truncated for score in scores),
         "ungraded": sum(not score.graded for score in scores),
-        "errors": sum(trajectory.ended == "error" for trajectory in trajectories),
-        "stop_rate": sum(not trajectory.truncated for trajectory in trajectories) / max(len(trajectories), 1),
+        "errors": sum(score.errored for score in scores),
+        "stop_rate": sum(not score.truncated for score in scores) / max(len(scores), 1),
     }
     return figures | ({"logged": means} if means else {})
 
@@ -47,19 +49,80 @@ def revision(successes: Sequence[tuple[Success, Success]]) -> dict[str, Any]:
     }
 
 
-def diversity(scores: Sequence[Score]) -> dict[str, float]:
-    """Return how much a round's attempts differ; a collapsing policy loses diversity before it loses success.
+def diversity(scores: Iterable[Score]) -> dict[str, float]:
+    """Return how much a round's attempts differ: the figures of `Diversity`."""
+    counted = Diversity()
+    for score in scores:
+        counted.add(score)
+    return counted.figures
 
-    unique_correct_per_problem: distinct solved attempts, mean over the problems attempted; distinct_2: distinct pairs
-    of neighboring tokens over all such pairs of the round (Li et al. 2016, https://arxiv.org/abs/1510.03055);
-    completion_length: mean tokens of an attempt.
+
+class Diversity:
+    """How much attempts differ; a collapsing policy loses diversity before it loses success.
+
+    Attempts are added one by one, and their tokens are not kept.
     """
-    problems = {score.trajectory.problem_id for score in scores}
-    correct = {(score.trajectory.problem_id, score.candidate.digest) for score in scores if score.success == "yes"}
-    actions = [turn.action_ids for score in scores for turn in score.trajectory.turns]
-    pairs = [pair for ids in actions for pair in pairwise(ids)]
-    return {
-        "unique_correct_per_problem": len(correct) / max(len(problems), 1),
-        "distinct_2": len(set(pairs)) / max(len(pairs), 1),
-        "completion_length": sum(map(len, actions)) / max(len(scores), 1),
-    }
+
+    def __init__(self) -> None:
+        self.attempts = self.tokens = 0
+        self.problems: set[str] = set()
+        self.correct: set[tuple[str, str]] = set()
+        self.pairs = _Pairs()
+
+    def add(self, score: Score) -> None:
+        """Count an attempt."""
+        candidate = score.candidate
+        self.attempts += 1
+        self.problems.add(candidate.problem_id)
+        if candidate.success == "yes":
+            self.correct.add((candidate.problem_id, candidate.digest))
+        for turn in score.trajectory.turns:
+            self.tokens += len(turn.action_ids)
+            self.pairs.add(turn.action_ids)
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """Of all attempts.
+
+        unique_correct_per_problem: distinct solved attempts, mean over the problems attempted; distinct_2: distinct
+        pairs of neighboring tokens over all such pairs (Li et al. 2016, https://arxiv.org/abs/1510.03055);
+        completion_length: mean tokens of an attempt.
+        """
+        return {
+            "unique_correct_per_problem": len(self.correct) / max(len(self.problems), 1),
+            "distinct_2": self.pairs.distinct / max(self.pairs.n, 1),
+            "completion_length": self.tokens / max(self.attempts, 1),
+        }
+
+
+class _Pairs:
+    """Counts pairs of neighboring tokens, and distinct ones, in 8 bytes for each of these: a set takes over 100."""
+
+    MANY = 1 << 20
+    """Most pairs that wait to be sorted, unless more were distinct so far."""
+
+    def __init__(self) -> None:
+        self.n = self._waiting = 0
+        self._known: npt.NDArray[np.uint64] = np.empty(0, np.uint64)
+        self._new: list[npt.NDArray[np.uint64]] = []
+
+    def add(self, ids: Sequence[int]) -> None:
+        """Count the pairs of a sequence of ids, which are below 2**32."""
+        if len(ids) < 2:
+            return
+        numbers = np.asarray(ids, np.uint64)
+        self._new.append(numbers[:-1] << np.uint64(32) | numbers[1:])
+        self.n += len(ids) - 1
+        self._waiting += len(ids) - 1
+        if self._waiting > max(self.MANY, len(self._known) // 4):
+            self._sort()
+
+    @property
+    def distinct(self) -> int:
+        """How many differ."""
+        self._sort()
+        return len(self._known)
+
+    def _sort(self) -> None:
+        self._known = np.unique(np.concatenate([self._known, *self._new]))
+        self._new, self._waiting = [], 0

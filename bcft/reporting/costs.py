@@ -40,7 +40,7 @@ def round_steps(
     """
     span = rounds.num_rounds if rounds.history == "all" else min(rounds.history, rounds.num_rounds)
     scope = attempts * span
-    most = min(scope, prompts * span * (rule.max_per_problem or scope))
+    most = min(scope, prompts * span * (rule.most_per_problem or scope))
     share = min(most, round((1 - rule.keep_quantile) * scope))
     cases = []
     for kept in dict.fromkeys((most, share)):
@@ -48,6 +48,16 @@ def round_steps(
         beside = f" beside {replayed:,} demonstrations" if replayed else ""
         cases.append(f"{steps(training, kept + replayed):,} if {kept:,} of {scope:,} are kept{beside}")
     return f"per round at most {', '.join(cases)}; {batch(training)}"
+
+
+def weight_lines(rule: RuleSettings) -> list[Line]:
+    """Return the line about what kept rows weigh; none where all weigh 1."""
+    words = {
+        "maxrl": "maxrl: a right attempt 1/K, where K attempts at its problem are right",
+        "reward": f"reward: exp(reward / {rule.weight_temperature:g})",
+    }
+    scale = "a duplicate adds its weight; scaled to a mean of 1 over the rows of a round"
+    return [("weights", f"{words[rule.row_weight]}; {scale}")] if rule.row_weight in words else []
 
 
 def batch(training: TrainingSettings) -> str:

@@ -33,7 +33,7 @@ from bcft.data.sources import BUILDERS
 from bcft.data.weights import scaled
 from bcft.environments.base import rollout_settings
 from bcft.errors import UsageError
-from bcft.reporting.costs import Line, batch, before_and_after, evaluations, round_steps, sft_steps
+from bcft.reporting.costs import Line, batch, before_and_after, evaluations, round_steps, sft_steps, weight_lines
 from bcft.reporting.hub import Missing, available, work_offline_if_unreachable
 from bcft.reporting.report import check_against
 from bcft.reporting.tables import say
@@ -152,6 +152,7 @@ def dry_run_filtered(plan: Plan) -> None:
                        f"{attempts:,} attempts each"),
             ("", f"at most {attempts * limit:,} tokens sampled per round ({limit} per attempt)"),
             ("steps", most),
+            *weight_lines(plan.selection),
             *evaluations(rounds, plan.evaluation, parts.splits, played=attempts, graded=parts.graded),
             *_model_lines(parts, plan, lengths=lengths, held_out_loss=False),
         ]  # fmt: skip

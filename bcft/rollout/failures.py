@@ -12,6 +12,11 @@ MAX_ERROR_SHARE = 0.05
 def refuse_failures(trajectories: Sequence[Trajectory]) -> None:
     """Raise FaultError when more than `MAX_ERROR_SHARE` of the trajectories ended in an error of their environment."""
     errors = [trajectory for trajectory in trajectories if trajectory.ended == "error"]
-    if len(errors) > MAX_ERROR_SHARE * len(trajectories):
-        first = f"{errors[0].id}: {errors[0].error}"
-        raise FaultError(f"{len(errors)} of {len(trajectories)} trajectories failed; {first}")
+    if errors:
+        refuse_share(len(errors), of=len(trajectories), first=f"{errors[0].id}: {errors[0].error}")
+
+
+def refuse_share(errors: int, *, of: int, first: str) -> None:
+    """Raise FaultError when more than `MAX_ERROR_SHARE` of so many trajectories failed; first: one, in words."""
+    if errors > MAX_ERROR_SHARE * of:
+        raise FaultError(f"{errors} of {of} trajectories failed; {first}")

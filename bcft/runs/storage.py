@@ -38,12 +38,17 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file atomically: to a temporary neighbor, to the disk, then renamed."""
+    """Write a file atomically."""
+    _write(path, [content])
+
+
+def _write(path: Path, parts: Iterable[bytes]) -> None:
+    """Write a file atomically, part by part: to a temporary neighbor, to the disk, then renamed."""
     with storage(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(path.name + ".tmp")
         with temporary.open("wb") as file:
-            file.write(content)
+            file.writelines(parts)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -56,8 +61,8 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write one JSON object a line. Users' values go through `plain` first."""
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
+    """Write one JSON object a line, row by row. Users' values go through `plain` first."""
+    _write(path, (json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n" for row in rows))
 
 
 class Journal:
@@ -68,7 +73,7 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        whole = _chunks(path)[1]
+        whole = max((end for _, end in _chunks(path)), default=0)
         if path.is_file() and whole < path.stat().st_size:
             with storage(path):
                 os.truncate(path, whole)
@@ -90,23 +95,31 @@ class Journal:
 
 def read_journal(path: Path) -> list[dict[str, Any]]:
     """Return the rows of a journal's complete chunks without changing the file: another process may be writing it."""
-    return _chunks(path)[0]
+    return list(journal_rows(path))
 
 
-def _chunks(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """Return the rows of the complete chunks, and where the last of them ends: nothing counts after a damaged one."""
-    rows: list[dict[str, Any]] = []
+def journal_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of `read_journal` one after the other: one chunk is in memory."""
+    for rows, _ in _chunks(path):
+        yield from rows
+
+
+def _chunks(path: Path) -> Iterator[tuple[list[dict[str, Any]], int]]:
+    """Yield the rows of each complete chunk, and where it ends: nothing counts after a damaged one."""
+    if not path.is_file():
+        return
     whole = 0
-    for line in path.read_bytes().splitlines(keepends=True) if path.is_file() else ():
-        try:
-            chunk = json.loads(line)
-            if not line.endswith(b"\n") or chunk["sha256"] != _sha256_of(json.dumps(chunk["rows"], ensure_ascii=False)):
-                break
-        except (ValueError, KeyError, TypeError):
-            break
-        rows += chunk["rows"]
-        whole += len(line)
-    return rows, whole
+    with path.open("rb") as file:
+        for line in file:
+            whole += len(line)
+            try:
+                chunk = json.loads(line)
+                text = json.dumps(chunk["rows"], ensure_ascii=False)
+                if not line.endswith(b"\n") or chunk["sha256"] != _sha256_of(text):
+                    return
+            except (ValueError, KeyError, TypeError):
+                return
+            yield chunk["rows"], whole
 
 
 def _sha256_of(text: str) -> str:
@@ -115,7 +128,17 @@ def _sha256_of(text: str) -> str:
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Return the objects of a file this package wrote, one a line."""
-    return [json.loads(line) for line in path.read_bytes().split(b"\n") if line]
+    return [line for line, _ in jsonl_rows(path)]
+
+
+def jsonl_rows(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
+    """Yield the objects of such a file one after the other, each with the place where its line begins, in bytes."""
+    place = 0
+    with path.open("rb") as file:
+        for line in file:
+            if line != b"\n":
+                yield json.loads(line), place
+            place += len(line)
 
 
 def plain(value: Any) -> Any:

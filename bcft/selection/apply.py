@@ -1,15 +1,19 @@
-"""From scores to training examples by a rule: the step that a round, `collect` and `refilter` share."""
+"""From scores to weighted training examples by a rule: the step that a round, `collect` and `refilter` share."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from math import fsum
 from pathlib import Path
 from typing import Any
 
 from bcft.config.schema import RuleSettings, SelectionSettings
 from bcft.data.examples import trajectory_examples
 from bcft.runs.storage import KEPT, SCORES, write_jsonl
+from bcft.selection.brief import Scored, score_line
 from bcft.selection.filter import Rule, Selection, select
 from bcft.selection.scoring import Score
+from bcft.selection.weights import scaled, weigh
 from bcft.types import Problem, Source, TrainingExample
 
 
@@ -17,13 +21,18 @@ from bcft.types import Problem, Source, TrainingExample
 class Filtered:
     """The decisions about the scores in scope, and the training examples of the kept ones."""
 
-    scope: tuple[Score, ...]
+    scope: tuple[Scored, ...]
     selection: Selection
     examples: tuple[TrainingExample, ...]
+    """Empty where they went to a file."""
+    rows: int
+    """How many examples there are."""
     silent: int
     """Kept trajectories that are empty and make no example."""
     wrong_steps: int | None
     """Kept solutions with a wrong step; None if steps cannot be checked."""
+    weights: Mapping[str, float]
+    """The lowest and the highest weight of a row, and how many equal rows would vary as much; empty if all weigh 1."""
 
     @property
     def metrics(self) -> dict[str, Any]:
@@ -33,7 +42,7 @@ class Filtered:
         if self.silent:  # labels of a stop token alone would teach the policy to say nothing
             empty = "trajectory is empty and is" if self.silent == 1 else "trajectories are empty and are"
             note = f"{note} {self.silent} kept {empty} not used for training.".strip()
-        metrics = {
+        metrics: dict[str, Any] = {
             "requested_fraction": selection.requested_fraction,
             "cutoff": selection.cutoff,
             "kept": len(selection.kept),
@@ -42,6 +51,8 @@ class Filtered:
             "rejected": selection.rejected,
             "note": note,
         }
+        if self.weights:
+            metrics["weights"] = dict(self.weights)
         return metrics if self.wrong_steps is None else metrics | {"kept_with_wrong_step": self.wrong_steps}
 
     def conclusion(self, recipe_path: str, directory: Path) -> str:
@@ -52,16 +63,24 @@ class Filtered:
             f"kept {metrics['kept']:,} of {len(self.scope):,} attempts at {metrics['problems_covered']:,} problems, "
             f"cutoff {metrics['cutoff']:.4g}" + (f" (rejected: {rejected})" if rejected else "")
         )
+        weights = ""
+        if self.weights:
+            low, high, effective = (self.weights[name] for name in ("min", "max", "effective_rows"))
+            weights = f"The {self.rows:,} rows weigh {low:.3g} to {high:.3g}, as {effective:,.0f} equal ones would."
         following = f"next: bcft sft {recipe_path or 'RECIPE'} --dataset_name {directory} --output_dir DIR"
-        return " ".join(part for part in (f"{kept}.", metrics["note"], following if self.examples else "") if part)
+        parts = (f"{kept}.", weights, metrics["note"], following if self.rows else "")
+        return " ".join(part for part in parts if part)
 
     def write(self, directory: Path, examples: Sequence[TrainingExample] | None = None) -> None:
         """Write `scores.jsonl` and `kept.jsonl`; examples: the rows of the latter, if not only the kept ones."""
-        decisions, cutoff = self.selection.decisions, self.selection.cutoff
-        scores = (score.to_json(decisions[score.trajectory.id], cutoff) for score in self.scope)
-        write_jsonl(directory / SCORES, scores)
+        self.write_scores(directory)
         chosen = self.examples if examples is None else examples
         write_jsonl(directory / KEPT, (example.to_json() for example in chosen))
+
+    def write_scores(self, directory: Path) -> None:
+        """Write `scores.jsonl`."""
+        decisions, cutoff = self.selection.decisions, self.selection.cutoff
+        write_jsonl(directory / SCORES, (score_line(score, decisions[score.id], cutoff) for score in self.scope))
 
 
 def apply_filter(
@@ -78,23 +97,69 @@ def apply_filter(
     source: whose attempts they are, `self` or `teacher`; train_on: which actions carry loss, `all_turns` or
     `last_turn`; check_steps: whether every step of a completion is right, from the prompt and the completion as text.
     """
-    selection = select((score.candidate for score in scores), rule)
     examples: list[TrainingExample] = []
-    silent = 0
-    for score in scores:
-        if selection.decisions[score.trajectory.id] != "kept":
-            continue
+
+    def rows(number: int) -> list[TrainingExample]:
+        score = scores[number]
         problem = problems[score.trajectory.problem_id]
-        made = trajectory_examples(score.trajectory, problem, reward=score.reward, source=source, train_on=train_on)
-        silent += not made
-        examples += made
-    wrong_steps = None
-    if check_steps is not None:
-        wrong_steps = sum(
-            not check_steps(str(problems[example.problem_id].prompt), example.completion[0]["content"])
-            for example in examples
-        )
-    return Filtered(tuple(scores), selection, tuple(examples), silent, wrong_steps)
+        return trajectory_examples(score.trajectory, problem, reward=score.reward, source=source, train_on=train_on)
+
+    filtered = stream_filter(scores, rule, problems, rows=rows, check_steps=check_steps, keep=examples.extend)
+    return replace(filtered, examples=tuple(examples))
+
+
+def stream_filter(
+    scores: Sequence[Scored],
+    rule: Rule,
+    problems: Mapping[str, Problem],
+    *,
+    rows: Callable[[int], list[TrainingExample]],
+    check_steps: Callable[[str, str], bool] | None,
+    keep: Callable[[Iterable[TrainingExample]], object],
+) -> Filtered:
+    """Do as `apply_filter` where the trajectories are not in memory.
+
+    rows: makes the examples of the trajectory with this position in `scores`, and may be called twice; keep: called
+    once with all examples, in the order of the scores.
+    """
+    candidates = [score.candidate for score in scores]
+    selection = select(candidates, rule)
+    kept = [number for number, score in enumerate(scores) if selection.decisions[score.id] == "kept"]
+    weights: dict[str, float] = {}
+    if rule.row_weight != "none":
+        made = {candidates[number].id: len(rows(number)) for number in kept}
+        empty = {identity for identity, n in made.items() if not n}
+        weights = scaled(weigh(candidates, selection.decisions, rule, empty=empty), made)
+    count = Counter[str]()
+    carried: list[float] = []
+
+    def examples() -> Iterator[TrainingExample]:
+        for number in kept:
+            made = rows(number)
+            count["silent"] += not made
+            count["rows"] += len(made)
+            for example in made:
+                if check_steps is not None:
+                    prompt, said = str(problems[example.problem_id].prompt), example.completion[0]["content"]
+                    count["wrong"] += not check_steps(prompt, said)
+                if weights:
+                    carried.append(weights[example.id])
+                yield replace(example, weight=weights[example.id]) if weights else example
+
+    keep(examples())
+    figures = {}
+    if carried:  # effective rows: Kish 1965; the weights add up to the rows
+        effective = len(carried) ** 2 / fsum(weight**2 for weight in carried)
+        figures = {"min": min(carried), "max": max(carried), "effective_rows": effective}
+    return Filtered(
+        scope=tuple(scores),
+        selection=selection,
+        examples=(),
+        rows=count["rows"],
+        silent=count["silent"],
+        wrong_steps=None if check_steps is None else count["wrong"],
+        weights=figures,
+    )
 
 
 def rule_of(selection: SelectionSettings, *, seed: int, number: int) -> Rule:

@@ -64,6 +64,8 @@ class Candidate:
     """A hash of its actions: two trajectories of one problem with the same digest are duplicates."""
     round: int = 0
     """The round that rolled it out."""
+    length: int = 0
+    """How many tokens it has."""
 
     def __post_init__(self) -> None:
         for name, value in (("id", self.id), ("problem_id", self.problem_id), ("digest", self.digest)):
@@ -74,6 +76,7 @@ class Candidate:
         _require_one_of(f"{about}success", self.success, get_args(Success))
         _require_one_of(f"{about}status", self.status, get_args(Status))
         _require(_is_whole(self.round), f"{about}round must be an integer >= 0, not {self.round!r}")
+        _require(_is_whole(self.length), f"{about}length must be an integer >= 0, not {self.length!r}")
         _require(not self.graded or self.status != "errored", f"{about}an errored trajectory cannot be graded")
         _require(self.graded or self.reward == 0, f"{about}an ungraded trajectory has reward 0.0, not {self.reward!r}")
 
@@ -144,7 +147,7 @@ def select(candidates: Iterable[Candidate], rule: Rule) -> Selection:
     The cutoff is the `keep_quantile` of all graded rewards, those of truncated and duplicate trajectories included, and
     a reward at the cutoff passes, as in the code of ArCHer (Zhou et al. 2024, https://arxiv.org/abs/2402.19446). Of
     duplicates the one with the higher reward stays, then the earlier one. `max_per_problem` rejects the lower rewards,
-    and draws among equals.
+    with `select: shortest` the longer ones, and draws among equals.
 
     Raises ValueError when an id occurs twice.
     """
@@ -249,8 +252,11 @@ def _duplicates(left: list[Candidate]) -> dict[str, Decision]:
 def _over_max_per_problem(left: list[Candidate], rule: Rule) -> dict[str, Decision]:
     decisions: dict[str, Decision] = {}
     taken: Counter[str] = Counter()
-    for candidate in sorted(left, key=lambda c: (-c.rounded, _random_rank(rule, "cap", c))):
-        if taken[candidate.problem_id] == rule.max_per_problem:
+    most, shortest = rule.most_per_problem, rule.select == "shortest"
+    if most is None:
+        return decisions
+    for candidate in sorted(left, key=lambda c: (c.length * shortest, -c.rounded, _random_rank(rule, "cap", c))):
+        if taken[candidate.problem_id] == most:
             decisions[candidate.id] = "max_per_problem"
         else:
             taken[candidate.problem_id] += 1
@@ -265,7 +271,7 @@ def _control(scope: list[Candidate], rule: Rule, filtered: Mapping[str, Decision
     `tie_break`: without an outcome all are tied.
     """
     quota = Counter(candidate.problem_id for candidate in _kept(scope, filtered))
-    blind = [replace(candidate, reward=0.0, success="unknown") for candidate in scope]
+    blind = [replace(candidate, reward=0.0, success="unknown", length=0) for candidate in scope]
     decisions = _filter(blind, replace(rule, min_reward=None, ties="include"), _Requirement(0.0, ()))
     for candidate in sorted(_kept(blind, decisions), key=lambda c: _random_rank(rule, "control", c)):
         quota[candidate.problem_id] -= 1

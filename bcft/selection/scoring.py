@@ -1,10 +1,10 @@
 """From trajectories to scores: rewards weighted and summed, success apart from reward, ungraded apart from 0."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from bcft.config.schema import SelectionSettings
 from bcft.errors import UsageError
@@ -13,6 +13,7 @@ from bcft.rewards.signature import named_columns, takes
 from bcft.rollout.failures import refuse_failures
 from bcft.runs.progress import Progress
 from bcft.runs.storage import ROLLOUTS, SCORES, read_jsonl
+from bcft.selection.brief import Brief, score_line
 from bcft.selection.filter import Candidate
 from bcft.selection.functions import check_columns, check_references, choose_functions, have_references
 from bcft.selection.store import Graded, ScoreStore
@@ -20,6 +21,7 @@ from bcft.types import Message, Problem, Success, Trajectory
 
 BATCH = 128
 """Most attempts that a reward function gets together; more if one problem has more."""
+Attempt = TypeVar("Attempt")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,37 +41,55 @@ class Score:
     """What the functions gave to `log_extra` for it."""
 
     @property
+    def id(self) -> str:
+        """The trajectory's."""
+        return self.trajectory.id
+
+    @property
+    def tokens(self) -> int:
+        """How many were sampled."""
+        return self.trajectory.tokens
+
+    @property
+    def truncated(self) -> bool:
+        """Whether the trajectory was."""
+        return self.trajectory.truncated
+
+    @property
+    def errored(self) -> bool:
+        """Whether its environment failed."""
+        return self.trajectory.ended == "error"
+
+    @property
+    def brief(self) -> Brief:
+        """The same without the trajectory."""
+        return Brief(
+            candidate=self.candidate,
+            rewards=self.rewards,
+            truncated=self.truncated,
+            logged=self.logged or _NOTHING,
+            extra=self.extra or _NOTHING,
+        )
+
+    @property
     def candidate(self) -> Candidate:
         """The record that the filter reads."""
         trajectory = self.trajectory
-        errored = trajectory.ended == "error"
         return Candidate(
             id=trajectory.id,
             problem_id=trajectory.problem_id,
             reward=self.reward,
             graded=self.graded,
             success=self.success,
-            status="errored" if errored else "truncated" if trajectory.truncated else "done",
+            status="errored" if self.errored else "truncated" if trajectory.truncated else "done",
             digest=sha256(repr([turn.action_ids for turn in trajectory.turns]).encode()).hexdigest(),
             round=trajectory.round,
+            length=trajectory.tokens,
         )
 
     def to_json(self, decision: str, cutoff: float) -> dict[str, Any]:
         """Return a line of `scores.jsonl`; `logged` and `extra` are there if a function logged something."""
-        line = {
-            "id": self.trajectory.id,
-            "graded": self.graded,
-            "reward": self.reward,
-            "rewards": [
-                {"name": name, "graded": value is not None, "value": 0.0 if value is None else value}
-                for name, value in self.rewards
-            ],
-            "success": self.success,
-            "decision": decision,
-            "cutoff": cutoff,
-        }
-        notes = {"logged": dict(self.logged), "extra": dict(self.extra)}
-        return line | {name: values for name, values in notes.items() if values}
+        return score_line(self, decision, cutoff)
 
     @classmethod
     def from_json(cls, line: Mapping[str, Any], trajectory: Trajectory) -> "Score":
@@ -77,6 +97,9 @@ class Score:
         rewards = tuple((r["name"], r["value"] if r["graded"] else None) for r in line["rewards"])
         notes = {name: line.get(name, {}) for name in ("logged", "extra")}
         return cls(trajectory, rewards, line["graded"], line["reward"], line["success"], **notes)
+
+
+_NOTHING: Mapping[str, Any] = {}
 
 
 def stored_scores(directory: Path) -> list[Score]:
@@ -106,41 +129,71 @@ def score(
 
     Raises FaultError when a function raises or returns another number of values than it was given completions.
     """
+    played = [trajectory for trajectory in trajectories if trajectory.ended != "error"]
+    others = [trajectory for trajectory in trajectories if trajectory.ended == "error"]
+    batches = [*batches_of(played, lambda trajectory: trajectory.problem_id), *([others] if others else [])]
+    made: dict[str, Score] = {}
+    for scores in score_batches(
+        batches, problems, functions, weights=weights, success=success, total=len(played), store=store, step=step,
+        label=label,
+    ):  # fmt: skip
+        made |= {score.id: score for score in scores}
+    return [made[trajectory.id] for trajectory in trajectories]
+
+
+def score_batches(
+    batches: Iterable[Sequence[Trajectory]],
+    problems: Mapping[str, Problem],
+    functions: Sequence[Reward],
+    *,
+    weights: Sequence[float],
+    success: Reward | None,
+    total: int,
+    store: Path | None = None,
+    step: int = 0,
+    label: str = "",
+) -> Iterator[list[Score]]:
+    """Yield the scores of each batch of `batches_of` once it is scored, as `score` does; no other is in memory.
+
+    Trajectories whose environment failed are not asked for. total: how many others there are, for the progress.
+    """
     asked = list(functions)
     if success and not any(function is success for function in functions):
         asked.append(success)  # one that is also a reward is called once
     kept = ScoreStore(store, asked, problems)
-    attempts = {
-        trajectory.id: (trajectory, _completion(trajectory, problems[trajectory.problem_id]))
-        for trajectory in trajectories
-        if trajectory.ended != "error"
-    }
+    names = [name_of(function) for function in functions]
+    decides = next((number for number, function in enumerate(asked) if function is success), None)
     columns = list(dict.fromkeys(key for problem in problems.values() for key in problem.columns))
     with Progress(label) as progress:
-        progress.count(len(attempts), "attempts")
-        for batch in _batches(list(attempts.values())):
+        progress.count(total, "attempts")
+        for trajectories in batches:
+            attempts = {
+                trajectory.id: (trajectory, _completion(trajectory, problems[trajectory.problem_id]))
+                for trajectory in trajectories
+                if trajectory.ended != "error"
+            }
+            batch = list(attempts.values())
             missing = [[pair for pair in batch if kept.get(number, *pair) is None] for number in range(len(asked))]
             numbers = [number for number, pairs in enumerate(missing) if pairs]
             requests = [(asked[n], _batch(missing[n], problems, columns=columns, step=step)) for n in numbers]
             for place, returned in ask_all(requests):
                 kept.add(numbers[place], missing[numbers[place]], returned)
             progress.advance(len(batch))
-    names = [name_of(function) for function in functions]
-    decides = next((number for number, function in enumerate(asked) if function is success), None)
-    scores = []
-    for trajectory in trajectories:
-        pair = attempts.get(trajectory.id)
-        answers = [kept.get(number, *pair) if pair else None for number in range(len(asked))]
-        scores.append(_score(trajectory, names, weights, answers, decides=decides))
-    return scores
+            scores = []
+            for trajectory in trajectories:
+                pair = attempts.get(trajectory.id)
+                answers = [kept.get(number, *pair) if pair else None for number in range(len(asked))]
+                scores.append(_score(trajectory, names, weights, answers, decides=decides))
+            kept.forget(batch)
+            yield scores
 
 
-def _batches(attempts: Sequence[tuple[Trajectory, str | list[Message]]]) -> Iterator[list[tuple[Trajectory, Any]]]:
+def batches_of(attempts: Iterable[Attempt], problem_of: Callable[[Attempt], str]) -> Iterator[list[Attempt]]:
     """Yield all attempts in batches of whole problems, because a reward may compare the attempts at a problem."""
-    groups: dict[str, list[tuple[Trajectory, Any]]] = {}
+    groups: dict[str, list[Attempt]] = {}
     for attempt in attempts:
-        groups.setdefault(attempt[0].problem_id, []).append(attempt)
-    batch: list[tuple[Trajectory, Any]] = []
+        groups.setdefault(problem_of(attempt), []).append(attempt)
+    batch: list[Attempt] = []
     for group in groups.values():
         if batch and len(batch) + len(group) > BATCH:
             yield batch

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bcft.rewards.base import Returned, Reward, described
-from bcft.runs.storage import Journal, plain, read_journal
+from bcft.runs.storage import Journal, journal_rows, plain
 from bcft.types import Message, Problem, Trajectory
 
 Completion = str | Sequence[Message]
@@ -45,7 +45,7 @@ class ScoreStore:
         self.journal = None if path is None else Journal(path)
         self.digests: dict[str, str] = {}
         self.known: dict[tuple[str, str, str], Graded] = {}
-        for row in read_journal(path) if path else ():
+        for row in journal_rows(path) if path else ():
             value = row["value"] if row["graded"] else None
             self.known[row["by"], row["id"], row["text"]] = Graded(value, row["logged"], row["extra"])
 
@@ -72,6 +72,13 @@ class ScoreStore:
             )
         if self.journal:
             self.journal.append(rows)
+
+    def forget(self, attempts: Sequence[tuple[Trajectory, Completion]]) -> None:
+        """Drop from memory what was answered for attempts that are scored; the journal keeps it."""
+        for trajectory, completion in attempts:
+            for number in range(len(self.keys)):
+                self.known.pop(self._key(number, trajectory, completion), None)
+            self.digests.pop(trajectory.id, None)
 
     def _key(self, number: int, trajectory: Trajectory, completion: Completion) -> tuple[str, str, str]:
         identity = trajectory.id

@@ -58,7 +58,7 @@ class TrainingExample:
     """To read: the messages from that action to the last one that is trained."""
     reward: float = 0.0
     weight: float = 1.0
-    """What the loss of its tokens is multiplied by."""
+    """Its share in the loss, >= 0; 1.0 on average over a round's rows (`selection.weights`)."""
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     """The problem's arguments for the chat template, for another tokenizer."""
     where: str = ""

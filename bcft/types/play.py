@@ -205,6 +205,8 @@ class Trajectory:
     """The failure, in one line; empty unless `ended` is `error`."""
     opening: tuple[Message, ...] = ()
     """The first observation; empty if it is the problem's prompt."""
+    run: str = ""
+    """Which of several runs it is from, where they are pooled; no part of the files of a run."""
 
     def __post_init__(self) -> None:
         about = f"trajectory {self.id}"
@@ -223,8 +225,8 @@ class Trajectory:
 
     @property
     def id(self) -> str:
-        """`round-problem-sample`."""
-        return f"{self.round}-{self.problem_id}-{self.sample}"
+        """`round-problem-sample`; of pooled runs `run/round-problem-sample`."""
+        return f"{self.run}{'/' if self.run else ''}{self.round}-{self.problem_id}-{self.sample}"
 
     @property
     def conversation(self) -> tuple[Message, ...]:
@@ -244,6 +246,11 @@ class Trajectory:
     def truncated(self) -> bool:
         """Whether an action ended without a stop token: at the token limit or with a full context."""
         return any(turn.stop != "stop_token" for turn in self.turns)
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens were sampled."""
+        return sum(len(turn.action_ids) for turn in self.turns)
 
     @property
     def environment_reward(self) -> float | None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from seeds import ROOT, Metrics, rounds, run, spread
 
-METHODS = ("archer", "raft", "rest_em", "star", "best_of_n", "rft")
+METHODS = ("archer", "raft", "rest_em", "star", "best_of_n", "rft", "maxrl", "rwr", "ssd")
 BASE = "bcft:tiny-math"
 
 

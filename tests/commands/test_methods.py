@@ -1,5 +1,6 @@
 """The published methods as recipes: each runs, and selects as its paper does."""
 
+import math
 from collections import Counter
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from bcft.config.loader import load
 from bcft.runs.storage import read_jsonl
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "methods"
-METHODS = ["archer", "raft", "rest_em", "star", "best_of_n", "rft"]
+METHODS = ["archer", "raft", "rest_em", "star", "best_of_n", "rft", "maxrl", "rwr", "ssd"]
 SMALL = {
     "num_rounds": 2, "prompts_per_round": 24, "dataset_train_split": "train[:64]", "eval_dev_problems": 4,
     "eval_dev_samples": 1, "eval_test_problems": 4, "eval_test_samples": 2,
@@ -48,7 +49,8 @@ def test_two_small_rounds_keep_what_the_paper_keeps(name, tmp_path):
         for s in scores:
             problem = s["id"].split("-")[1]
             best[problem] = max(best.get(problem, 0.0), s["reward"])
-        sources = Counter(line["source"] for line in read_jsonl(place / "kept.jsonl"))
+        rows = read_jsonl(place / "kept.jsonl")
+        sources = Counter(line["source"] for line in rows)
         assert sources == {"self": len(kept)} | ({"demonstration": min(len(kept), 64)} if name == "rft" else {})
         assert kept
         if name in ("rest_em", "star", "rft"):
@@ -57,6 +59,21 @@ def test_two_small_rounds_keep_what_the_paper_keeps(name, tmp_path):
         elif name in ("raft", "best_of_n"):  # one of each problem, and none that is worse than another of it
             assert set(of_problem.values()) == {1}
             assert all(s["reward"] == best[s["id"].split("-")[1]] for s in kept)
+        elif name == "maxrl":  # each solved problem weighs as much as any other
+            assert {s["success"] for s in kept} == {"yes"}
+            assert {s["decision"] for s in scores if s["success"] == "yes"} <= {"kept", "duplicate", "truncated"}
+            of_row = dict.fromkeys(of_problem, 0.0)
+            for line in rows:
+                of_row[line["problem_id"]] += line["weight"]
+            assert [*of_row.values()] == pytest.approx([len(rows) / len(of_row)] * len(of_row))
+        elif name == "rwr":  # exp(1 / 0.5) for a right attempt, whatever repeats it adds the same again
+            assert {s["decision"] for s in scores} <= {"kept", "duplicate", "truncated"}
+            assert sum(line["weight"] for line in rows) == pytest.approx(len(rows))
+            right, wrong = (min(line["weight"] for line in rows if line["reward"] == r) for r in (1.0, 0.0))
+            assert right / wrong == pytest.approx(math.exp(2))
+        elif name == "ssd":
+            assert {s["decision"] for s in scores} <= {"kept", "truncated"}
+            assert {line["weight"] for line in rows} == {1.0}
         else:
             assert all(s["reward"] >= s["cutoff"] for s in kept)
             assert {s["id"].split("-")[0] for s in scores} == {str(n) for n in range(1, number + 1)}

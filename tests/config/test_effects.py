@@ -46,6 +46,7 @@ ALONE: list[tuple[str, dict[str, Any], str]] = [
     ("sft", {"gradient_checkpointing_kwargs": {"use_reentrant": False}}, "without gradient_checkpointing: true"),
     ("sft", {"project": "p"}, "without report_to: trackio"),
     ("sft", {"trackio_space_id": "a/b", "report_to": ["wandb"]}, "without report_to: trackio"),
+    ("refilter", {"weight_temperature": 0.5}, "without row_weight: reward"),
     ("evaluate", {"eval_dev_samples": 2}, "with eval_split: test"),
     ("evaluate", {"eval_test_samples": 2, "eval_split": "dev"}, "with eval_split: dev"),
 ]
@@ -110,6 +111,15 @@ def test_marks_are_for_demonstrations(command: str, write: Write) -> None:
     (line,) = findings(lambda: load(command, write(f"{BASE}train_on: marked\n"), {}))
     assert "train_on: marked is for demonstrations" in line
     assert load("sft", write(f"{BASE}train_on: marked\n"), {}).data.train_on == "marked"
+
+
+@pytest.mark.parametrize("command", ["filtered", "collect"])
+def test_maxrl_needs_several_attempts_at_a_problem(command: str, write: Write) -> None:
+    keys = BASE_KEYS | {"row_weight": "maxrl", "require_success": "true"}
+    (line,) = findings(lambda: load(command, None, keys | {"num_generations": 1}))
+    assert line == "override: row_weight: maxrl has no effect with num_generations: 1: a right attempt weighs 1"
+    assert load(command, write(yaml.safe_dump(keys)), {"num_generations": 1}).selection.row_weight == "maxrl"
+    assert load("refilter", None, keys).selection.most_per_problem is None
 
 
 # A key of another command

@@ -1,7 +1,7 @@
 """From scores to training examples: one rule, one set of decisions, and files that agree with them."""
 
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -50,6 +50,38 @@ def test_the_kept_trajectories_that_say_something_become_examples():
     assert first.completion == ({"role": "assistant", "content": "7 by 0"},)
     assert filtered.silent == 1
     assert filtered.scope == SCORES
+
+
+WEIGHING = Rule(keep_quantile=0.0, require_success="true", row_weight="maxrl")
+
+
+def test_rows_carry_weights_with_a_mean_of_1_and_the_metrics_and_conclusion_say_so():
+    scores = (*SCORES, scored(6, 1.0), scored(7, 1.0))
+    filtered = applied(scores, WEIGHING)
+    # Of p, 0, 6 and 7 make a row; 4 is empty, but right: each weighs 1/4, and the success of q 1.
+    assert {example.id: example.weight for example in filtered.examples} == pytest.approx(
+        {"1-p-0": 4 / 7, "1-q-2": 16 / 7, "1-p-6": 4 / 7, "1-p-7": 4 / 7}
+    )
+    assert filtered.metrics["weights"] == pytest.approx({"min": 4 / 7, "max": 16 / 7, "effective_rows": 49 / 19})
+    assert "The 4 rows weigh 0.571 to 2.29, as 3 equal ones would." in filtered.conclusion("", Path("runs/a"))
+    none = applied(scores, replace(WEIGHING, row_weight="none"))
+    assert {example.weight for example in none.examples} == {1.0}
+    assert "weights" not in none.metrics
+
+
+def test_a_row_of_every_part_of_a_conversation_weighs_as_its_trajectory():
+    """A template that rewrites earlier text makes two rows of two turns; the mean is over rows."""
+    turns = (Turn("7", (1, 2), (3, 4), "stop_token", observation=({"role": "user", "content": "again"},)),)
+    turns = (*turns, Turn("8", (1, 9, 2), (5, 4), "stop_token", rewritten=True))
+    long = Score(Trajectory(1, "p", 9, turns, "done"), (("r", 1.0),), True, 1.0, "yes")
+    filtered = applied((long, scored(0, 1.0), scored(2, 1.0, problem="q")), WEIGHING)
+    assert [example.id for example in filtered.examples] == ["1-p-9", "1-p-9", "1-p-0", "1-q-2"]
+    assert [example.weight for example in filtered.examples] == pytest.approx([0.8, 0.8, 0.8, 1.6])
+
+
+def test_with_nothing_kept_there_is_nothing_to_weigh():
+    filtered = applied(SCORES[1:2], WEIGHING)
+    assert (filtered.examples, filtered.rows, filtered.metrics.get("weights")) == ((), 0, None)
 
 
 def test_metrics_add_up_and_mention_empty_kept_trajectories():

@@ -34,7 +34,7 @@ def candidates(draw: st.DrawFn) -> list[Candidate]:
         graded = has_grade and status != "errored"
         reward = levels[level] if graded else 0.0
         identity = f"{number}-{problem}-{i}"
-        made.append(Candidate(identity, problem, reward, graded, successes[success], status, text, number))
+        made.append(Candidate(identity, problem, reward, graded, successes[success], status, text, number, i % 4))
     return made
 
 
@@ -46,11 +46,14 @@ def rules(draw: st.DrawFn, **fixed: Any) -> Rule:
         "require_success": draw(st.sampled_from(["auto", "auto", "true", "false"])),
         "pass_rate": draw(st.sampled_from([None, None, (0.0, 0.5), (0.4, 1.0)])),
         "max_per_problem": draw(st.sampled_from([None, 1, 2])),
+        "select": draw(st.sampled_from(["reward", "reward", "shortest"])),
         "ties": draw(st.sampled_from(["include", "sample"])),
         "control": "none",
         "seed": draw(st.integers(0, 3)),
         "round": 3,
     }
+    if values["require_success"] == "false":
+        values["select"] = "reward"
     return Rule(**(values | fixed))
 
 
@@ -106,12 +109,15 @@ def brute_force(scope: list[Candidate], rule: Rule) -> dict[str, str]:
     reject("duplicate", [c for c in left() if any(duplicate_of(c, other) for other in left())])
 
     def rivals(c: Candidate, purpose: str, *, everywhere: bool) -> int:
-        mine = (-value(c), draw_of(rule, purpose, c.id))
-        others = [other for other in left() if everywhere or other.problem_id == c.problem_id]
-        return sum((-value(other), draw_of(rule, purpose, other.id)) < mine for other in others)
+        def rank(c: Candidate) -> tuple[int, float, str]:
+            by_length = not everywhere and rule.select == "shortest"
+            return c.length if by_length else 0, -value(c), draw_of(rule, purpose, c.id)
 
-    if rule.max_per_problem is not None:
-        most = rule.max_per_problem
+        others = [other for other in left() if everywhere or other.problem_id == c.problem_id]
+        return sum(rank(other) < rank(c) for other in others)
+
+    if rule.max_per_problem is not None or rule.select == "shortest":
+        most = rule.max_per_problem or 1
         reject("max_per_problem", [c for c in left() if rivals(c, "cap", everywhere=False) >= most])
     if rule.ties == "sample":
         quota = round((1 - rule.keep_quantile) * len(graded))
@@ -187,6 +193,19 @@ def test_nothing_is_kept_of_a_problem_that_is_solved_too_rarely_or_too_often(
         assert not known or 0.2 <= known.count("yes") / len(known) <= 0.8
 
 
+@LAW
+@given(candidates(), rules(select="shortest", require_success="auto", ties="include"))
+def test_nothing_that_is_kept_is_longer_than_what_the_limit_rejects(scope: list[Candidate], rule: Rule) -> None:
+    """The shortest success of a problem; the limit says how many."""
+    decisions = select(scope, rule).decisions
+    for problem in "pqr":
+        kept = [c for c in scope if c.problem_id == problem and decisions[c.id] == "kept"]
+        over = [c for c in scope if c.problem_id == problem and decisions[c.id] == "max_per_problem"]
+        assert len(kept) <= (rule.max_per_problem or 1)
+        assert not over or max(c.length for c in kept) <= min(c.length for c in over)
+
+
+@LAW
 @given(candidates(), rules(ties="include"))
 def test_ties_are_broken_only_where_they_are_sampled(scope: list[Candidate], rule: Rule) -> None:
     assert select(scope, rule).rejected["tie_break"] == 0
