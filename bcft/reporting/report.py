@@ -19,12 +19,13 @@ from bcft.reporting.tables import (
     markdown_table,
     mean,
     percent,
+    scaled_name,
     success_or_reward,
     table_rows,
 )
 from bcft.runs.clock import PHASES
 from bcft.runs.directory import MAY_DIFFER
-from bcft.runs.history import AVERAGES
+from bcft.runs.history import AVERAGES, scaled_path
 from bcft.runs.storage import read_json, read_jsonl, read_yaml, write_bytes, write_text
 from bcft.selection.filter import REASONS
 
@@ -36,6 +37,8 @@ T = TypeVar("T")
 PICTURE = "learning_curve.png"
 FIGURE = {"sampled": "pass@1", "greedy": "success", "return": "mean", "reward": "mean"}
 """Part of an evaluation's summary -> its main figure: a share of solved attempts, or the mean return or reward."""
+KL = "KL(base || policy), nats/token"
+"""The head of the column of `kl_base`."""
 OWN, LIGHT, OTHER, QUIET = "#0072B2", "#7FB8DA", "#D55E00", "#767676"
 COLORS = {
     "kept": OWN, "errored": "#882255", "ungraded": "#AA4499", "truncated": "#332288", "failed": "#CC6677",
@@ -102,9 +105,15 @@ class _Run:
         evaluated = [(r["round"], r["eval"][kind]) for r in self.records if kind in r.get("eval", {})]
         return [(number, summary[FIGURE[kind]], summary["ci95"]) for number, summary in evaluated]
 
-    def tested(self, number: int) -> Measured | None:
-        """Return a round's evaluation on test; None if its attempts are missing."""
-        directory = self.path / f"round_{number:03d}" / "test"
+    @property
+    def chosen(self) -> str:
+        """The name of the weights in `best/`, of a finished run."""
+        return scaled_name(self.metrics["best_round"], self.metrics.get("scale", 1.0))
+
+    def tested(self) -> Measured | None:
+        """Return the evaluation on test of what is in `best/`; None if its attempts are missing."""
+        place = self.path / f"round_{self.metrics['best_round']:03d}"
+        directory = scaled_path(place, self.metrics.get("scale", 1.0)) / "test"
         return _read(directory / "evaluation.jsonl", lambda _: stored(directory), None)
 
 
@@ -143,6 +152,7 @@ def write_report(directory: Path, *, command: str, against: Path | None = None) 
         f"![Dev figures and decisions by round]({PICTURE})",
         _caption(run),
         *_rounds(run),
+        *_scales(run),
         *_decisions(run),
         *(_against(run, other) if other else []),
         *_seconds(run),
@@ -279,8 +289,7 @@ def _conclusion(run: _Run) -> list[str]:
     parts = [f"**{metrics['conclusion']}**"]
     if "stopped" in metrics:
         parts.append(f"Stopped after round {run.records[-1]['round']}: {metrics['stopped']}.")
-    columns = {"base": metrics["base"], f"round {metrics['best_round']}": metrics["best"]}
-    return [*parts, *_test_figures(columns)]
+    return [*parts, *_test_figures({"base": metrics["base"], run.chosen: metrics["best"]})]
 
 
 def _test_figures(columns: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -320,6 +329,7 @@ def _rounds(run: _Run) -> list[str]:
         "dev sampled": [cell(record.get("eval", {}), "sampled", "pass@1") for record in run.records],
         "dev return": [mean(record.get("eval", {}), "return") for record in run.records],
         "dev reward": [mean(record.get("eval", {}), "reward") for record in run.records],
+        KL: column("eval", "kl_base", "{:.4f}".format),
         "distinct solutions per problem": column("diversity", "unique_correct_per_problem", "{:.2f}".format),
         "distinct-2": column("diversity", "distinct_2", "{:.3f}".format),
         "entropy": column("diversity", "entropy", "{:.3f}".format),
@@ -330,6 +340,27 @@ def _rounds(run: _Run) -> list[str]:
     lines = [list(cells) for cells in zip(*shown.values(), strict=True)]
     notes = [f"- Round {r['round']}: {r['selection']['note']}" for r in run.rounds if r["selection"].get("note")]
     return ["## Rounds", markdown_table(list(shown), lines), *(["\n".join(notes)] if notes else [])]
+
+
+def _scales(run: _Run) -> list[str]:
+    """Return the table of `ship_scale`; nothing where no scale was chosen."""
+    measured = run.metrics.get("scales", [])
+    if not measured:
+        return []
+    evaluated = [one["eval"] for one in measured]
+    columns = {
+        "scale": [f"{one['scale']:g}" for one in measured],
+        "dev greedy": [cell(dev, "greedy", "success") for dev in evaluated],
+        "dev sampled": [cell(dev, "sampled", "pass@1") for dev in evaluated],
+        "dev pass@k": [cell(dev, "sampled", "pass@k", interval=False) for dev in evaluated],
+        "dev return": [mean(dev, "return") for dev in evaluated],
+        "dev reward": [mean(dev, "reward") for dev in evaluated],
+        KL: [f"{dev['kl_base']:.4f}" if "kl_base" in dev else "" for dev in evaluated],
+        "": ["in `best/`" if one["scale"] == run.metrics["scale"] else "" for one in measured],
+    }
+    shown = {name: cells for name, cells in columns.items() if any(cells)}
+    title = f"## Scales of round {run.metrics['best_round']}"
+    return [title, markdown_table(list(shown), [list(cells) for cells in zip(*shown.values(), strict=True)])]
 
 
 def _counts(run: _Run) -> dict[str, list[int]]:
@@ -361,10 +392,9 @@ def _against(run: _Run, other: _Run) -> list[str]:
     if not (run.metrics and other.metrics):
         unfinished = " and ".join(f"`{compared.path.name}`" for compared in (run, other) if not compared.metrics)
         return [*parts, f"Not compared on test problems yet: {unfinished} must be finished."]
-    best, others = (compared.metrics["best_round"] for compared in (run, other))
-    columns = {f"this run, round {best}": run.metrics["best"]}
-    parts += _test_figures(columns | {f"`{other.path.name}`, round {others}": other.metrics["best"]})
-    mine, theirs = run.tested(best), other.tested(others)
+    columns = {f"this run, {run.chosen}": run.metrics["best"]}
+    parts += _test_figures(columns | {f"`{other.path.name}`, {other.chosen}": other.metrics["best"]})
+    mine, theirs = run.tested(), other.tested()
     if not (mine and theirs):
         return [*parts, "Not compared problem by problem: a run's attempts at the test problems are missing."]
     if mine.evaluation.problems.keys() != theirs.evaluation.problems.keys():
