@@ -53,14 +53,11 @@ def is_tied(model: Any) -> bool:
     return head is not None and head.weight is model.get_input_embeddings().weight
 
 
-def add_adapter(model: Any, settings: ModelSettings, **options: Any) -> Any:
-    """Add a new adapter of the settings to a model, which changes in place; return the whole, the adapter in fp32.
-
-    options: of `get_peft_model`.
-    """
+def add_adapter(model: Any, settings: ModelSettings) -> Any:
+    """Add a new adapter of the settings to a model, which changes in place; return the whole, the adapter in fp32."""
     from peft import get_peft_model  # noqa: PLC0415 - as in lora_config
 
-    adapted = get_peft_model(model, lora_config(settings, tied=is_tied(model)), **options)
+    adapted = get_peft_model(model, lora_config(settings, tied=is_tied(model)))
     saved_modules_in_fp32(adapted)
     return adapted
 
@@ -94,8 +91,8 @@ def adapt_without_storage(model: Any, settings: ModelSettings) -> Any:
                 raise UsageError(f"{key}: no module of the model is named {word!r}: {_choices(model)}")
     _check_saved_modules(model, saved or (), settings)
     try:
-        with torch.device("meta"):  # PEFT makes a linear layer for a head that is tied
-            adapted = add_adapter(model, settings, low_cpu_mem_usage=True)
+        with torch.device("meta"):  # PEFT's own `low_cpu_mem_usage` would take tied modules apart
+            adapted = add_adapter(model, settings)
     except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise UsageError(f"lora_target_modules: {reason[:240].rstrip('.')}: {_choices(model)}") from error
@@ -138,7 +135,8 @@ def trained_parameters(model: Any, adapter: str, settings: ModelSettings) -> int
         with adapter_errors(adapter):
             saved = PeftConfig.from_pretrained(adapter)
             saved.inference_mode = False
-            adapted = get_peft_model(model, saved, low_cpu_mem_usage=True)
+            with torch.device("meta"):
+                adapted = get_peft_model(model, saved)
     return sum(p.numel() for p in adapted.parameters() if p.requires_grad)
 
 
