@@ -46,10 +46,10 @@ class Chosen:
 
 def check_scales(run: Run) -> None:
     """Raise UsageError when a scale could not be chosen: nothing is measured on dev."""
-    if run.config.rounds.scales and not (run.splits.dev and run.scorer.measures != "nothing"):
+    if run.config.rounds.scales and run.scorer.measures == "nothing":
         raise UsageError(
-            "ship_scale: nothing is measured on dev, so no scale can be chosen: raise eval_dev_problems, give a reward "
-            "function that shows success, or leave ship_scale out"
+            "ship_scale: nothing is measured on dev, so no scale can be chosen: give a success_func, or leave "
+            "ship_scale out"
         )
 
 
