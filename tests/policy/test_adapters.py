@@ -34,6 +34,8 @@ KINDS = {
     "tied, by both, with dora": (True, {"lora_modules_to_save": BOTH, "use_dora": True}),
 }  # fmt: skip
 """Name -> whether the base's embeddings and head are tied, and the keys."""
+OFTEN_SEEN = ("lora", "norms", "dora", "tied, by the embeddings", "tied, by both, with dora")
+"""Kinds that other tests train as well, or that others of these are like."""
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +74,7 @@ def tensors(model):
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=pytest.mark.slow if k in OFTEN_SEEN else ()) for k in KINDS])
 def test_a_saved_adapter_is_the_policy_in_plain_peft_merged_and_resumed(bases, tmp_path, kind):
     tied, keys = KINDS[kind]
     settings = replace(LORA, **keys)
@@ -163,8 +165,18 @@ def test_whole_modules_that_do_not_fit_the_base_are_refused(bases, keys, words):
         check_model(bases[True], replace(LORA, **{"lora_modules_to_save": ("lm_head",), "use_cpu": True} | keys))
 
 
-def test_whole_modules_keep_their_fp32_numbers_on_a_base_in_bf16(bases, tmp_path):
-    settings = replace(LORA, lora_modules_to_save=BOTH, dtype="bfloat16", bf16=True, use_cpu=True)
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"lora_modules_to_save": BOTH, "dtype": "bfloat16", "bf16": True},
+        {"use_dora": True, "dtype": "bfloat16", "bf16": True},
+        {"lora_modules_to_save": ("lm_head",), "load_in_4bit": True},
+        pytest.param({"use_dora": True, "load_in_4bit": True}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_an_adapter_keeps_its_fp32_numbers_on_a_base_that_has_fewer_bits(bases, tmp_path, keys):
+    settings = replace(LORA, use_cpu=True, **keys)
     policy = trained(bases[True], settings, tmp_path)
     save_policy(policy, tmp_path / "adapter")
     resumed = load_policy(str(tmp_path / "adapter"), settings)
@@ -176,9 +188,15 @@ def test_whole_modules_keep_their_fp32_numbers_on_a_base_in_bf16(bases, tmp_path
 # The way from the base to a policy
 
 
-@pytest.mark.parametrize("scale", [0.25, 0.5, 0.9])
-@pytest.mark.parametrize("kind", ["full", "full, tied", "lora", "rslora", "embeddings and head", "tied, by both"])
-def test_a_scale_is_a_point_on_the_straight_line_between_the_weights(bases, tmp_path, kind, scale):
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("full, tied", "lora", "tied, by both"),
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("full", "rslora", "embeddings and head")),
+    ],
+)
+def test_a_scale_is_a_point_on_the_straight_line_between_the_weights(bases, tmp_path, kind):
+    scale = 0.7
     tied, keys = KINDS.get(kind, (kind.endswith("tied"), {"use_peft": False}))
     settings = replace(LORA, **keys)
     policy = trained(bases[tied], settings, tmp_path)
