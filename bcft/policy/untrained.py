@@ -1,7 +1,8 @@
 """Stop tokens that a base model was never trained on: an adapter that leaves the head alone cannot learn to stop.
 
-Llama 3's base models reserve control tokens, `<|eot_id|>` among them, whose rows are those of no token that was ever
-read. They are equal to each other, so no hidden state makes one of them likelier than the rest.
+Llama 3's base models reserve control tokens, `<|eot_id|>` among them, whose rows are 0 or nearly so
+(https://github.com/meta-llama/llama3/issues/77). Rows that are equal have equal logits, so no hidden state makes one of
+these tokens likelier than the others.
 """
 
 from typing import Any
@@ -47,7 +48,7 @@ def _untrained(weight: torch.Tensor, token: int) -> str:
     if not weight.is_floating_point() or not token < len(weight):
         return ""
     row = weight[token].float()
-    if not row.any():
+    if float(row.abs().max()) <= _EQUAL:
         return "is all zeros"
     like = (weight[:, :_FIRST].float() - row[:_FIRST]).abs().amax(1) <= _EQUAL
     others = weight[like].float()
