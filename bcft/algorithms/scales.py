@@ -62,10 +62,10 @@ def choose_scale(run: Run, learner: Learner, history: History, best: int, base_d
     place, scales = history.path(best), run.config.rounds.scales
     if not best or not scales:
         return Chosen(place)
-    measured = [
+    measured: list[dict[str, Any]] = [
         {"scale": scale, "eval": _evaluated(run, learner, history, best, scale, base_dev=base_dev)} for scale in scales
     ]
-    chosen = max(measured, key=lambda one: (history.level(one["eval"]), one["scale"]))["scale"]
+    chosen = float(max(measured, key=lambda one: (history.level(one["eval"]), one["scale"]))["scale"])
     _take(learner, history, best, chosen)
     return Chosen(scaled_path(place, chosen), chosen, measured)
 

@@ -133,7 +133,9 @@ def _read(
     The last of these is that of all other tokens together. tokens: which ones (P, K); None: the likeliest. Rows are
     read one by one, so that none is padded and a figure does not depend on the others.
     """
-    model, chosen, parts, position = policy.model, [], [], 0
+    model, position = policy.model, 0
+    chosen: list[torch.Tensor] = []
+    parts: list[torch.Tensor] = []
     with sampling_mode(model, autocast=policy.precision.autocast), Progress(label) as progress:
         progress.count(len(rows), "attempts")
         for ids, own in rows:
