@@ -90,6 +90,12 @@ def test_a_saved_adapter_is_the_policy_in_plain_peft_merged_and_resumed(bases, t
     resumed = load_policy(str(tmp_path / "adapter"), settings)
     assert tensors(resumed.model).keys() == tensors(policy.model).keys()
     assert all(torch.equal(tensor, tensors(policy.model)[name]) for name, tensor in tensors(resumed.model).items())
+    if settings.lora_modules_to_save and tied:  # trained and saved as one
+        whole = [name for name in tensors(policy.model) if ".modules_to_save." in name]
+        assert whole == ["base_model.model.model.embed_tokens.modules_to_save.default.weight"]
+        saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+        head, embeddings = (saved[f"base_model.model.{name}.weight"] for name in ("lm_head", "model.embed_tokens"))
+        assert torch.equal(head, embeddings)
     if "adapter on the embeddings" in kind:  # merged, they are no longer those of the head
         return
     plain.merge_and_unload().save_pretrained(tmp_path / "merged")
@@ -110,17 +116,6 @@ def test_a_policy_restored_to_saved_weights_is_what_was_saved(bases, tmp_path, k
     assert not torch.equal(logits(policy.model), began)
     restore(policy, str(tmp_path / "adapter"), settings)
     assert torch.equal(logits(policy.model), began)
-
-
-def test_what_is_tied_is_trained_and_saved_as_one(bases, tmp_path):
-    for names in (("lm_head",), ("embed_tokens",), BOTH):
-        policy = trained(bases[True], replace(LORA, lora_modules_to_save=names), tmp_path)
-        whole = [name for name in tensors(policy.model) if ".modules_to_save." in name]
-        assert whole == ["base_model.model.model.embed_tokens.modules_to_save.default.weight"]
-        save_policy(policy, tmp_path / "adapter")
-        saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
-        head, embeddings = (saved[f"base_model.model.{name}.weight"] for name in ("lm_head", "model.embed_tokens"))
-        assert torch.equal(head, embeddings)
 
 
 def test_tied_weights_by_other_names_are_refused_unless_the_head_is_named(tmp_path):
