@@ -229,8 +229,8 @@ def conclude(run: Run, learner: Learner, history: History, base_test: Measured, 
         tested = stored(place) or run.measure(
             learner, place, "test", during=name, step=history.steps(best), samples=base_test.samples
         )
-    metrics = {"base": base_test.summary, "best": tested.summary, "best_round": best, "rounds": last} | chosen.metrics
-    metrics |= conclusion(base_test, tested)
+    metrics: dict[str, Any] = {"base": base_test.summary, "best": tested.summary, "best_round": best, "rounds": last}
+    metrics |= chosen.metrics | conclusion(base_test, tested)
     metrics["conclusion"] += chosen.words
     if not best and history.measured:
         metrics["conclusion"] = f"no round was better on dev than the base; {metrics['conclusion']}"

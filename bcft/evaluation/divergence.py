@@ -6,6 +6,7 @@ the policy's own attempts, which says what it has become.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -120,8 +121,8 @@ def _rows(trajectories: Sequence[Trajectory], problems: dict[str, Problem]) -> l
 
 def _split(ids: torch.Tensor, own: torch.Tensor, lengths: torch.Tensor) -> list[_Row]:
     """Return the rows of the file."""
-    sizes = lengths.tolist()
-    return [(i.tolist(), o.tolist()) for i, o in zip(ids.split(sizes), own.split(sizes), strict=True)]
+    ends = lengths.cumsum(0).tolist()
+    return [(ids[a:b].tolist(), own[a:b].tolist()) for a, b in pairwise([0, *ends])]
 
 
 @torch.no_grad()
