@@ -108,4 +108,4 @@ def filtered_bc(
         commit(run, learner, history, record.to_json())
         if rank() == 0:
             report(sum(record.seconds.values()))
-    return conclude(run, learner, history, base_test)
+    return conclude(run, learner, history, base_test, base_dev)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors.torch import load_file, save_file
 
 from bcft.config.loader import Config
-from bcft.policy.loading import Policy, restore, save_policy
+from bcft.policy.loading import Policy, interpolate, restore, save_policy
 from bcft.runs.progress import Progress
 from bcft.runs.storage import storage, write_manifest
 from bcft.types import TrainingExample
@@ -32,6 +32,12 @@ class Learner:
     def restore(self, weights: str) -> None:
         """Take the weights of a directory or model of the same kind."""
         restore(self.policy, weights, self.config.model)
+
+    def restore_scaled(self, weights: str, base: str, scale: float) -> None:
+        """Take weights as `restore` does, and `scale` of their change from a base; 1: as they are."""
+        self.restore(weights)
+        if scale != 1:
+            interpolate(self.policy, base, scale, self.config.model)
 
     def train(
         self, examples: Sequence[TrainingExample], number: int, *, carry_from: Path | None, progress: Progress

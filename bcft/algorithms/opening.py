@@ -6,11 +6,13 @@ from collections.abc import Collection
 
 from bcft.algorithms.learner import Learner
 from bcft.algorithms.run import Run
+from bcft.algorithms.scales import check_scales
 from bcft.data.checks import check_prompts, without_special_tokens
 from bcft.data.examples import replay_examples
 from bcft.data.weights import scaled
 from bcft.errors import FaultError
-from bcft.evaluation.held_out import UNFINISHED
+from bcft.evaluation.divergence import REFERENCE
+from bcft.evaluation.held_out import UNFINISHED, forget
 from bcft.evaluation.results import Measured, stored
 from bcft.policy.loading import check_disk, check_model, load_policy, longest_row, with_adapter
 from bcft.policy.precision import choose_precision
@@ -68,6 +70,7 @@ def _check(run: Run, history: History) -> tuple[list[TrainingExample], str]:
     """Refuse what can be refused without weights; return the demonstrations to replay, and a note about them."""
     config, splits = run.config, run.splits
     check_training(config.training)
+    check_scales(run)
     renderer = check_model(history.base_model, config.model).renderer
     problems = [*run.problems.values(), *(d.problem for d in splits.held_out)]
     check_prompts(problems, renderer, special_tokens=config.data.special_tokens)
@@ -102,6 +105,9 @@ def discard_stale(history: History, drift: Collection[str]) -> None:
     stale = [unfinished] if retrains(drift) or remeasures(drift) else []
     if remeasures(drift):
         stale += [history.path(0), *history.directory.glob("round_*/test")]
+        (history.path(0) / REFERENCE).unlink(missing_ok=True)
+        for scaled in history.directory.glob("round_*/scale_*"):
+            shutil.rmtree(scaled)
     for file in [file for directory in stale for file in directory.glob("evaluation.json*")]:
         file.unlink()
 
@@ -149,19 +155,24 @@ def try_first_problems(run: Run, learner: Learner, history: History) -> SanityCh
 def evaluate_base(run: Run, learner: Learner, history: History, check: SanityCheck | None) -> tuple[Measured, Measured]:
     """Evaluate the policy as it is, on test and on dev, unless its results are there; start the history with dev.
 
-    check: of the first problems. Raises FaultError when dev says too that there is nothing to learn.
+    What it says on its attempts at dev is written too, since later rounds are compared with it. check: of the first
+    problems. Raises FaultError when dev says too that there is nothing to learn.
     """
     directory = history.path(0)
-    test, dev = stored(directory / "test"), stored(directory)
-    missing = not (test and dev)
+    test, dev, recorded = stored(directory / "test"), stored(directory), (directory / REFERENCE).is_file()
+    missing = not (test and dev and recorded)
     begun = bool(test or dev) or any((place / UNFINISHED).exists() for place in (directory / "test", directory))
     if missing and history.last:  # another recipe, whose evaluations are missing, continues with these rounds
         learner.restore(history.weights_path(0))
     with run.clock.left_out():
         start = time.perf_counter()
         test = test or run.measure(learner, directory / "test", "test", during="base", step=0)
-        dev = dev or run.measure(learner, directory, "dev", during="base", step=0)
+        dev = dev or run.measure(learner, directory, "dev", during="base", step=0, keep=True)
         seconds = time.perf_counter() - start
+        if not recorded:
+            run.record_base(learner, directory)
+        if rank() == 0:
+            forget(directory)
     if not begun and not history.last and run.budget.evaluated:
         run.session.say(f"evaluation: {run.budget.time(seconds)}")
     history.start(dev.summary)

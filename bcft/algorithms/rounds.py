@@ -12,6 +12,7 @@ from typing import Any
 
 from bcft.algorithms.learner import Learner
 from bcft.algorithms.run import Run
+from bcft.algorithms.scales import choose_scale
 from bcft.config.loader import Config
 from bcft.data.examples import draw_replay
 from bcft.environments.base import step_checker
@@ -19,7 +20,7 @@ from bcft.errors import FaultError
 from bcft.evaluation.results import Measured, stored
 from bcft.policy.loading import save_policy
 from bcft.reporting.model_card import model_card
-from bcft.reporting.tables import conclusion, print_table, round_line
+from bcft.reporting.tables import conclusion, print_table, round_line, scaled_name
 from bcft.rollout.sample import roll_out
 from bcft.runs.distributed import barrier, broadcast, rank
 from bcft.runs.history import History
@@ -195,7 +196,7 @@ def evaluate_round(
     if not dev and not run.budget.is_due(number):
         return {}
     dev = dev or run.measure(learner, place, "dev", during=f"round {number}", step=step)
-    return {**dev.summary, "vs_base": conclusion(base_dev, dev).get("vs_base", {})}
+    return run.figures(learner, dev, base_dev, directory=history.path(0), during=f"round {number}")
 
 
 def commit(run: Run, learner: Learner, history: History, record: Mapping[str, Any]) -> None:
@@ -214,34 +215,36 @@ def commit(run: Run, learner: Learner, history: History, record: Mapping[str, An
     run.session.say(round_line(record))
 
 
-def conclude(run: Run, learner: Learner, history: History, base_test: Measured) -> dict[str, Any]:
-    """Test the best round, write it as `best/`; return what `metrics.json` holds."""
+def conclude(run: Run, learner: Learner, history: History, base_test: Measured, base_dev: Measured) -> dict[str, Any]:
+    """Test the best round, at the best of its scales, and write it as `best/`; return what `metrics.json` holds."""
     config, session, last = run.config, run.session, history.last
     best = history.best(last)
     if history.weights_round_after(best) != history.weights_round_after(last):
         learner.restore(history.weights_path(history.weights_round_after(best)))
-    tested = base_test
+    chosen = choose_scale(run, learner, history, best, base_dev)
+    tested, name = base_test, scaled_name(best, chosen.scale)
     if best:
-        place = history.path(best) / "test"
+        place = chosen.place / "test"
         # As many samples as the base had: a run with more rounds may choose another number.
         tested = stored(place) or run.measure(
-            learner, place, "test", during=f"round {best}", step=history.steps(best), samples=base_test.samples
+            learner, place, "test", during=name, step=history.steps(best), samples=base_test.samples
         )
-    metrics = {"base": base_test.summary, "best": tested.summary, "best_round": best, "rounds": last}
-    metrics |= conclusion(base_test, tested)
+    metrics: dict[str, Any] = {"base": base_test.summary, "best": tested.summary, "best_round": best, "rounds": last}
+    metrics |= chosen.metrics | conclusion(base_test, tested)
+    metrics["conclusion"] += chosen.words
     if not best and history.measured:
         metrics["conclusion"] = f"no round was better on dev than the base; {metrics['conclusion']}"
     if last < config.rounds.num_rounds and (reason := history.stop_reason()):
         metrics["stopped"] = reason
         session.say(f"stopped after round {last}: {reason}")
     if tested.summary:
-        print_table({"base": base_test.summary, f"round {best}": tested.summary}, quiet=session.quiet)
+        print_table({"base": base_test.summary, name: tested.summary}, quiet=session.quiet)
     if rank() == 0:
         with Progress(session.label("saving the best round")):
             write_best(run, learner, metrics)
     target = session.path / "best"
     following = config.evaluating(str(target))
-    session.say(f"The model is in {target}, from round {best}" + (f"; next: {following}" if following else ""))
+    session.say(f"The model is in {target}, from {name}" + (f"; next: {following}" if following else ""))
     return metrics
 
 

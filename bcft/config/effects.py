@@ -129,6 +129,7 @@ def without_effect(
         for key in in_file:  # a caller's are refused as keys of another command
             if KEYS[key].section == "training" and command not in KEYS[key].commands:
                 yield key, "has no effect in filtered: rounds save and evaluate by themselves, each with its own seed"
+        yield from _unscaled(values)
     if command in TRAINING and values["engine"] == "openai":
         yield (
             "engine",
@@ -189,6 +190,22 @@ def _unsuited(values: Mapping[str, Any], in_file: Collection[str], overrides: Co
             only_in_file = key in in_file and key not in overrides and other in overrides
             if (key in in_file or key in overrides) and values[key] != KEYS[key].default and not only_in_file:
                 yield key, words
+
+
+def _unscaled(values: Mapping[str, Any]) -> Iterator[Finding]:
+    """Yield `ship_scale` with an adapter whose scale is no way between the base and the chosen round."""
+    if values["ship_scale"] in (None, [1.0]):
+        return
+    name = values["model_name_or_path"]
+    own = adapter_keys(name)
+    if own:
+        yield (
+            "ship_scale",
+            f"{name} is an adapter, and its scale 0 is the model below it, not where the run begins: leave ship_scale "
+            f"out, or give the adapter's base model to begin a new one",
+        )
+    elif values["use_peft"] and values["use_dora"]:
+        yield "ship_scale", "a DoRA adapter has no scale, since it norms the weights: leave ship_scale or use_dora out"
 
 
 def _continued_adapter(values: Mapping[str, Any], given: Collection[str]) -> Iterator[Finding]:

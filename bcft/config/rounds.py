@@ -159,16 +159,32 @@ class RoundSettings(Settings):
         "lower stops sooner; null: run all rounds",
         limits=">= 1",
     )
+    ship_scale: tuple[float, ...] | None = of_rounds(
+        None,
+        "scales of the chosen round's change from the base, such as [0.5, 0.75, 1.0] (WiSE-FT): each is evaluated on "
+        "dev, and best/ holds the best of them, the larger of equals; lower stays closer to the base; null: the round "
+        "as it is",
+    )
     eval_every: int | Literal["auto"] = of_rounds(
         "auto",
         "rounds from one evaluation on dev to the next; higher evaluates less; auto: under a third of all attempts",
         limits=">= 1",
     )
 
+    @property
+    def scales(self) -> tuple[float, ...]:
+        """The scales to choose from, the smallest first; empty where there is no choice but the round as it is."""
+        given = tuple(sorted(self.ship_scale or ()))
+        return () if given == (1.0,) else given
+
     def conflicts(self) -> Iterator[Conflict]:
-        """Yield warm-up that leaves no round to train."""
+        """Yield warm-up that leaves no round to train, and scales that are none."""
         if self.warmup_rounds >= self.num_rounds:
             yield ("warmup_rounds", "num_rounds"), "warm-up rounds leave none that trains"
+        scales = self.ship_scale
+        if scales is not None and not (scales and all(0 < s <= 1 for s in scales) and len({*scales}) == len(scales)):
+            wanted = "wants different numbers > 0 and <= 1, such as [0.5, 0.75, 1.0]"
+            yield ("ship_scale",), f"{wanted}, not {list(scales)!s:.60}"
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,8 @@ class Budget:
     """Evaluations on dev if every round trains, the one before training included."""
     rolled_out: int
     """Attempts of all rounds."""
+    scales: int = 0
+    """Evaluations on dev of the chosen round at other scales, at the end."""
 
     @classmethod
     def of(
@@ -75,7 +77,7 @@ class Budget:
     @property
     def evaluated(self) -> int:
         """Attempts of all evaluations."""
-        return self.times * self.dev + 2 * self.test
+        return self.opening + (self.times - 1) * self.dev + self.ending
 
     @property
     def share(self) -> float:
@@ -92,6 +94,11 @@ class Budget:
         return self.test + self.dev
 
     @property
+    def ending(self) -> int:
+        """Attempts of the evaluations after the last round."""
+        return self.test + self.scales * self.dev
+
+    @property
     def plan(self) -> str:
         """When evaluation comes, in words."""
         if not self.evaluated:
@@ -103,7 +110,7 @@ class Budget:
                 f"{due} of {rounds} rounds" if due < rounds else f"each of {rounds} rounds" if due > 1 else "the round"
             )
             parts.append(f"{self.dev:,} in {after}")
-        parts += [f"{self.test:,} at the end"] if self.test else []
+        parts += [f"{self.ending:,} at the end"] if self.ending else []
         return f"{', '.join(parts)} ({100 * self.share:.0f} % of all attempts)"
 
     def expected(self, seconds: float, *, attempts: int) -> str:
@@ -167,4 +174,5 @@ def _count(rounds: RoundSettings, evaluation: EvaluationSettings, problems: Prob
         test=test_attempts(problems.test, problems.harder, samples),
         times=1 + due,
         rolled_out=rounds.num_rounds * played,
+        scales=sum(scale != 1 for scale in rounds.scales),
     )

@@ -137,11 +137,11 @@ def measure(
     problems = splits.test if split == "test" else splits.dev
     if not problems:
         return Measured(Evaluation(()), {})
-    answers, unfinished = scorer.answers, directory / UNFINISHED
+    answers = scorer.answers
     measured = partial(evaluate, policy, settings=settings, scorer=scorer, phase=split, step=step)
 
     def place(part: str, rows: Sequence[Demonstration]) -> Path:
-        return unfinished / f"{part}-{evaluation_key(policy, settings, [d.problem for d in rows])}"
+        return attempts_place(directory, part, policy, settings, [d.problem for d in rows])
 
     evaluation = measured(problems, samples=samples, label=label, directory=place(split, problems))
     summary = evaluation.summary(answers)
@@ -166,6 +166,13 @@ def measure(
 def forget(directory: Path) -> None:
     """Remove the attempts from which the result in a directory was made: the next evaluation plays its own."""
     shutil.rmtree(directory / UNFINISHED, ignore_errors=True)
+
+
+def attempts_place(
+    directory: Path, part: str, policy: Policy, settings: RolloutSettings, problems: Sequence[Problem]
+) -> Path:
+    """Return where an evaluation keeps its attempts until `forget`; part: `dev`, `test` or `harder`."""
+    return directory / UNFINISHED / f"{part}-{evaluation_key(policy, settings, problems)}"
 
 
 @torch.no_grad()

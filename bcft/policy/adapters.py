@@ -1,6 +1,7 @@
 """LoRA adapters before weights are loaded: the settings, what they would train, whether a saved one fits its base."""
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,15 @@ from bcft.policy.sources import adapter_errors, refuse_pickles
 WEIGHTS = "adapter_model.safetensors"
 
 
-def lora_config(settings: ModelSettings) -> Any:
-    """Return the LoRA settings as peft's `LoraConfig`."""
-    from peft import LoraConfig  # noqa: PLC0415 - peft takes seconds to import, and most runs have no adapter
+def lora_config(settings: ModelSettings, *, tied: bool = False) -> Any:
+    """Return the LoRA settings as peft's `LoraConfig`.
+
+    tied: whether the model's embeddings and its head are the same weights. Then `lora_modules_to_save` trains them as
+    one copy, whichever of the two it names: PEFT would train two that differ, of which a merged model keeps one.
+    """
+    # peft takes seconds to import, and most runs have no adapter.
+    from peft import LoraConfig  # noqa: PLC0415
+    from peft.utils.constants import EMBEDDING_LAYER_NAMES  # noqa: PLC0415
 
     # peft takes lists, not tuples, and reads `all-linear` or a regular expression from a string only; it would read one
     # module's name as an expression for whole paths, which matches nothing.
@@ -24,6 +31,8 @@ def lora_config(settings: ModelSettings) -> Any:
         None if words is None else list(words)
         for words in (settings.lora_target_modules, settings.lora_modules_to_save)
     )
+    # The only names by which PEFT knows tied weights.
+    embeddings = any(name.rpartition(".")[2] in EMBEDDING_LAYER_NAMES for name in saved or ())
     alone = targets is not None and len(targets) == 1 and not re.fullmatch(r"[\w.]+", targets[0])
     return LoraConfig(
         task_type="CAUSAL_LM",
@@ -34,16 +43,42 @@ def lora_config(settings: ModelSettings) -> Any:
         modules_to_save=saved,
         use_rslora=settings.use_rslora,
         use_dora=settings.use_dora,
+        ensure_weight_tying=tied and embeddings,
     )
+
+
+def is_tied(model: Any) -> bool:
+    """Return whether a model's embeddings and its head are the same weights."""
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is model.get_input_embeddings().weight
+
+
+def add_adapter(model: Any, settings: ModelSettings) -> Any:
+    """Add a new adapter of the settings to a model, which changes in place; return the whole, the adapter in fp32."""
+    from peft import get_peft_model  # noqa: PLC0415 - as in lora_config
+
+    adapted = get_peft_model(model, lora_config(settings, tied=is_tied(model)))
+    saved_modules_in_fp32(adapted)
+    return adapted
+
+
+def saved_modules_in_fp32(model: Any) -> bool:
+    """Turn whole modules of an adapter into fp32, as PEFT does with LoRA's own weights; return whether any was not."""
+    low = [p for name, p in model.named_parameters() if ".modules_to_save." in name and p.dtype != torch.float32]
+    for parameter in low:
+        parameter.data = parameter.data.float()
+    return bool(low)
 
 
 def adapt_without_storage(model: Any, settings: ModelSettings) -> Any:
     """Add the adapter of the settings to a model without storage, which it changes in place; return the whole.
 
-    Raises UsageError when a name in `lora_target_modules` or `lora_modules_to_save` matches no module.
+    Raises UsageError when a name in `lora_target_modules` or `lora_modules_to_save` matches no module, and for what
+    would not train or not be tied any more.
     """
-    from peft import get_peft_model  # noqa: PLC0415 - as in lora_config
+    from peft.tuners.tuners_utils import BaseTunerLayer  # noqa: PLC0415 - as in lora_config
 
+    tied = is_tied(model)
     names, config = [name for name, _ in model.named_modules()], lora_config(settings)
     targets, saved = config.target_modules, config.modules_to_save
     # A string is `all-linear` or a regular expression; peft itself refuses it when it matches nothing.
@@ -54,11 +89,37 @@ def adapt_without_storage(model: Any, settings: ModelSettings) -> Any:
         for word in sorted(words or ()):
             if not any(name == word or name.endswith(f".{word}") for name in names):
                 raise UsageError(f"{key}: no module of the model is named {word!r}: {_choices(model)}")
+    _check_saved_modules(model, saved or (), settings)
     try:
-        return get_peft_model(model, config, low_cpu_mem_usage=True)
+        with torch.device("meta"):  # PEFT's own `low_cpu_mem_usage` would take tied modules apart
+            adapted = add_adapter(model, settings)
     except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise UsageError(f"lora_target_modules: {reason[:240].rstrip('.')}: {_choices(model)}") from error
+    if isinstance(adapted.get_output_embeddings(), BaseTunerLayer):
+        raise UsageError(
+            "lora_target_modules: TRL's loss reads the weights of the model's head themselves, so an adapter on it "
+            "would not train: leave the head out, or give lora_modules_to_save: [lm_head]"
+        )
+    if tied and saved and not is_tied(adapted):
+        raise UsageError(
+            "lora_modules_to_save: the model's embeddings and its head are the same weights, and PEFT would train a "
+            "copy of one of them: give lora_modules_to_save: [lm_head], which trains both as one"
+        )
+    return adapted
+
+
+def _check_saved_modules(model: Any, saved: Collection[str], settings: ModelSettings) -> None:
+    """Raise UsageError for whole modules that are to train and are in 4 bits."""
+    head = model.get_output_embeddings()
+    for word in sorted(saved if settings.load_in_4bit else ()):
+        for name, module in model.named_modules():
+            quantized = any(isinstance(part, torch.nn.Linear) and part is not head for part in module.modules())
+            if quantized and (name == word or name.endswith(f".{word}")):
+                raise UsageError(
+                    f"lora_modules_to_save: {word} is in 4 bits, which cannot train: only embeddings, norms and the "
+                    f"head are not; leave it out, or leave load_in_4bit out"
+                )
 
 
 def trained_parameters(model: Any, adapter: str, settings: ModelSettings) -> int:
@@ -74,7 +135,8 @@ def trained_parameters(model: Any, adapter: str, settings: ModelSettings) -> int
         with adapter_errors(adapter):
             saved = PeftConfig.from_pretrained(adapter)
             saved.inference_mode = False
-            adapted = get_peft_model(model, saved, low_cpu_mem_usage=True)
+            with torch.device("meta"):
+                adapted = get_peft_model(model, saved)
     return sum(p.numel() for p in adapted.parameters() if p.requires_grad)
 
 

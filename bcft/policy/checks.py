@@ -9,7 +9,7 @@ from bcft.config.schema import ModelSettings, TrainingSettings
 from bcft.errors import StorageError, UsageError
 from bcft.policy.adapters import adapt_without_storage, check_adapter, trained_parameters
 from bcft.policy.chat_template import Renderer
-from bcft.policy.precision import check_dtype
+from bcft.policy.precision import check_dtype, check_saved_modules, choose_precision
 from bcft.policy.shape import build_without_storage, check_engine
 from bcft.policy.sources import adapter_base, base_config, check_base, locate, refuse_pickles
 from bcft.policy.tokenizer import GenerationFile, load_generation_file, load_tokenizer
@@ -50,6 +50,8 @@ def check_model(name: str, settings: ModelSettings, *, trainable: bool = True) -
         check_adapter(source, model)
     elif trainable and settings.use_peft:
         adapt_without_storage(model, settings)
+        if settings.lora_modules_to_save:
+            check_saved_modules(choose_precision(name, settings))
     return Checked(renderer, generation)
 
 

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, G
 from bcft.config.schema import ModelSettings
 from bcft.errors import UsageError
 from bcft.policy import cpu
-from bcft.policy.adapters import lora_config
+from bcft.policy.adapters import add_adapter, lora_config, saved_modules_in_fp32
 from bcft.policy.chat_template import Renderer
 from bcft.policy.checks import check_disk, check_four_bits, check_model
 from bcft.policy.gguf import PACKAGE, is_gguf
@@ -34,13 +34,14 @@ from bcft.policy.sources import (
     show_progress_of_hub_only,
 )
 from bcft.policy.tokenizer import load_renderer, load_tokenizer
+from bcft.policy.untrained import untrained_stop
 from bcft.runs.distributed import connect, local_rank
 
 __all__ = [
     "ASSETS", "AUTOCAST_DTYPES", "Policy", "Precision", "adapter_base", "base_config", "check_disk", "check_four_bits",
-    "check_model", "choose_precision", "cpu_threads", "load_model", "load_policy", "load_renderer", "load_served",
-    "load_tokenizer",
-    "locate", "longest_row", "lora_config", "refuse_pickles", "restore", "save_policy", "with_adapter",
+    "check_model", "choose_precision", "cpu_threads", "interpolate", "load_model", "load_policy", "load_renderer",
+    "load_served", "load_tokenizer", "locate", "longest_row", "lora_config", "refuse_pickles", "restore",
+    "save_policy", "with_adapter",
 ]  # fmt: skip
 
 
@@ -52,7 +53,8 @@ class Policy:
     renderer: Renderer
     precision: Precision
     note: str = ""
-    """A line about dequantized weights, and one about what the model's own generation config holds and is not saved."""
+    """Lines about dequantized weights, what the model's own generation config holds and is not saved, and a stop token
+    that was never trained."""
     served: str = ""
     """The name by which a server knows the model that it samples; with it there is none here."""
 
@@ -93,7 +95,10 @@ def load_policy(name: str, settings: ModelSettings, *, trainable: bool = True) -
         bos_token_id=tokenizer.bos_token_id if checked.generation.bos_id is None else checked.generation.bos_id,
     )
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    notes = (_dequantized(name, settings, base), checked.generation.note)
+    notes = [_dequantized(name, settings, base), checked.generation.note]
+    if trainable and (settings.use_peft or base is not model):
+        stop = checked.renderer.tail_ids[-1]
+        notes.append(untrained_stop(model, stop, tokenizer.convert_ids_to_tokens(stop), settings))
     return Policy(model, checked.renderer, precision, "\n".join(filter(None, notes)))
 
 
@@ -172,6 +177,8 @@ def load_model(name: str, settings: ModelSettings, precision: Precision, *, trai
         refuse_pickles(source, stem="adapter_model")
         with adapter_errors(source):
             model = PeftModel.from_pretrained(model, source, is_trainable=trainable)
+            if saved_modules_in_fp32(model):  # they were rounded to the base's numbers
+                _load_adapter_weights(model, source)
     return model if settings.load_in_4bit or precision.device == "cuda" else model.to(precision.device)
 
 
@@ -190,10 +197,8 @@ def with_adapter(policy: Policy, settings: ModelSettings, *, seed: int) -> Polic
     """
     if policy.adapter or not settings.use_peft:
         return policy
-    from peft import get_peft_model  # noqa: PLC0415 - as in load_model
-
     torch.manual_seed(seed)
-    return dataclasses.replace(policy, model=get_peft_model(policy.model, lora_config(settings)))
+    return dataclasses.replace(policy, model=add_adapter(policy.model, settings))
 
 
 def restore(policy: Policy, name: str, settings: ModelSettings) -> None:
@@ -202,14 +207,43 @@ def restore(policy: Policy, name: str, settings: ModelSettings) -> None:
     name: an adapter directory for a policy with an adapter, else any `model_name_or_path`.
     """
     if policy.adapter:
-        from peft import load_peft_weights, set_peft_model_state_dict  # noqa: PLC0415 - as in load_model
-
         refuse_pickles(name, stem="adapter_model")
         with adapter_errors(name):
-            set_peft_model_state_dict(policy.model, load_peft_weights(name, device=str(policy.model.device)))
+            _load_adapter_weights(policy.model, name)
         return
     weights = load_model(name, settings, dataclasses.replace(policy.precision, device="cpu")).state_dict()
     policy.model.load_state_dict(weights)
+
+
+def _load_adapter_weights(model: Any, name: str) -> None:
+    """Give a model's adapter the weights in a directory."""
+    from peft import load_peft_weights, set_peft_model_state_dict  # noqa: PLC0415 - as in load_model
+
+    set_peft_model_state_dict(model, load_peft_weights(name, device=str(model.device)))
+
+
+@torch.no_grad()
+def interpolate(policy: Policy, base: str, scale: float, settings: ModelSettings) -> None:
+    """Take a policy's weights back toward those of its base, in place: to base + scale x (policy - base), in fp32.
+
+    Wortsman et al. 2022 (https://arxiv.org/abs/2109.01903, section 3), with its alpha as scale. The update of a LoRA
+    adapter is linear in `lora_B`; whole modules that are saved with it begin as those of its base. Weights that are
+    tied stay so. base: the directory or model whose full weights the policy began with; an adapter needs none.
+    """
+    named = dict(policy.model.named_parameters())  # tied weights once
+    if policy.adapter:
+        for name, parameter in named.items():
+            if ".lora_B." in name or ".lora_embedding_B." in name:
+                parameter.mul_(scale)
+            elif ".modules_to_save." in name:
+                module, _, own = name.partition(".modules_to_save.")
+                original = policy.model.get_parameter(f"{module}.original_module.{own.partition('.')[2]}")
+                parameter.copy_(torch.lerp(original.float(), parameter.float(), scale))
+        return
+    weights = load_model(base, settings, dataclasses.replace(policy.precision, device="cpu")).state_dict()
+    for name, parameter in named.items():
+        began = weights[name].to(parameter.device).float()
+        parameter.copy_(torch.lerp(began, parameter.float(), scale))
 
 
 def save_policy(policy: Policy, directory: Path) -> list[Path]:

@@ -64,6 +64,16 @@ def check_dtype(name: str, settings: ModelSettings) -> None:
     )
 
 
+def check_saved_modules(precision: Precision) -> None:
+    """Raise UsageError when whole modules of an adapter, which train in fp32, do not fit the numbers of its base."""
+    if precision.autocast == "no" and precision.weights != torch.float32:
+        numbers = str(precision.weights).removeprefix("torch.")
+        raise UsageError(
+            f"lora_modules_to_save: whole modules train in float32, and the frozen base in {numbers} cannot be "
+            f"multiplied with them: leave dtype out, or set bf16: true"
+        )
+
+
 @contextmanager
 def cpu_threads() -> Iterator[None]:
     """Restore torch's number of threads afterwards: loading a small model sets it to one."""

@@ -120,14 +120,15 @@ def _without_success(old: Mapping[str, Any], new: Mapping[str, Any], before: str
     return stops
 
 
-ROUNDS = f"{'round':>5} {'played':>7} {'success':>8} {'kept':>6} {'cutoff':>7}  dev greedy  dev sampled"
+ROUNDS = f"{'round':>5} {'played':>7} {'success':>8} {'kept':>6} {'cutoff':>7}  dev greedy  {'dev sampled':<22} KL base"
 """The head of the table that grows by a line with each round."""
 
 
 def round_line(record: Mapping[str, Any]) -> str:
     """Return the line of a round's metrics; what the round does not have stays blank (round 0 plays nothing).
 
-    The mean return or reward takes the place of dev success where policies are compared by it.
+    The mean return or reward takes the place of dev success where policies are compared by it. `KL base` is the
+    divergence from the base, in nats a token.
     """
     rollout, selection, dev = (record.get(part, {}) for part in ("rollout", "selection", "eval"))
     played = " " * 17
@@ -137,10 +138,16 @@ def round_line(record: Mapping[str, Any]) -> str:
     greedy = percent(dev["greedy"]["success"]) if "greedy" in dev else ""
     seconds = sum(record.get("seconds", {}).values())
     sampled = next((mean(dev, part) for part in AVERAGES if part in dev), cell(dev, "sampled", "pass@1"))
-    line = f"{record['round']:>5} {played}{kept}  {greedy:>10}  {sampled:<22} "
+    forgotten = f"{dev['kl_base']:.4f}" if "kl_base" in dev else ""
+    line = f"{record['round']:>5} {played}{kept}  {greedy:>10}  {sampled:<22} {forgotten:>7}  "
     line = f"{line}{seconds:.1f} s" if seconds else line.rstrip()
     note = selection.get("note", "")
     return f"{line}\n      {note}" if note else line
+
+
+def scaled_name(number: int, scale: float) -> str:
+    """Return what the weights of a round are called at a scale of its change from the base, such as `round 3 x 0.5`."""
+    return f"round {number}" if scale == 1 else f"round {number} x {scale:g}"
 
 
 def success_or_reward(rollout: Mapping[str, Any]) -> str:

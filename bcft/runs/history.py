@@ -91,11 +91,11 @@ class History:
         evaluated = [n for n in range(last + 1) if "eval" in self.records[n]]
         if not self.measured:
             return evaluated[-1]
-        return max(evaluated, key=lambda n: (self._level(n), -n))
+        return max(evaluated, key=lambda n: (self.level(self.records[n]["eval"]), -n))
 
-    def _level(self, number: int) -> float:
-        """Return what an evaluated round is chosen by: what the base was measured by."""
-        base, dev = self.records[0]["eval"], self.records[number]["eval"]
+    def level(self, dev: Mapping[str, Any]) -> float:
+        """Return what weights are chosen by, given their figures on dev: what the base was measured by."""
+        base = self.records[0]["eval"]
         average = next((part for part in AVERAGES if part in base), "")
         if average:
             return float(dev[average]["mean"]) if average in dev else -math.inf
@@ -122,6 +122,11 @@ class History:
         """Return the rounds whose weights a resumed run, or the end of this one, may still read."""
         carried = set() if self.rounds.reset_optimizer else {self.last_trained(self.last)}
         return {0, self.weights_round_after(self.last), self.weights_round_after(self.best(self.last))} | carried
+
+
+def scaled_path(directory: Path, scale: float) -> Path:
+    """Return where a round's evaluations at a scale of `ship_scale` are; directory: of the round."""
+    return directory if scale == 1 else directory / f"scale_{scale}"
 
 
 def evaluation_interval(rounds: RoundSettings, *, evaluated: int, played: int) -> int:

@@ -65,6 +65,7 @@ def test_a_run_killed_in_a_round_leaves_no_server_and_the_same_command_finishes_
         rollouts = of_round(path, number, "rollouts.jsonl")
         assert set(Counter(line["id"] for line in rollouts).values()) == {1}
         assert len(rollouts) == 36
+        assert of_round(path, number, "metrics.json")["eval"]["kl_base"] > 0
         if number == 1:
             assert {line["id"]: line for line in rollouts if line["id"] in before} == before
     assert read_json(path / "metrics.json")["rounds"] == 2

@@ -8,13 +8,15 @@ from pathlib import Path
 import pytest
 import yaml
 
-import bcft.reporting.report
+import bcft.reporting.picture
 from bcft.errors import StorageError, UsageError
 from bcft.evaluation.results import Evaluation, Measured
-from bcft.reporting.report import COLORS, PICTURE, _figure, _Run, check_against, write_report
+from bcft.reporting.picture import COLORS, PICTURE, draw_figure
+from bcft.reporting.report import check_against, write_report
+from bcft.reporting.run_files import RunFiles
 from bcft.reporting.tables import conclusion, percent
 from bcft.runs.clock import PHASES
-from bcft.runs.storage import write_json, write_jsonl, write_text
+from bcft.runs.storage import read_json, write_json, write_jsonl, write_text
 from bcft.selection.filter import REASONS
 
 COMMAND = "bcft filtered recipes/filtered_bc.yaml --seed 1"
@@ -90,7 +92,7 @@ def rows(text, title):
 
 def panels(path, other=None):
     """Return the two panels of the picture, and the upper one's lines by their label."""
-    above, below = _figure(_Run.read(path), _Run.read(other) if other else None).axes
+    above, below = draw_figure(RunFiles.read(path), RunFiles.read(other) if other else None).axes
     return above, below, {drawn.get_label(): drawn for drawn in above.lines}
 
 
@@ -129,6 +131,22 @@ def test_a_figure_that_no_round_has_gets_no_column(run):
     lines[1]["diversity"]["entropy"] = 0.25
     write_jsonl(run / "metrics.jsonl", lines)
     assert [cells["entropy"] for cells in rows(report(run), "Rounds")] == ["", "", "0.250", ""]
+
+
+def test_what_a_policy_forgets_is_a_column_and_the_scales_to_choose_from_are_a_table(tmp_path):
+    figures = measured(2).summary
+    path = make(tmp_path / "scaled", rounds=[line(1, dev=measured(2))], best=1)
+    assert "KL" not in report(path)
+    write_jsonl(path / "metrics.jsonl", [line(1) | {"eval": {**figures, "kl_base": 0.25}}])
+    scales = [{"scale": scale, "eval": {**figures, "kl_base": 0.25 * scale}} for scale in (0.5, 1.0)]
+    metrics = read_json(path / "metrics.json") | {"scale": 0.5, "scales": scales}
+    write_json(path / "metrics.json", metrics)
+    text = report(path)
+    assert [cells["KL(base \\|\\| policy), nats/token"] for cells in rows(text, "Rounds")] == ["", "0.2500"]
+    half, whole = rows(text, "Scales of round 1")
+    assert (half["scale"], half["KL(base \\|\\| policy), nats/token"], half[""]) == ("0.5", "0.1250", "in `best/`")
+    assert (whole["scale"], whole["dev sampled"], whole[""]) == ("1", half["dev sampled"], "")
+    assert "| test | base | round 1 x 0.5 |" in text
 
 
 def test_a_round_that_was_not_evaluated_has_no_mark_and_a_blank_cell(run):
@@ -316,7 +334,7 @@ def test_the_picture_is_a_png_with_integer_rounds_and_nothing_overlaps(tmp_path,
     assert struct.unpack(">II", content[16:24]) == (1800, 1200)
     assert b"tEXt" not in content, "the name and version of what drew it"
     assert len(content) < 300_000
-    figure = _figure(_Run.read(path), _Run.read(other))
+    figure = draw_figure(RunFiles.read(path), RunFiles.read(other))
     figure.draw_without_rendering()
     for axes in figure.axes:
         assert all(tick == int(tick) for tick in axes.get_xticks())
@@ -355,7 +373,7 @@ def test_any_directory_may_stand_in_picture_and_tables(run, tmp_path, name):
 
 
 def test_only_drawing_imports_matplotlib():
-    tree = ast.parse(Path(bcft.reporting.report.__file__).read_text(encoding="utf-8"))
+    tree = ast.parse(Path(bcft.reporting.picture.__file__).read_text(encoding="utf-8"))
     loaded = [ast.unparse(node) for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
     assert loaded
     assert not [line for line in loaded if "matplotlib" in line]

@@ -128,13 +128,16 @@ def test_without_success_the_conclusion_has_loss_and_stop_rate_and_without_probl
 def test_the_line_of_a_round_stands_below_the_head_of_the_table():
     record = {
         "round": 3, "rollout": {"played": 1024, "success": 0.5, "unknown": 0, "reward_mean": 0.5},
-        "selection": {"kept": 175, "cutoff": 1.0, "note": "A note."}, "eval": SOLVED, "seconds": {"train": 1.5},
+        "selection": {"kept": 175, "cutoff": 1.0, "note": "A note."}, "eval": SOLVED | {"kl_base": 0.01234},
+        "seconds": {"train": 1.5},
     }  # fmt: skip
     line, note = round_line(record).splitlines()
-    for name, value in {"round": "3", "played": "1024", "success": "50.0 %", "kept": "175", "cutoff": "1"}.items():
+    cells = {"round": "3", "played": "1024", "success": "50.0 %", "kept": "175", "cutoff": "1", "KL base": "0.0123"}
+    for name, value in cells.items():
         end = ROUNDS.index(name) + len(name)
         assert line[:end].endswith(f" {value}")
-    assert line.endswith("25.0 %  50.0 % [40.0, 60.0]    1.5 s")
+    assert line.endswith("25.0 %  50.0 % [40.0, 60.0]     0.0123  1.5 s")
+    assert round_line(record | {"eval": SOLVED}).splitlines()[0].index("1.5 s") == line.index("1.5 s")
     assert note.strip() == "A note."
     assert round_line({"round": 0, "eval": SOLVED}).split() == ["0", "25.0", "%", "50.0", "%", "[40.0,", "60.0]"]
 
