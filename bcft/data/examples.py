@@ -331,7 +331,7 @@ def trajectory_examples(
                 prompt=tuple(conversation[:first]),
                 completion=tuple(conversation[first : starts[segment.last] + 1]),
                 reward=reward,
-                template_kwargs=problem.template_kwargs,
+                template_kwargs=trajectory.template_kwargs(problem),
             )
         )
     return examples
@@ -361,7 +361,7 @@ def _segments(turns: Sequence[Turn], train_on: str) -> list[_Segment]:
         if turn.rewritten:
             segments.append(_Segment(first, number - 1, tuple(ids), tuple(labels)))
             ids, labels, first = [], [], number
-        trained = turn.action.strip() and (train_on == "all_turns" or number == len(turns) - 1)
+        trained = (turn.action.strip() or turn.message) and (train_on == "all_turns" or number == len(turns) - 1)
         ids += [*turn.ids, *turn.action_ids]
         labels += [*[IGNORED] * len(turn.ids), *(turn.action_ids if trained else [IGNORED] * len(turn.action_ids))]
     segments.append(_Segment(first, len(turns) - 1, tuple(ids), tuple(labels)))

@@ -153,9 +153,11 @@ class OpenAIEngine:
     def generate(self, requests: Sequence[Request]) -> Iterator[Action]:
         """Yield one action for each request, in the order they are answered.
 
-        Raises ServerError when the server does not answer, UsageError when it refuses the key, the model or a parameter
-        and when a budget is spent.
+        Raises ServerError when the server does not answer, UsageError when it refuses the key, the model or a parameter,
+        when a budget is spent, and for tools, which it would not be sent.
         """
+        if any(request.template_kwargs.get("tools") for request in requests):
+            raise UsageError("engine: openai sends no tools: set engine: hf or vllm")
         answers: SimpleQueue[tuple[Request, _Answer | BcftError | None]] = SimpleQueue()
         waiting, in_flight, ended = deque(requests), 0, Event()
         failure: BcftError | None = None

@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, NotRequired, TypedDict
 
-from bcft.types.calls import ToolCall, tool_calls
+from bcft.types.calls import ToolCall, stored, tool_calls
 from bcft.types.plain import is_empty, says_no, says_yes, show, valid_text, with_type
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -94,6 +94,16 @@ def messages(prompt: Prompt) -> list[Message]:
 def unmarked(message: Message) -> dict[str, Any]:
     """Return a message without the mark that it is trained: without a mark it is trained as well, mostly."""
     return {key: value for key, value in message.items() if (key, value) != ("train", True)}
+
+
+def in_file(given: Sequence[Message]) -> list[dict[str, Any]]:
+    """Return messages as files hold them: without nulls, arguments with a null in them as JSON text."""
+    return [
+        {**message, "tool_calls": [stored(call) for call in message["tool_calls"]]}
+        if "tool_calls" in message
+        else {**message}
+        for message in given
+    ]
 
 
 def _message(value: object, where: str) -> Message:
