@@ -153,8 +153,8 @@ class OpenAIEngine:
     def generate(self, requests: Sequence[Request]) -> Iterator[Action]:
         """Yield one action for each request, in the order they are answered.
 
-        Raises ServerError when the server does not answer, UsageError when it refuses the key, the model or a parameter,
-        when a budget is spent, and for tools, which it would not be sent.
+        Raises ServerError when the server does not answer, UsageError when it refuses the key, the model or a parameter
+        and when a budget is spent; also for requests with tools, which are not sent.
         """
         if any(request.template_kwargs.get("tools") for request in requests):
             raise UsageError("engine: openai sends no tools: set engine: hf or vllm")

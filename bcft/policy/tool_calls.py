@@ -57,12 +57,13 @@ class CallReader:
             parsed = self._tokenizer.parse_response(
                 list(ids), schema=self._response_template, prefix=list(context_ids), tools=list(tools)
             )
-            calls = tool_calls([_as_text(call) for call in parsed.get("tool_calls") or ()])
+            calls = [_as_text(call) for call in parsed.get("tool_calls") or ()]
+            tool_calls(calls)
         except (ValueError, TypeError, LookupError) as error:
             return Said(plain, self._fault(error))
         content = str(parsed.get("content") or "").removesuffix(self._tokenizer.eos_token or "")
         thought = next((parsed[key] for key in ("reasoning_content", "thinking") if parsed.get(key)), "")
-        message: Message = {**plain, "content": content, "reasoning_content": thought, "tool_calls": calls}
+        message: Any = {**plain, "content": content, "reasoning_content": thought, "tool_calls": calls}
         try:
             return Said(messages([message])[0])
         except ValueError:  # what no file may hold: then it is text alone
