@@ -5,13 +5,14 @@ import json
 import pytest
 from helpers.episodes import Scripted, played
 from helpers.functions import Coin
-from helpers.tiny import save_llama, write_jsonl
+from helpers.tiny import llama_tokenizer, save_llama, write_jsonl
 from helpers.tools import Calculator, Counter, call, calling
 from helpers.trained_tokenizers import TRL, renderer_of, tokenizer, user
 
-from bcft import collect, refilter
+from bcft import collect, refilter, sft
 from bcft.environments.base import environment_factory
 from bcft.environments.grid_walk import GridWalk
+from bcft.environments.tools import toolbox
 from bcft.errors import DataError, UsageError
 from bcft.integrations.trl_environment import Pool, TRLEnvironment, is_trl_environment
 from bcft.policy.chat_template import DATE, Renderer
@@ -22,7 +23,7 @@ from bcft.runs.storage import read_jsonl
 from bcft.selection.functions import check_columns
 from bcft.selection.scoring import _completion_ids
 from bcft.testing import check_environment
-from bcft.types import Problem, Trajectory, messages
+from bcft.types import Problem, messages
 
 PROMPT = [{"role": "system", "content": "Count."}, user("Use the tools.")]
 
@@ -170,8 +171,9 @@ SCRIPTS = {
 }
 """Target -> what the policy says, whatever it reads."""
 TEMPLATES = {
-    **dict.fromkeys(("qwen2_5", "qwen3", "qwen3_instruct_2507", "qwen3_5_nothink"), "<|im_end|>"), "llama3_2": "<|eot_id|>",
-}  # fmt: skip
+    **dict.fromkeys(("qwen2_5", "qwen3", "qwen3_instruct_2507", "qwen3_5_nothink"), "<|im_end|>"),
+    "llama3_2": "<|eot_id|>",
+}
 """Template -> its EOS token."""
 
 
@@ -185,9 +187,10 @@ def _policy(name):
 def _script(renderer, target):
     """Return the ids of what the policy says, as the template writes it; empty for what Llama's cannot say."""
     said = [{"role": "assistant", "content": words} if isinstance(words, str) else words for words in SCRIPTS[target]]
-    if renderer.tokenizer.eos_token == "<|eot_id|>":  # it writes one call, and no text beside it
-        if any(len(m.get("tool_calls", [])) > 1 or ("tool_calls" in m and m["content"]) for m in said):
-            return []
+    # Llama writes one call, and no text beside it.
+    besides = any(len(m.get("tool_calls", [])) > 1 or ("tool_calls" in m and m["content"]) for m in said)
+    if besides and renderer.tokenizer.eos_token == "<|eot_id|>":
+        return []
     return [tuple(renderer.rows([renderer.texts([user("?")], words)])[0][1]) for words in said]
 
 
@@ -241,9 +244,7 @@ def test_an_episode_is_that_of_trls_own_loop(name, tmp_path, monkeypatch):
     renderer = _policy(name)
     rows = [{"prompt": PROMPT, "start": 0, "target": target} for target in SCRIPTS if _script(renderer, target)]
     theirs = _trls(renderer, rows, tmp_path)
-    problems = {
-        row["target"]: Problem(str(row["target"]), PROMPT, {"target": row["target"], "start": 0}) for row in rows
-    }
+    problems = [Problem(str(row["target"]), PROMPT, {"target": row["target"], "start": 0}) for row in rows]
     engine = Scripted(renderer, say=lambda key: (_script(renderer, int(key[3]))[key[5]], "stop_token"))
     make = environment_factory(Counter, {})
     trajectories = played([Attempt(p, 1, 0) for p in problems], make, renderer, engine, max_new_tokens=500)
@@ -259,35 +260,49 @@ def test_an_episode_is_that_of_trls_own_loop(name, tmp_path, monkeypatch):
 # A run
 
 
+SMALL = {"eval_test_problems": 4, "eval_test_samples": 1, "eval_dev_problems": 2, "max_length": 2048}
+
+
 @pytest.mark.slow
-def test_collect_refilter_and_sft_work_on_an_environment_for_trl(tmp_path):
-    renderer = _policy("qwen3_instruct_2507")
-    model = save_llama(tmp_path / "model", renderer.tokenizer, hidden=16, positions=4096)
-    rows = [{"prompt": [user(f"Count, number {i}.")], "start": i % 2, "target": 0} for i in range(40)]
-    keys = {"model_name_or_path": model, "dataset_name": write_jsonl(tmp_path / "rows.jsonl", rows)}
-    play = {"environment": "helpers.tools.Counter", "max_turns": 3, "max_completion_length": 8, "num_generations": 2}
-    rule = {"require_success": "false", "keep_quantile": 0.4}
-    collect.run(None, output_dir=str(tmp_path / "played"), prompts_per_round=10, **keys, **play, **rule)
-    played_lines = read_jsonl(tmp_path / "played" / "rollouts.jsonl")
-    assert {line["ended"] for line in played_lines} == {"done"}
-    assert {tool["function"]["name"] for line in played_lines for tool in line["tools"]} == {"increment", "look"}
-    assert {turn["reward"] for line in played_lines for turn in line["turns"]} == {0.0, 1.0}
-    # A random model calls nothing: one attempt is given the call that it might have made.
-    line = played_lines[0]
-    trajectory = _with_call(renderer, Trajectory.from_json(line))
-    (tmp_path / "with_call.jsonl").write_text("".join(json.dumps(t) + "\n" for t in [trajectory.to_json()]))
-    refilter.run(None, rollouts=str(tmp_path / "with_call.jsonl"), output_dir=str(tmp_path / "kept"), **keys, **rule)
-    (kept,) = read_jsonl(tmp_path / "kept" / "kept.jsonl")
-    assert kept["completion"][0]["tool_calls"] == [call("increment", step=1)]
-    assert kept["tools"] == line["tools"]
+def test_demonstrations_with_calls_teach_a_policy_that_plays_collects_and_trains_on_its_own(tmp_path):
+    schemas = list(toolbox(environment_factory(Counter, {})(), "").schemas)
+    words = "Given the following functions, please respond with a JSON for a function call with its proper arguments"
+    said = '{"name": "increment", "parameters": {"step": 1}} Done. Count, number 7. Reach 1.'
+    texts = [json.dumps(schema, indent=4) for schema in schemas] + [words, said, TRL["llama3_2"]]
+    model = save_llama(tmp_path / "tiny", llama_tokenizer(texts, vocabulary=800), hidden=64, positions=2048)
+    first = [{"prompt": [user(f"Count, number {i}.")], "target": 1} for i in range(40)]
+    answers = [
+        calling(call("increment", step=1)), {"role": "tool", "name": "increment", "content": "1"},
+        {"role": "assistant", "content": "Done."},
+    ]  # fmt: skip
+    shown = [{"messages": [user(f"Count, number {i}. Reach 1."), *answers], "tools": schemas} for i in range(40)]
+    demonstrations = write_jsonl(tmp_path / "shown.jsonl", shown)
+    steps = {"max_steps": 80, "learning_rate": 5e-3, "per_device_train_batch_size": 4, **SMALL}
+    sft.run(None, model_name_or_path=model, dataset_name=demonstrations, output_dir=str(tmp_path / "sft"), **steps)
 
+    keys = {"model_name_or_path": str(tmp_path / "sft"), "dataset_name": write_jsonl(tmp_path / "rows.jsonl", first)}
+    play = {"environment": "helpers.tools.Counter", "max_turns": 4, "max_completion_length": 60, "prompts_per_round": 8}
+    collect.run(None, output_dir=str(tmp_path / "played"), num_generations=2, keep_quantile=0.0, **keys, **play)
+    lines = read_jsonl(tmp_path / "played" / "rollouts.jsonl")
+    assert {line["ended"] for line in lines} <= {"done", "turn_limit"}
+    won = [line for line in lines if line["turns"][-1]["reward"] == 1.0 and len(line["turns"]) == 2]
+    assert won
+    assert {line["turns"][0]["observation"][0]["content"] for line in won} == {"1"}
+    assert all(line["tools"] == schemas for line in lines)
 
-def _with_call(renderer, trajectory):
-    problem = Problem(trajectory.problem_id, list(trajectory.opening), {"target": 0})
-    ids = tuple(renderer.rows([renderer.texts([user("?")], calling(call("increment", step=1)))])[0][1])
-    engine = Scripted(renderer, say=lambda key: (ids, "stop_token") if key[5] == 0 else "Done.")
-    (made,) = played([Attempt(problem, 1, 0)], environment_factory(Counter, {}), renderer, engine, max_new_tokens=500)
-    return made
+    rule = {"require_success": "false", "min_reward": 1.0, "keep_quantile": 0.0}
+    kept_at = tmp_path / "kept"
+    refilter.run(None, rollouts=str(tmp_path / "played"), output_dir=str(kept_at), **keys, **rule)
+    kept = read_jsonl(kept_at / "kept.jsonl")
+    assert {row["id"] for row in kept} >= {line["id"] for line in won} - {
+        row["id"] for row in kept if not row["weight"]
+    }
+    assert [m["role"] for m in kept[0]["completion"]] == ["assistant", "tool", "assistant"]
+    assert kept[0]["completion"][0]["tool_calls"] == [call("increment", step=1)]
+    one = {"dataset_name": str(kept_at), "max_steps": 1, **SMALL}
+    sft.run(None, output_dir=str(tmp_path / "again"), model_name_or_path=str(tmp_path / "sft"), **one)
+    other = save_llama(tmp_path / "qwen", _policy("qwen2_5").tokenizer, hidden=16, positions=4096)
+    sft.run(None, output_dir=str(tmp_path / "other"), model_name_or_path=other, **one)
 
 
 def test_a_reader_knows_calls_only_where_there_are_tools():
