@@ -4,9 +4,11 @@ Messages go out and text comes back, which becomes the ids that the policy's own
 for a demonstration of the same text. The server draws its own noise, so the journal is the truth. `usage` counts what
 is asked, so that budgets hold across interruptions.
 
-Left out: streams, tools and images. A thought that a server returns apart from its answer is not part of the text.
+A problem's tools are sent; an answer that is a tool call instead of a text is not used, and counted. Left out: streams
+and images. A thought that a server returns apart from its answer is not part of the text.
 """
 
+import json
 import random
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +30,7 @@ from bcft.generation.usage import Usage
 from bcft.policy.chat_template import Renderer
 from bcft.policy.loading import Policy
 from bcft.runs.distributed import world_size
-from bcft.types import Action, Engine, EngineMaker, Request, RolloutSettings
+from bcft.types import Action, Engine, EngineMaker, Message, Request, RolloutSettings
 from bcft.types.plain import valid_text
 
 KEY = "OPENAI_API_KEY"
@@ -247,10 +249,11 @@ class OpenAIEngine:
         extra = {name: value for name, off in _NEUTRAL.items() if (value := getattr(sampling, name)) != off}
         return {
             "model": self.settings.served_model,
-            "messages": [dict(message) for message in request.messages],
+            "messages": [_as_sent(message) for message in request.messages],
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             self.limit_name: request.max_new_tokens,
+            **({"tools": tools} if (tools := request.template_kwargs.get("tools")) else {}),
             **({"extra_body": extra} if extra else {}),
         }
 
@@ -295,6 +298,18 @@ class OpenAIEngine:
                 return Action(request.key, ids[: -len(renderer.tail_ids)], "max_tokens", text=answer.text)
         self.unused[reason] += 1
         return Action(request.key, (), "context_full")
+
+
+def _as_sent(message: Message) -> dict[str, Any]:
+    """Return a message in OpenAI's form: the arguments of calls are JSON text."""
+    sent = {key: value for key, value in message.items() if key != "train"}
+    if "tool_calls" in message:
+        called = [(call, call["function"]) for call in message["tool_calls"]]
+        sent["tool_calls"] = [
+            {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
+            for call, function in called
+        ]
+    return sent
 
 
 def _words(error: openai.APIStatusError) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import date
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 from jinja2 import TemplateError
 
@@ -116,7 +116,10 @@ class Template:
         elif "tool_calls" in said and stop:
             body, tail = body.rstrip().removesuffix(stop), stop
         else:
-            raise DataError(f"the chat template emits no stop token after this completion: it ends in {body[-40:]!r}")
+            remedy = ": leave rows with tool calls out, or set chat_template_path" if "tool_calls" in said else ""
+            raise DataError(
+                f"the chat template emits no stop token after this completion: it ends in {_plain(body[-40:])}{remedy}"
+            )
         self._check_parts(body, written)
         if "tool_calls" not in said:
             self._check_content(body, written["content"], template_kwargs)
@@ -163,8 +166,8 @@ class Template:
         for text in [written["content"], *stated]:
             if not _holds(body, text):
                 raise DataError(
-                    f"the chat template drops {_plain(text)} of a message with tool calls: it ends in {body[-40:]!r}: "
-                    f"take it off, or set chat_template_path to a template that renders it"
+                    f"the chat template drops {_plain(text)} of a message with tool calls, which ends in "
+                    f"{_plain(body[-40:])}: take it off, or set chat_template_path to a template that renders it"
                 )
 
     def _require_calls(self) -> None:
@@ -194,8 +197,8 @@ class Template:
             whole, part = _squash(before + body), _squash(written)
             if not whole.endswith(part):
                 raise DataError(
-                    f"the chat template drops a part of the completion {_plain(written)}: it ends in {body[-40:]!r}: "
-                    f"take that part off, or set chat_template_path to a template that renders it"
+                    f"the chat template drops a part of the completion {_plain(written)}: it ends in "
+                    f"{_plain(body[-40:])}: take that part off, or set chat_template_path to a template that renders it"
                 )
             lead = whole.removesuffix(part)
         # A broken control token is only text, except at the beginning: there the answer seems to be rendered already.
@@ -357,7 +360,8 @@ def as_messages(prompt: Prompt, *, escape: Callable[[str], str] = str) -> list[M
     """Return a prompt as messages, their texts passed through `escape`, those of calls as well."""
     if isinstance(prompt, str):
         return [{"role": "user", "content": escape(prompt)}]
-    return [_escaped(message, escape) for message in prompt]
+    read = [{k: v if k == "role" else _escaped(v, escape) for k, v in message.items()} for message in prompt]
+    return cast(list[Message], read)
 
 
 def _escaped(value: Any, escape: Callable[[str], str]) -> Any:

@@ -48,7 +48,7 @@ def test_rows_given_in_python_are_split_as_a_file_of_them(kind, tmp_path):
         (["a"], "^train_dataset row 0: expected a mapping from columns to values, not 'a'"),
         ([{"prompt": "a", "completion": "b"}, None], "^train_dataset row 1: expected a mapping"),
         ([{"prompt": "a", "completion": "b"}, {"prompt": "a"}], "^train_dataset row 1: no completion"),
-        ([{"prompt": "a", "completion": "b", "tools": ["x"]}], "^train_dataset row 0: column 'tools'"),
+        ([{"prompt": "a", "completion": "b", "tools": ["x"]}], "^train_dataset row 0: tools: expected a list"),
         ([{"prompt": "a", "completion": "b", "label": False}], "^train_dataset row 0: column 'label'"),
     ],
 )

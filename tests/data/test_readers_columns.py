@@ -22,7 +22,7 @@ SHAPES = [
 ]
 EMPTY = [None, "", [], {}]
 REFUSED = {
-    "tools": [{"type": "function"}],
+    "functions": [{"type": "function"}],
     "images": ["a.png"],
     "image": {"bytes": "x", "path": None},
     "videos": ["a.mp4"],
@@ -131,9 +131,10 @@ def test_a_completion_is_kept_where_a_prompt_alone_would_do():
 @pytest.mark.parametrize(
     ("row", "hint"),
     [
-        ({"conversations": [{"from": "human", "value": "a"}]}, "a ShareGPT file: rename conversations to messages"),
-        ({"instruction": "a", "input": "", "output": "b"}, "rename output to completion"),
-        ({"problem": "a", "solution": "b"}, "rename problem to prompt"),
+        ({"conversations": [{"from": "human", "value": "a"}]}, "set dataset_format: sharegpt"),
+        ({"instruction": "a", "input": "", "output": "b"}, "set dataset_format: alpaca"),
+        ({"problem": "a", "solution": "b"}, "set dataset_format: math"),
+        ({"conversation": ["a? b"], "word": "c"}, "set dataset_format: lines"),
         ({"text": "a"}, "split text into prompt and completion"),
         ({"chosen": [USER, REPLY], "rejected": [USER, REPLY]}, "a preference pair"),
     ],

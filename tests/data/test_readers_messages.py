@@ -8,20 +8,13 @@ from bcft.config.schema import DataSettings, EvaluationSettings
 from bcft.data.loading import load_splits
 from bcft.data.readers import demonstration
 from bcft.errors import DataError
-from bcft.types import ROLES, Feedback, messages
+from bcft.types import ROLES, Feedback, messages, problem_id
 
 USER, REPLY = {"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}
-CALL = [{"type": "function", "function": {"name": "add", "arguments": "{}"}}]
-THOUGHT = "write it into content as the model's template does"
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
 ADD = "remove it, or write it into content"
 REFUSED_KEYS = {
-    "tool_calls": (CALL, "write the call into content"),
-    "function_call": ({"name": "add", "arguments": "{}"}, "write the call into content"),
-    "reasoning_content": ("two and two", THOUGHT),
-    "thinking": ("two and two", THOUGHT),
-    "reasoning": ("two and two", THOUGHT),
-    "name": ("Ada", ADD),
-    "tool_call_id": ("call-1", ADD),
+    "function_call": ({"name": "add", "arguments": "{}"}, "write it as tool_calls"),
     "prefix": (True, ADD),
     "loss": (0, ADD),
     "images": (["a.png"], ADD),
@@ -57,7 +50,7 @@ def test_a_key_that_would_be_dropped_is_refused_with_its_message_and_a_remedy(ke
         Feedback([USER | {key: value}], None, done=False)
 
 
-@pytest.mark.parametrize("key", REFUSED_KEYS)
+@pytest.mark.parametrize("key", [*REFUSED_KEYS, "tool_calls", "reasoning_content", "name", "tool_call_id", "train"])
 def test_a_key_without_a_value_is_as_if_absent(key):
     for value in (None, "", [], {}, {"name": None, "arguments": None}, [None]):
         row = {"messages": [USER | {key: value}, REPLY | {key: value}]}
@@ -81,29 +74,142 @@ def test_keys_that_datasets_fills_with_null_are_as_if_absent():
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "role", "passes"),
+    ("key", "value", "role", "outcome"),
     [
-        ("weight", 1, "assistant", True),
-        ("weight", 1.0, "assistant", True),
-        ("train", True, "assistant", True),
-        ("train", "true", "assistant", True),
-        ("weight", 0, "user", True),
-        ("train", False, "user", True),
-        ("weight", 0, "assistant", False),
-        ("weight", 0.5, "assistant", False),
-        ("weight", 2, "assistant", False),
-        ("train", False, "assistant", False),
-        ("weight", 1, "user", False),
-        ("train", True, "user", False),
+        ("weight", 1, "assistant", {"train": True}),
+        ("weight", 1.0, "assistant", {"train": True}),
+        ("train", True, "assistant", {"train": True}),
+        ("train", "true", "assistant", {"train": True}),
+        ("weight", 0, "assistant", {"train": False}),
+        ("train", False, "assistant", {"train": False}),
+        ("weight", 0, "user", {}),
+        ("train", False, "user", {}),
+        ("weight", 0.5, "assistant", "a message carries loss or does not: give 1 or 0"),
+        ("weight", 2, "assistant", "a message carries loss or does not: give 1 or 0"),
+        ("weight", 1, "user", "only the assistant's messages carry loss"),
+        ("train", True, "tool", "only the assistant's messages carry loss"),
     ],
 )
-def test_a_weight_of_a_message_passes_where_it_says_what_is_trained_anyway(key, value, role, passes):
-    first, last = (m | ({key: value} if m["role"] == role else {}) for m in (USER, REPLY))
-    if passes:
+def test_a_weight_of_a_message_is_the_mark_of_an_assistants_message_or_refused(key, value, role, outcome):
+    first, last = (m | ({key: value} if m["role"] == role else {}) for m in (USER | {"role": role}, REPLY))
+    if role == "assistant":
+        first, last = USER, REPLY | {key: value}
+    if isinstance(outcome, dict):
         d = demonstration({"messages": [first, last]}, "file:7")
-        assert (d.prompt, d.completion) == ([USER], (REPLY,))
+        assert (d.prompt, d.completion) == ([USER], (REPLY | outcome,))
+        assert d.problem.id == problem_id("2 + 2?")
     else:
-        assert "assistant messages carry loss, and no others do" in refused({"messages": [first, last]})
+        assert outcome in refused({"messages": [first, last]})
+
+
+def test_a_mark_to_train_changes_no_digest_and_one_not_to_train_does():
+    both = [{"messages": [USER, REPLY, USER, REPLY | mark]} for mark in ({}, {"weight": 1}, {"weight": 0})]
+    plain, trained, left_out = (
+        load_splits(DataSettings(), EvaluationSettings(eval_test_problems=0, eval_dev_problems=0), train=[row]).digest
+        for row in both
+    )
+    assert plain == trained != left_out
+
+
+# Tool calls, results and thoughts
+RESULT = {"role": "tool", "content": "4", "name": "add", "tool_call_id": "call-1"}
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        [CALL],
+        [CALL | {"id": None, "type": None}],
+        [{"function": {"name": "add", "arguments": '{"a": 2}'}}],
+        [{"name": "add", "arguments": {"a": 2}}],
+        [{"type": "function", "function": {"name": "add", "arguments": {"a": 2, "of_another_row": None}}}],
+    ],
+)
+def test_a_tool_call_has_one_form_whatever_form_a_row_gives_it(given):
+    d = demonstration({"messages": [USER, {"role": "assistant", "tool_calls": given}, RESULT, REPLY]}, "file:7")
+    assert d.completion == ({"role": "assistant", "content": "", "tool_calls": [CALL]}, RESULT, REPLY)
+    kept = demonstration({"messages": [USER, REPLY | {"tool_calls": [CALL | {"id": "call-1"}]}]}, "").completion
+    assert kept == (REPLY | {"tool_calls": [CALL | {"id": "call-1"}]},)
+    assert demonstration({"messages": [USER, {"role": "assistant", "tool_calls": given}]}, "").answered
+
+
+def test_a_null_of_arguments_stays_in_json_text_and_is_as_if_absent_in_an_object():
+    both = [{"name": "add", "arguments": value} for value in ('{"a": null}', {"a": None})]
+    (reply,) = demonstration({"messages": [USER, {"role": "assistant", "tool_calls": both}]}, "").completion
+    assert [call["function"]["arguments"] for call in reply["tool_calls"]] == [{"a": None}, {}]
+
+
+@pytest.mark.parametrize(
+    ("calls", "reason"),
+    [
+        ("add(2)", "tool_calls: expected a list of calls, not str"),
+        (["add"], 'a tool call is {"type": "function"'),
+        ([{"type": "code", "function": {"name": "add"}}], 'a tool call is {"type": "function"'),
+        ([{"function": {"arguments": {"a": 1}}}], 'a tool call is {"type": "function"'),
+        ([{"function": {"name": "add", "arguments": "{"}}], "the arguments of add: '{' is not JSON"),
+        ([{"function": {"name": "add", "arguments": "[1]"}}], "the arguments of add are an object"),
+        ([{"function": {"name": "add", "arguments": '{"a": NaN}'}}], "NaN is not a JSON number"),
+        ([{"function": {"name": "add", "arguments": {"a": {1}}}}], "the arguments of add: not JSON"),
+        ([{"function": {"name": "add", "arguments": {"a": "\ud800"}}}], "half of a surrogate pair"),
+        ([{"function": {"name": "add"}, "index": 1}], "no template reads the key 'index'"),
+        ([{"function": {"name": "add", "strict": True}}], "no template reads the key 'strict'"),
+        ([CALL | {"id": 3}], 'a tool call is {"type": "function"'),
+    ],
+)
+def test_a_tool_call_of_another_form_is_refused_with_its_message(calls, reason):
+    text = refused({"messages": [USER, {"role": "assistant", "tool_calls": calls}]})
+    assert text.startswith("file:7: messages: message 1: ")
+    assert reason in text
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+def test_a_thought_apart_from_the_content_has_one_name(key):
+    d = demonstration({"messages": [USER, REPLY | {key: "two and two"}]}, "file:7")
+    assert d.completion == (REPLY | {"reasoning_content": "two and two"},)
+    other = {"reasoning_content": "one", "reasoning": "two"}
+    assert "say different things" in refused({"messages": [USER, REPLY | other]})
+    assert "is text, not list" in refused({"messages": [USER, REPLY | {key: ["a"]}]})
+
+
+@pytest.mark.parametrize(
+    ("role", "key", "value", "owner"),
+    [
+        ("user", "tool_calls", [CALL], "assistant"),
+        ("tool", "tool_calls", [CALL], "assistant"),
+        ("system", "reasoning_content", "hm", "assistant"),
+        ("user", "thinking", "hm", "assistant"),
+        ("assistant", "name", "Ada", "tool"),
+        ("user", "name", "Ada", "tool"),
+        ("user", "tool_call_id", "call-1", "tool"),
+    ],
+)
+def test_a_key_of_another_roles_message_is_refused(role, key, value, owner):
+    wrong = {"role": role, "content": "x", key: value}
+    rows = [USER, wrong] if role == "assistant" else [USER, REPLY, wrong, REPLY]
+    text = refused({"messages": rows})
+    assert f"its key '{key}' (" in text
+    assert text.endswith(f"it belongs to the {owner}'s message")
+    with pytest.raises(ValueError, match=f"its key '{key}'"):
+        messages([wrong])
+
+
+def test_the_identity_of_a_prompt_depends_on_calls_names_and_thoughts_but_on_no_ids_and_marks():
+    def asked(call=None, result=None, **said):
+        calls = {"tool_calls": call} if call else {}
+        conversation = [USER, {"role": "assistant", "content": "x"} | calls | said, {"role": "tool", "content": "4"}]
+        return problem_id(messages([*conversation[:2], conversation[2] | (result or {})]))
+
+    other = {"function": {"name": "add", "arguments": {"a": 3}}}
+    different = [asked(), asked([CALL]), asked([other]), asked([CALL, CALL]), asked(result={"name": "add"})]
+    different.append(asked(reasoning_content="hm"))
+    assert len(set(different)) == len(different)
+    swapped = [{"name": "add", "arguments": text} for text in ('{"a": 1, "b": 2}', '{"b": 2, "a": 1}')]
+    assert asked(swapped[:1]) == asked(swapped[1:])
+    assert asked([CALL]) == asked([CALL | {"id": "call-1"}])
+    assert asked() == asked(result={"tool_call_id": "call-1"}) == asked(train=False)
+    # Frozen: these are the ids that earlier versions gave.
+    assert asked() == "aebc5ff8c30eea4c"
+    assert problem_id([USER]) == problem_id("2 + 2?") == "70b499c547e0a11f"
 
 
 @pytest.mark.parametrize("role", ["system", "user", "tool"])
@@ -141,8 +247,12 @@ def test_another_role_is_refused_everywhere_with_the_known_ones(role, hint):
 @pytest.mark.parametrize(
     ("message", "reason"),
     [
-        ({"from": "human", "value": "2 + 2?"}, "a ShareGPT message: rename from to role and value to content"),
-        ({"role": "user", "content": [{"type": "text", "text": "a"}]}, "join the texts into one string"),
+        (
+            {"from": "human", "value": "2 + 2?"},
+            "a ShareGPT message: rename the column to conversations and set dataset",
+        ),
+        ({"role": "user", "content": [{"type": "text", "text": None}]}, "join the texts into one string"),
+        ({"role": "user", "content": []}, "join the texts into one string"),
         ({"role": "user", "content": ["a", "b"]}, "join the texts into one string"),
         ({"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image"}]}, "image cannot be trained"),
         ({"role": "user", "content": [{"type": "image_url"}, {"type": "audio"}]}, "audio, image_url cannot be trained"),
@@ -158,6 +268,14 @@ def test_a_message_that_is_not_role_and_text_is_refused_with_the_remedy(message,
     text = refused({"messages": [USER, REPLY, message, REPLY]})
     assert text.startswith("file:7: messages: message 2: ")
     assert reason in text
+
+
+def test_parts_of_text_are_one_text():
+    parts = [{"type": "text", "text": "2 + "}, {"type": "text", "text": "2?", "image": None}]
+    assert messages([{"role": "user", "content": parts}]) == [USER]
+    assert demonstration({"messages": [{"role": "user", "content": parts}, REPLY]}, "").problem.id == problem_id(
+        "2 + 2?"
+    )
 
 
 def test_an_observation_is_never_the_assistants():

@@ -3,6 +3,7 @@
 import json
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from itertools import count
 from threading import Barrier
@@ -86,6 +87,22 @@ def test_every_parameter_is_sent_and_those_that_openai_lacks_only_when_they_are_
     changed = {"temperature": 0.7, "top_p": 0.9, "top_k": 20, "min_p": 0.1, "repetition_penalty": 1.2}
     assert warmed == plain | changed | {"messages": [{"role": "user", "content": "3"}]}
     assert greedy["temperature"] == 0.0
+
+
+def test_tools_and_calls_are_sent_in_openais_form_and_the_mark_of_a_message_is_not(tmp_path):
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    call = {"type": "function", "id": "1", "function": {"name": "add", "arguments": {"a": "é"}}}
+    talk = (
+        {"role": "assistant", "content": "", "tool_calls": [call], "train": True},
+        {"role": "tool", "content": "2", "tool_call_id": "1"},
+    )
+    asked = replace(a_request(), messages=talk, template_kwargs={"tools": tools})
+    with chat_server() as server:
+        ask(server, tmp_path, [asked])
+        (body,) = server.requests
+    sent = call | {"function": {"name": "add", "arguments": '{"a": "é"}'}}
+    assert body["tools"] == tools
+    assert body["messages"] == [{"role": "assistant", "content": "", "tool_calls": [sent]}, talk[1]]
 
 
 @pytest.mark.parametrize(("key", "sent"), [("a-secret-of-mine", "Bearer a-secret-of-mine"), (None, "Bearer none")])
