@@ -45,6 +45,11 @@ def is_instant(factory: Callable[..., Environment]) -> bool:
     return getattr(factory, "instant", None) is True
 
 
+def offers_tools(factory: Callable[..., Environment]) -> bool:
+    """Return whether a factory of `environment_factory` makes environments with tools."""
+    return getattr(factory, "offers_tools", None) is True
+
+
 @dataclass(frozen=True)
 class EmbeddedDataset:
     """A dataset that the package computes. Its items have the columns of a data file's rows."""
@@ -117,7 +122,8 @@ def environment_factory(
     missing = [method for method in ("reset", "step") if not callable(getattr(first, method, None))]
     if missing:
         raise UsageError(f"environment: {name} makes a {type(first).__name__}, which has no {' and no '.join(missing)}")
-    toolbox(first, name)  # tools without a schema are refused here
+    if toolbox(first, name) is not None:  # tools without a schema are refused here
+        make.offers_tools = True  # type: ignore[attr-defined] # a partial takes attributes
     if isinstance(first, Closing):
         with users_code(f"environment: {name}: close raised", UsageError):
             first.close()

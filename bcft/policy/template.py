@@ -134,8 +134,7 @@ class Template:
     ) -> str:
         """Return what a conversation has behind the stop token of a reply in it.
 
-        whole: the conversation as `context` returns it; before: the messages before the reply. Raises DataError when
-        there is no such stop token.
+        whole: as `context` returns it; before: the messages before the reply. Raises DataError without a stop token.
         """
         given = as_messages([*before, reply], escape=self._escape)
         closed = self.render(given, template_kwargs, generate=False)

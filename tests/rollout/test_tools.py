@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 from helpers.episodes import Scripted, played
@@ -16,6 +17,7 @@ from bcft.errors import UsageError
 from bcft.policy.chat_template import Renderer
 from bcft.policy.tool_calls import CallReader
 from bcft.rollout.episode import Attempt
+from bcft.testing import check_environment
 from bcft.types import IGNORED, Problem, Trajectory
 
 KNOWN = (
@@ -226,6 +228,19 @@ def test_a_kept_row_with_calls_trains_another_tokenizer_on_its_messages():
     assert '"description": "Add two numbers."' in text
     said = other.tokenizer.decode([label for label in made.labels if label != IGNORED])
     assert said == '{"name": "add", "parameters": {"a": 40, "b": 2}}<|eot_id|>It is 42.<|eot_id|>'
+
+
+# The documentation
+
+
+def test_the_snippet_of_the_documentation_plays_and_passes_the_check():
+    page = (Path(__file__).parents[2] / "recipes" / "README.md").read_text(encoding="utf-8")
+    (code,) = (code for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "self.tools" in code)
+    names = {"__name__": "snippet"}
+    exec(compile(code, "recipes/README.md", "exec"), names)
+    check_environment(names["Calculator"], [PROBLEM])
+    trajectory = play_with(qwen(), calling(ADD), "It is 42.", make=names["Calculator"])
+    assert (trajectory.turns[0].observation, trajectory.success) == ((ADDED,), "yes")
 
 
 # What is refused
