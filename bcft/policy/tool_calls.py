@@ -11,8 +11,6 @@ from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
 
-from trl.chat_template_utils import add_response_schema, supports_tool_calling
-
 from bcft.errors import DataError, UsageError
 from bcft.policy.chat_template import Renderer
 from bcft.types import Message, messages
@@ -59,7 +57,7 @@ class CallReader:
             )
             calls = [_as_text(call) for call in parsed.get("tool_calls") or ()]
             tool_calls(calls)
-        except (ValueError, TypeError, LookupError) as error:
+        except (ValueError, TypeError, LookupError, RecursionError) as error:
             return Said(plain, self._fault(error))
         content = str(parsed.get("content") or "").removesuffix(self._tokenizer.eos_token or "")
         thought = next((parsed[key] for key in ("reasoning_content", "thinking") if parsed.get(key)), "")
@@ -71,6 +69,8 @@ class CallReader:
 
     @cached_property
     def _refused(self) -> str:
+        from trl.chat_template_utils import supports_tool_calling  # noqa: PLC0415 - seconds, and few need it
+
         if not supports_tool_calling(self._tokenizer):
             return "and the chat template renders no tool calls"
         return "" if self._response_template else "and how the chat template writes calls is not known"
@@ -80,6 +80,8 @@ class CallReader:
         # An attribute of the tokenizers that have one; set there, TRL's own would be saved with every model.
         if own := getattr(self._tokenizer, "response_template", None):
             return own
+        from trl.chat_template_utils import add_response_schema  # noqa: PLC0415 - see above
+
         try:
             return add_response_schema(SimpleNamespace(chat_template=self._tokenizer.chat_template)).response_template
         except ValueError:  # no template that TRL knows

@@ -277,7 +277,7 @@ def test_demonstrations_with_calls_teach_a_policy_that_plays_collects_and_trains
     ]  # fmt: skip
     shown = [{"messages": [user(f"Count, number {i}. Reach 1."), *answers], "tools": schemas} for i in range(40)]
     demonstrations = write_jsonl(tmp_path / "shown.jsonl", shown)
-    steps = {"max_steps": 80, "learning_rate": 5e-3, "per_device_train_batch_size": 4, **SMALL}
+    steps = {"max_steps": 50, "learning_rate": 5e-3, "per_device_train_batch_size": 4, **SMALL}
     sft.run(None, model_name_or_path=model, dataset_name=demonstrations, output_dir=str(tmp_path / "sft"), **steps)
 
     keys = {"model_name_or_path": str(tmp_path / "sft"), "dataset_name": write_jsonl(tmp_path / "rows.jsonl", first)}
