@@ -277,7 +277,7 @@ def test_demonstrations_with_calls_teach_a_policy_that_plays_collects_and_trains
     ]  # fmt: skip
     shown = [{"messages": [user(f"Count, number {i}. Reach 1."), *answers], "tools": schemas} for i in range(40)]
     demonstrations = write_jsonl(tmp_path / "shown.jsonl", shown)
-    steps = {"max_steps": 50, "learning_rate": 5e-3, "per_device_train_batch_size": 4, **SMALL}
+    steps = {"max_steps": 100, "learning_rate": 5e-3, "per_device_train_batch_size": 4, **SMALL}
     sft.run(None, model_name_or_path=model, dataset_name=demonstrations, output_dir=str(tmp_path / "sft"), **steps)
 
     keys = {"model_name_or_path": str(tmp_path / "sft"), "dataset_name": write_jsonl(tmp_path / "rows.jsonl", first)}
@@ -294,9 +294,7 @@ def test_demonstrations_with_calls_teach_a_policy_that_plays_collects_and_trains
     kept_at = tmp_path / "kept"
     refilter.run(None, rollouts=str(tmp_path / "played"), output_dir=str(kept_at), **keys, **rule)
     kept = read_jsonl(kept_at / "kept.jsonl")
-    assert {row["id"] for row in kept} >= {line["id"] for line in won} - {
-        row["id"] for row in kept if not row["weight"]
-    }
+    assert {row["id"] for row in kept} <= {line["id"] for line in lines if line["turns"][-1]["reward"] == 1.0}
     assert [m["role"] for m in kept[0]["completion"]] == ["assistant", "tool", "assistant"]
     assert kept[0]["completion"][0]["tool_calls"] == [call("increment", step=1)]
     one = {"dataset_name": str(kept_at), "max_steps": 1, **SMALL}

@@ -135,7 +135,7 @@ def test_after_a_call_the_environment_may_answer_as_a_user():
         ('<tool_call>\n{"name": "add", "arguments": {"a": 40,}}\n</tool_call>', "Malformed tool call: .*double quotes"),
         ('<tool_call>\n{"name": "add", "arguments": {"a"', "Malformed tool call: .*delimiter"),
         ("<tool_call>\n[1]\n</tool_call>", "Malformed tool call: a tool call is"),
-        ("<tool_call>" + "[" * 20_000, "Malformed tool call: "),
+        ("<tool_call>" + "[" * 3_000, "Malformed tool call: "),
         ('<tool_call>\n{"name": 7, "arguments": {}}\n</tool_call>', "Malformed tool call: a tool call is"),
         ('<tool_call>\n{"name": "add", "arguments": [40]}\n</tool_call>', "the arguments of add are an object"),
         (calling(call("subtract", a=1)), "'error': 'Tool subtract not found.'"),
