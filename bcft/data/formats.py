@@ -33,19 +33,19 @@ class _Format(NamedTuple):
     """A format: its columns, the one that must be there first, and what makes the columns of `trl` of a row."""
 
     columns: tuple[str, ...]
-    convert: Callable[[dict[str, Any], str, RowFormat], dict[str, Any]]
+    convert: Callable[[Mapping[str, Any], str, RowFormat], dict[str, Any]]
     words: str
     """What its rows have, for messages."""
     beside: tuple[str, ...] = ("question",)
     """The columns of `SHAPE` that a row may have too, with the meaning that they have in `trl`."""
 
 
-def in_trl_columns(row: Mapping[str, Any], where: str, form: RowFormat) -> dict[str, Any]:
+def in_trl_columns(row: Mapping[str, Any], where: str, form: RowFormat) -> Mapping[str, Any]:
     """Return a row under the column names of the format `trl`, its columns renamed as the recipe says.
 
     Raises DataError, which names the format that fits, for a row of another one.
     """
-    named = _renamed(dict(row), where, form)
+    named = _renamed(row, where, form)
     if form.dataset_format == "trl":
         return named
     chosen = FORMATS[form.dataset_format]
@@ -94,7 +94,7 @@ def _is_list(value: Any, kind: type) -> bool:
     return isinstance(value, list | tuple) and bool(value) and isinstance(value[0], kind)
 
 
-def _renamed(row: dict[str, Any], where: str, form: RowFormat) -> dict[str, Any]:
+def _renamed(row: Mapping[str, Any], where: str, form: RowFormat) -> Mapping[str, Any]:
     """Return a row with the columns that the recipe maps under their own names; one column may serve as two."""
     mapped = {"prompt": form.prompt_column, "completion": form.completion_column, "answer": form.answer_column}
     if form.dataset_format == "lines":  # there the column names the problem, and stays what it is
@@ -116,7 +116,7 @@ def _renamed(row: dict[str, Any], where: str, form: RowFormat) -> dict[str, Any]
 
 
 # ShareGPT
-def _sharegpt(row: dict[str, Any], where: str, _: RowFormat) -> dict[str, Any]:
+def _sharegpt(row: Mapping[str, Any], where: str, _: RowFormat) -> dict[str, Any]:
     """Return `conversations`, a list of {from, value}, as `messages`; the column `system` comes first."""
     made = {key: value for key, value in row.items() if key not in ("conversations", "system")}
     talk = [_turn(turn, f"{where}: conversations: message {i}") for i, turn in enumerate(row["conversations"])]
@@ -155,7 +155,7 @@ def _system(row: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
 
 
 # Alpaca and MATH
-def _alpaca(row: dict[str, Any], where: str, _: RowFormat) -> dict[str, Any]:
+def _alpaca(row: Mapping[str, Any], where: str, _: RowFormat) -> dict[str, Any]:
     """Return instruction and input, with a blank line between them, as `prompt`, and output as `completion`."""
     if not is_empty(row.get("history")):
         raise DataError(f"{where}: column 'history': write the earlier turns into messages: dataset_format: trl")
@@ -168,7 +168,7 @@ def _alpaca(row: dict[str, Any], where: str, _: RowFormat) -> dict[str, Any]:
     return made | ({"completion": row["output"]} if row.get("output") is not None else {})
 
 
-def _math(row: dict[str, Any], where: str, _: RowFormat) -> dict[str, Any]:
+def _math(row: Mapping[str, Any], where: str, _: RowFormat) -> dict[str, Any]:
     """Return problem as `prompt` and solution as `completion`; the solution stays the reference as well."""
     made = {key: value for key, value in row.items() if key != "problem"}
     made["prompt"] = _text(row, "problem", where)
@@ -176,7 +176,7 @@ def _math(row: dict[str, Any], where: str, _: RowFormat) -> dict[str, Any]:
 
 
 # Lines
-def _lines(row: dict[str, Any], where: str, form: RowFormat) -> dict[str, Any]:
+def _lines(row: Mapping[str, Any], where: str, form: RowFormat) -> dict[str, Any]:
     """Return `conversation`, a list of lines that hold a question and its reply, as `messages`.
 
     A line's question ends with its first question mark. The policy asks, so the recipe's `system_prompt` is what it

@@ -66,7 +66,8 @@ def demonstration(
     given = _stated(row)
     if given.keys() >= SAMPLED_COLUMNS:
         return _sampled(given, where, form)
-    given = _stated(in_trl_columns(row, where, form))
+    if (named := in_trl_columns(row, where, form)) is not row:
+        given = _stated(named)
     made = _read(given, where, problem_only=problem_only)
     if form.dataset_format == "lines":  # the policy must not read what names the problem
         name = problem_id(str(row[str(form.prompt_column)]))

@@ -67,6 +67,8 @@ def problem_id(prompt: Prompt) -> str:
 
 def _beside(message: Message) -> list[dict[str, Any]]:
     """Return what a message says beside its content; the ids of calls say nothing."""
+    if len(message) == 2:  # most say nothing beside their content
+        return []
     said: dict[str, Any] = {"calls": [call["function"] for call in message.get("tool_calls", [])]}
     said |= {"name": message.get("name"), THOUGHT: message.get(THOUGHT)}
     return [kept] if (kept := {key: value for key, value in said.items() if value}) else []
@@ -108,20 +110,20 @@ def in_file(given: Sequence[Message]) -> list[dict[str, Any]]:
 
 def _message(value: object, where: str) -> Message:
     """Return a message with the keys of `Message` alone. Raises ValueError that names what it holds besides."""
-    shape = f"{where}: a message is {{role, content}}, both text, not {with_type(value)}"
     if not isinstance(value, Mapping):
-        raise ValueError(shape)
+        raise _no_message(value, where)
     role, content = value.get("role"), value.get("content")
     if role is None and {"from", "value"} <= value.keys():
         raise ValueError(
             f"{where}: a ShareGPT message: rename the column to conversations and set dataset_format: sharegpt"
         )
     if not isinstance(role, str):
-        raise ValueError(shape)
+        raise _no_message(value, where)
     if role not in ROLES:
         meant = f": rename it to {MEANT[role]}" if role in MEANT else ""
         raise ValueError(f"{where}: role {show(role)} is not one of {', '.join(ROLES)}{meant}")
-    further = {str(key): item for key, item in value.items() if key not in ("role", "content") and not is_empty(item)}
+    others = [key for key in value if key not in ("role", "content")]
+    further = {str(key): value[key] for key in others if not is_empty(value[key])} if others else {}
     for key, item in further.items():
         if _OF_ROLE.get(key) != role and not (key in ("weight", "train") and says_no(item)):
             raise ValueError(_refusal(key, item, where))
@@ -130,13 +132,18 @@ def _message(value: object, where: str) -> Message:
     if content is None and "tool_calls" in further:
         content = ""
     if not isinstance(content, str):
-        raise ValueError(shape)
+        raise _no_message(value, where)
     try:
         message: Message = {"role": role, "content": valid_text(content)}
-        _add(message, further)
+        if further:
+            _add(message, further)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
     return message
+
+
+def _no_message(value: object, where: str) -> ValueError:
+    return ValueError(f"{where}: a message is {{role, content}}, both text, not {with_type(value)}")
 
 
 def _joined(parts: Sequence[Any], where: str) -> str:
