@@ -361,7 +361,7 @@ def _segments(turns: Sequence[Turn], train_on: str) -> list[_Segment]:
         if turn.rewritten:
             segments.append(_Segment(first, number - 1, tuple(ids), tuple(labels)))
             ids, labels, first = [], [], number
-        trained = (turn.action.strip() or turn.message) and (train_on == "all_turns" or number == len(turns) - 1)
+        trained = turn.action.strip() and (train_on == "all_turns" or number == len(turns) - 1)
         ids += [*turn.ids, *turn.action_ids]
         labels += [*[IGNORED] * len(turn.ids), *(turn.action_ids if trained else [IGNORED] * len(turn.action_ids))]
     segments.append(_Segment(first, len(turns) - 1, tuple(ids), tuple(labels)))

@@ -149,7 +149,7 @@ class _Episode:
         played = self.attempt
         turns, schemas = tuple(self.turns), self.tools.schemas if self.tools else ()
         return Trajectory(
-            played.round, played.problem.id, played.sample, turns, self.ended, self.error, self.opening, schemas
+            played.round, played.problem.id, played.sample, turns, self.ended, self.error, self.opening, tools=schemas
         )
 
     def open(self) -> Prompt:

@@ -98,16 +98,6 @@ def unmarked(message: Message) -> dict[str, Any]:
     return {key: value for key, value in message.items() if (key, value) != ("train", True)}
 
 
-def in_file(given: Sequence[Message]) -> list[dict[str, Any]]:
-    """Return messages as files hold them: without nulls, arguments with a null in them as JSON text."""
-    return [
-        {**message, "tool_calls": [stored(call) for call in message["tool_calls"]]}
-        if "tool_calls" in message
-        else {**message}
-        for message in given
-    ]
-
-
 def _message(value: object, where: str) -> Message:
     """Return a message with the keys of `Message` alone. Raises ValueError that names what it holds besides."""
     if not isinstance(value, Mapping):
@@ -191,3 +181,13 @@ def _refusal(key: str, value: object, where: str) -> str:
     """Return why a key of a message is refused: it would be dropped."""
     remedy = _REMEDIES.get(key) or (f"it belongs to the {_OF_ROLE[key]}'s message" if key in _OF_ROLE else _ADD)
     return f"{where}: its key {key!r} ({show(value)}) cannot be trained: {remedy}"
+
+
+def in_file(given: Sequence[Message]) -> list[dict[str, Any]]:
+    """Return messages as files hold them: without nulls, arguments with a null in them as JSON text."""
+    return [
+        {**message, "tool_calls": [stored(call) for call in message["tool_calls"]]}
+        if "tool_calls" in message
+        else {**message}
+        for message in given
+    ]
