@@ -8,13 +8,17 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-from bcft.environments.base import Closing
+from bcft.environments.base import Closing, environment_factory
+from bcft.environments.tools import Toolbox, reward_of, toolbox
 from bcft.policy.chat_template import Renderer
 from bcft.rewards.base import Reward, ask, name_of
 from bcft.types import Action, Environment, Feedback, Message, Problem, Request, messages
+from bcft.types.calls import ToolCall, tool_name
 
 ACTIONS = ("", "1", "yes", "½ 𝔘 <|eot_id|>", "word " * 2000)
 """Actions of a policy: an empty one, short ones, control tokens as text, a very long one."""
+_VALUES = {"integer": 1, "number": 0.5, "boolean": True, "array": [], "object": {}, "null": None}
+"""Type in a tool's schema -> an argument; any other gets a text."""
 
 
 def check_environment(
@@ -24,10 +28,14 @@ def check_environment(
     actions: Sequence[str] = ACTIONS,
     max_turns: int = 20,
 ) -> None:
-    """Check that `make` returns an environment: on every problem, with `actions` repeated in turn.
+    """Check that `make` returns an environment, also one for TRL: on every problem, with `actions` repeated in turn.
 
-    max_turns: most turns of an attempt, as in the loop. Raises AssertionError with the broken promise.
+    Its tools are called at first, each without arguments and with some of the types in its schema.
+
+    max_turns: most turns of an attempt, as in the loop. Raises AssertionError with the broken promise, and the
+    UsageError of a recipe that names such an environment.
     """
+    make = environment_factory(make, {})
     checked = 0
     for problem in problems:
         before = copy.deepcopy((problem.prompt, dict(problem.columns)))
@@ -81,11 +89,12 @@ def check_reward(function: Reward, problems: Sequence[Problem]) -> None:
 
 def _attempt(environment: Any, problem: Problem, seed: int, actions: Sequence[str], max_turns: int) -> list[Any]:
     """Return all answers of an environment in an attempt."""
-    answers: list[Any] = [_reset(environment, problem, seed)]
+    answers: list[Any] = [_reset(environment, problem, seed), *_results(environment)]
     for turn in range(max_turns):
         answers.append(_step(environment, actions[turn % len(actions)], problem))
         if answers[-1].done:
             break
+    answers.append(_reward(environment, problem))
     _close(environment)
     return answers
 
@@ -95,8 +104,9 @@ def _beside_another(
 ) -> list[Any]:
     """Return the same while another attempt with other actions is played beside it, turn by turn."""
     environment, other = make(), make()
-    answers: list[Any] = [_reset(environment, problem, 0)]
-    _reset(other, problem, 1)
+    first, _ = _reset(environment, problem, 0), _reset(other, problem, 1)
+    answers: list[Any] = [first, *_results(environment)]
+    _results(other)
     other_done = False
     for turn in range(max_turns):
         other_done = other_done or _step(other, actions[-1 - turn % len(actions)], problem).done
@@ -106,6 +116,7 @@ def _beside_another(
             other_done = False
         if answers[-1].done:
             break
+    answers.append(_reward(environment, problem))
     _close(environment)
     _close(other)
     return answers
@@ -143,6 +154,29 @@ def _step(environment: Any, action: str, problem: Problem) -> Feedback:
         kind = type(feedback).__name__
         raise AssertionError(f"{problem.id}: step({action[:20]!r}) returned {kind}, not bcft.types.Feedback")
     return feedback
+
+
+def _results(environment: Any) -> list[Message]:
+    """Return the results of its tools, each called without arguments and with made-up ones."""
+    offered = toolbox(environment, type(environment).__name__)
+    return messages(offered.results(_calls(offered))) if offered else []
+
+
+def _calls(offered: Toolbox) -> list[ToolCall]:
+    calls: list[ToolCall] = []
+    for schema in offered.schemas:
+        given = schema.get("function", schema).get("parameters", {}).get("properties", {})
+        some = {name: _VALUES.get(str(kind.get("type")), "1") for name, kind in given.items()}
+        for arguments in ({}, some):
+            calls.append({"type": "function", "function": {"name": tool_name(schema), "arguments": arguments}})
+    return calls
+
+
+def _reward(environment: Any, problem: Problem) -> float | None:
+    try:
+        return reward_of(environment)
+    except (TypeError, ValueError) as error:
+        raise AssertionError(f"{problem.id}: get_reward did not return a number or None: {error}") from error
 
 
 def _close(environment: Any) -> None:

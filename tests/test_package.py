@@ -13,17 +13,23 @@ PACKAGE = ROOT / "bcft"
 HEAVY = {"torch", "transformers", "trl", "datasets", "accelerate", "peft"}
 LIGHT = [
     *("types", "errors", "config.loader", "config.reference", "rewards", "runs.directory", "runs.history"),
-    *("runs.storage", "environments.base", "environments.twenty_questions", "environments.two_attempts"),
+    *(
+        "runs.storage",
+        "environments.base",
+        "environments.tools",
+        "environments.twenty_questions",
+        "environments.two_attempts",
+    ),
     *("policy.chat_template", "data.loading", "data.readers", "data.examples", "testing", "selection.filter"),
     *("selection.scoring", "selection.apply", "evaluation.metrics", "evaluation.statistics", "evaluation.results"),
     *("reporting.tables", "reporting.report", "algorithms.session", "cli"),
     *("config.effects", "config.entries", "config.python", "reporting.costs", "reporting.dry_run"),
     *("evaluation.budget", "runs.disk", "data.files", "data.sources", "policy.hub_errors", "policy.text_ids"),
-    "integrations.reasoning_gym",
+    *("integrations.reasoning_gym", "integrations.trl_environment"),
     *("policy.template", "selection.functions", "selection.store", "rewards.signature", "rewards.awaiting"),
     *("policy.gguf", "runs.progress", "sft", "filtered", "evaluate", "collect", "refilter", "preview"),
 ]
-BROAD_EXCEPT = {"rollout/episode.py", "rewards/base.py"}
+BROAD_EXCEPT = {"rollout/threads.py", "rewards/base.py", "environments/tools.py"}
 BROAD_EXCEPT |= {"integrations/reasoning_gym.py", "integrations/reasoning_gym_items.py"}
 """Files that may catch everything: users' code and other projects' generators and scorers may raise anything."""
 FORBIDDEN = {"pickle", "dill", "eval", "exec", "sympify", "parse_expr"}

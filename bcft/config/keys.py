@@ -149,6 +149,9 @@ REFUSED = {
     "auto_find_batch_size": "it would silently change the batch, and with it the result",
     "disable_tqdm": "the flag --quiet decides whether there is a progress bar",
     "logging_first_step": "the first step is always logged: a run reports its loss",
+    "max_tool_calling_iterations": "give max_turns, the most actions of an attempt: one more than its calls of tools",
+    "environment_factory": "give environment, the dotted path of the class",
+    "tools": "give an environment with tools, or the rows a column tools",
     "do_sample": "evaluation reports greedy and sampled success, always both",
     "generation_kwargs": "every sampling parameter is a key of its own: temperature, top_p, top_k, min_p",
 }

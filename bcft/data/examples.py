@@ -255,7 +255,7 @@ def trajectory_examples(
                 prompt=tuple(conversation[:first]),
                 completion=tuple(conversation[first : starts[segment.last] + 1]),
                 reward=reward,
-                template_kwargs=problem.template_kwargs,
+                template_kwargs=trajectory.template_kwargs(problem),
             )
         )
     return examples

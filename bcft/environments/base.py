@@ -17,7 +17,9 @@ from typing import Any, Literal, Protocol, runtime_checkable
 from bcft import environments
 from bcft.config.schema import EnvironmentSettings, SamplingSettings
 from bcft.environments.single_turn import SingleTurn
+from bcft.environments.tools import toolbox
 from bcft.errors import UsageError
+from bcft.integrations.trl_environment import Pool, TRLEnvironment, is_trl_environment
 from bcft.rewards.base import import_function, name_of, users_code
 from bcft.types import Environment, RolloutSettings
 
@@ -41,6 +43,11 @@ def is_instant(factory: Callable[..., Environment]) -> bool:
     They run in the loop's own thread, because another thread would cost more than their answers.
     """
     return getattr(factory, "instant", None) is True
+
+
+def offers_tools(factory: Callable[..., Environment]) -> bool:
+    """Return whether a factory of `environment_factory` makes environments with tools."""
+    return getattr(factory, "offers_tools", None) is True
 
 
 @dataclass(frozen=True)
@@ -90,6 +97,8 @@ def environment_factory(
 
     environment: a factory or its dotted path; None: `SingleTurn`, one prompt and one completion.
     arguments: the factory's keyword arguments.
+    An environment that is written for TRL's GRPO is played as a `TRLEnvironment`.
+
     Raises UsageError when the import or a first call fails, or the result is not an environment.
     """
     if environment is None:
@@ -105,9 +114,16 @@ def environment_factory(
         make.instant = True  # type: ignore[attr-defined] # a partial takes attributes
     with users_code(f"environment_args: {name} cannot be made with {dict(arguments)}:", UsageError):
         first = make()
+    if is_trl_environment(first):
+        pool = Pool(make)
+        pool.give(first)
+        make = partial(TRLEnvironment, pool)
+        first = make()
     missing = [method for method in ("reset", "step") if not callable(getattr(first, method, None))]
     if missing:
         raise UsageError(f"environment: {name} makes a {type(first).__name__}, which has no {' and no '.join(missing)}")
+    if toolbox(first, name) is not None:  # tools without a schema are refused here
+        make.offers_tools = True  # type: ignore[attr-defined] # a partial takes attributes
     if isinstance(first, Closing):
         with users_code(f"environment: {name}: close raised", UsageError):
             first.close()

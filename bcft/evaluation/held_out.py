@@ -38,6 +38,7 @@ from bcft.runs.storage import plain, write_json, write_jsonl
 from bcft.selection.scoring import Score, Scorer
 from bcft.selection.store import answers_path
 from bcft.types import IGNORED, Demonstration, Problem, RolloutSettings, TrainingExample
+from bcft.types.text import in_file
 
 LOSS_TOKENS = 2048
 """Tokens, with padding, in one forward pass of held-out examples."""
@@ -94,7 +95,7 @@ def _attempt(
     line: dict[str, Any] = {
         "problem_id": trajectory.problem_id,
         "sample": trajectory.sample,
-        "prompt": renderer.text(list(trajectory.opening) or prompt, demonstration.problem.template_kwargs),
+        "prompt": renderer.text(list(trajectory.opening) or prompt, trajectory.template_kwargs(demonstration.problem)),
         "completion": trajectory.turns[-1].action if trajectory.turns else "",
         "answer": reference(demonstration.problem),
         "success": "no" if scored.success == "yes" and trajectory.truncated else scored.success,
@@ -110,7 +111,7 @@ def _attempt(
         "return": scored.reward if by_reward else trajectory.environment_reward or 0.0,
         "turns": len(trajectory.turns),
         "first": trajectory.turns[0].success if len(trajectory.turns) > 1 else "unknown",
-        "messages": [dict(message) for message in trajectory.messages],
+        "messages": in_file(trajectory.messages),
     }
 
 

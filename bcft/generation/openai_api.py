@@ -25,6 +25,7 @@ from typing import Any
 import openai
 
 from bcft.config.engine import EngineSettings, key_from
+from bcft.environments.base import offers_tools
 from bcft.errors import BcftError, DataError, ServerError, UsageError
 from bcft.generation.usage import Usage
 from bcft.policy.chat_template import Renderer
@@ -85,7 +86,7 @@ def open_openai(
 
     directory: of the run, where they are counted; say: prints a line.
 
-    Raises UsageError with several processes, and for a key that no header can hold.
+    Raises UsageError with several processes, for a key that no header can hold, and for an environment with tools.
     """
     if world_size() > 1:
         raise UsageError(
@@ -101,7 +102,12 @@ def open_openai(
     )  # fmt: skip
 
     @contextmanager
-    def make(policy: Policy, _: RolloutSettings) -> Iterator[Engine]:
+    def make(policy: Policy, rollouts: RolloutSettings) -> Iterator[Engine]:
+        if offers_tools(rollouts.make_environment):
+            raise UsageError(
+                "engine: openai reads no tool calls, so an environment with tools cannot be played: set engine: hf or "
+                "vllm"
+            )
         yield OpenAIEngine(client, settings, policy.renderer, usage, unused)
 
     try:

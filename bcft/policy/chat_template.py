@@ -131,6 +131,7 @@ class Renderer:
         *,
         template_kwargs: _Kwargs = None,
         said: str | Message | None = None,
+        results: bool = False,
     ) -> tuple[list[int], bool]:
         """Return the ids that an observation adds behind an action, and False; or the whole next context, and True.
 
@@ -139,6 +140,9 @@ class Renderer:
         changes earlier text (drops thoughts, say) or the action did not stop as the template ends a message. Whitespace
         that the template strips from the action itself changes nothing.
         A truncated action gets the end that it lacks.
+
+        results: the observation is what tools returned. Then the ids so far always stay, as in TRL's GRPO, whatever the
+        template makes of the same messages.
         """
         truncated = not action_ids or action_ids[-1] not in self.stop_ids
         if self._template is None:
@@ -153,6 +157,11 @@ class Renderer:
         reply = _message(action if said is None else said)
         earlier = self._conversation(before, template_kwargs)
         whole = self._conversation([*before, reply, *messages(observation)], template_kwargs)
+        if results:
+            behind = self._template.behind(whole, before, reply, template_kwargs)
+            stop = "" if truncated else self._text.special.get(action_ids[-1], "")
+            text = tail + behind if truncated else behind.removeprefix(stop)  # some templates begin results with it
+            return self._text.ids([text], [stop])[0], False
         rest = whole.removeprefix(earlier)
         # The action must be followed by its end: else the template has put something else in its place.
         texts = (self._text.escape(action), self._text.escape(action.strip()))

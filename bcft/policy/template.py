@@ -125,6 +125,30 @@ class Template:
             self._check_content(body, written["content"], template_kwargs)
         return body + tail
 
+    def behind(
+        self,
+        whole: str,
+        before: Sequence[Message],
+        reply: Message,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Return what a conversation has behind the stop token of a reply in it.
+
+        whole: as `context` returns it; before: the messages before the reply. Raises DataError without a stop token.
+        """
+        given = as_messages([*before, reply], escape=self._escape)
+        closed = self.render(given, template_kwargs, generate=False)
+        if whole.startswith(closed):
+            bare = closed.rstrip()
+            return whole.removeprefix(bare if bare.endswith(self.stops) else closed)
+        # The template writes its last message in another way: the reply's stop token is the one after all before it.
+        earlier = self.render(given[:-1], template_kwargs, generate=False)
+        stop = re.compile("|".join(map(re.escape, self.stops)))
+        ends = [match.end() for match in stop.finditer(whole)][len(stop.findall(earlier)) :]
+        if not ends:
+            raise DataError(f"the chat template writes no stop token before a tool's result: {_TOOLS}")
+        return whole[ends[0] :]
+
     def _check_parts(self, body: str, written: Message) -> None:
         """Raise DataError unless a rendering holds an answer's thought and, where there are calls, all its parts."""
         thought = written.get(THOUGHT, "")

@@ -57,6 +57,11 @@ def why_missing(
     """Return the message for a function whose columns are missing; row: what lacks them."""
     if missing[0] in IDS:
         return f"{name_of(function)} needs {missing[0]}, which are known only after a rollout"
+    if missing[0] == "environments":  # TRL's, of its environment_factory
+        return (
+            f"{name_of(function)} needs environments, which are gone when attempts are graded: give the environment a "
+            f"method get_reward that returns the reward"
+        )
     has = f"the columns are {', '.join(sorted(columns))}" if columns else "there are no columns besides the prompt"
     word = "column" if len(missing) == 1 else "columns"
     return f"{name_of(function)} needs the {word} {', '.join(missing)}, which no {row} has: {has}"

@@ -4,25 +4,25 @@ All attempts are played together, in waves: one call of the engine samples the n
 on. Environments answer in threads while the engine is still sampling, so neither a slow nor a broken environment holds
 up the others. Single-turn is this loop with an environment that stops at once.
 
+An action with tool calls is answered by the tools that the environment offers. What they return follows the very ids
+that were sampled, as in TRL's GRPO; a malformed call is answered by what is wrong with it.
+
 Left out: reward functions and success of the whole (they read finished trajectories), which problems are attempted,
-and everything about files. A thread that hangs cannot be stopped: it is given up, and ends when its call returns or
-with the process.
+and everything about files.
 """
 
-import math
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import sha256
-from queue import Empty, SimpleQueue
-from threading import Thread, current_thread, main_thread
-from time import monotonic
 from typing import Any
 
 from bcft.environments.base import Closing, is_instant
+from bcft.environments.tools import Toolbox, reward_of, toolbox
 from bcft.errors import DataError, Preempted, ServerError, UsageError
 from bcft.policy.chat_template import Renderer
+from bcft.policy.tool_calls import CallReader, Said
+from bcft.rollout.threads import Calls, Failure, one_line
 from bcft.types import (
     Action,
     Ended,
@@ -40,14 +40,8 @@ from bcft.types import (
     messages,
 )
 
-MOST_AT_ONCE = 128
-"""Calls of environments that run at the same time; with more, each would get too little time to compute."""
 GREEDY = -1
 """The `sample` of an attempt without noise."""
-_LONGEST_ERROR = 500
-"""Characters."""
-_LONGEST_WAIT = 60.0
-"""Seconds; `step_timeout` may be longer than a queue can wait at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,14 +73,16 @@ def play(
     should makes its trajectory an `error`; the others continue. Tokens depend on (seed, phase) and each attempt alone.
     Every environment that was made is closed once, also when the engine fails or the caller stops reading.
 
-    Raises ValueError when two attempts are the same; whatever the engine raises.
+    Raises ValueError when two attempts are the same; UsageError when an environment has tools and the chat template
+    does not; whatever the engine raises.
     """
     if len({attempt.id for attempt in attempts}) != len(attempts):
         raise ValueError("two attempts have the same problem, round and sample, so they would be played alike")
     rendered: dict[str, tuple[int, ...]] = {}  # a first observation that many attempts share is tokenized once
-    episodes = [_Episode(attempt, settings, phase, renderer, rendered) for attempt in attempts]
+    reader = CallReader(renderer)
+    episodes = [_Episode(attempt, settings, phase, renderer, reader, rendered) for attempt in attempts]
 
-    calls = _Calls(settings.step_timeout, threads=not is_instant(settings.make_environment))
+    calls: Calls[_Episode] = Calls(settings.step_timeout, threads=not is_instant(settings.make_environment))
     try:
         # 1. Every attempt gets an environment and its first observation.
         for episode in episodes:
@@ -113,32 +109,29 @@ def play(
         calls.close(episodes)
 
 
-@dataclass(frozen=True)
-class _Failure:
-    """A call that returned nothing: why, in one line."""
-
-    reason: str
-
-
 @dataclass(eq=False)
 class _Episode:
-    """An attempt being played. Only `open`, `_step` and `close` run in a thread; they touch only the environment."""
+    """An attempt being played. Only `open`, `_step` and `close` run in a thread; they change only the environment."""
 
     attempt: Attempt
     settings: RolloutSettings
     phase: str
     renderer: Renderer
+    reader: CallReader
     rendered: dict[str, tuple[int, ...]]
     environment: Environment | None = None  # None before it is made and after it is closed
     given_up: bool = False  # a call hangs; its thread closes the environment when the call returns
+    tools: Toolbox | None = None
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     history: list[Message] = field(default_factory=list)
     opening: tuple[Message, ...] = ()
     turns: list[Turn] = field(default_factory=list)
     context: tuple[int, ...] = ()
     added: tuple[int, ...] = ()  # the part of the context that is new since the last action; all of it if `rewritten`
     rewritten: bool = False
-    action: Action | None = None  # the one that the environment is to answer, and its text
+    action: Action | None = None  # the one that the environment is to answer, its text, and what it says
     text: str = ""
+    said: Said | None = None  # None without tools: it says its text
     ended: Ended | None = None
     error: str = ""
 
@@ -154,8 +147,10 @@ class _Episode:
         """Return the finished episode."""
         assert self.ended is not None
         played = self.attempt
-        turns = tuple(self.turns)
-        return Trajectory(played.round, played.problem.id, played.sample, turns, self.ended, self.error, self.opening)
+        turns, schemas = tuple(self.turns), self.tools.schemas if self.tools else ()
+        return Trajectory(
+            played.round, played.problem.id, played.sample, turns, self.ended, self.error, self.opening, tools=schemas
+        )
 
     def open(self) -> Prompt:
         """Make the environment and return its first observation."""
@@ -164,6 +159,7 @@ class _Episode:
         failed = True
         try:
             first = environment.reset(self.attempt.problem, seed=int.from_bytes(digest[:4], "big"))
+            self.tools = toolbox(environment, type(environment).__name__)
             failed = False
         finally:
             if failed:
@@ -183,7 +179,7 @@ class _Episode:
 
     def on_reset(self, answer: Any) -> None:
         """Take the first observation."""
-        if isinstance(answer, _Failure):
+        if isinstance(answer, Failure):
             return self._fail(f"reset {answer.reason}")
         try:
             self.history = messages(answer)
@@ -191,13 +187,22 @@ class _Episode:
                 raise ValueError("the last message is the assistant's: the policy has nothing to answer")
             if self.history != messages(self.attempt.problem.prompt):
                 self.opening = tuple(self.history)
-            kwargs = self.attempt.problem.template_kwargs
+            self.template_kwargs = kwargs = self._template_kwargs()
             if (shown := repr((answer, kwargs))) not in self.rendered:
                 self.rendered[shown] = tuple(self.renderer.prompts([answer], [kwargs])[0])
             self.context = self.added = self.rendered[shown]
         except (ValueError, DataError) as error:
-            self._fail(f"reset's observation cannot be shown: {_one_line(error)}")
+            self._fail(f"reset's observation cannot be shown: {one_line(error)}")
         return None
+
+    def _template_kwargs(self) -> Mapping[str, Any]:
+        given = self.attempt.problem.template_kwargs
+        if self.tools is None:
+            return given
+        self.reader.check()
+        if "tools" in given:
+            raise ValueError("both the row and the environment have tools: remove the column tools")
+        return {**given, "tools": list(self.tools.schemas)}
 
     def request(self) -> Request:
         """Return the request for the next action."""
@@ -209,20 +214,22 @@ class _Episode:
             self.settings.max_new_tokens,
             session=self.key[:-1],
             messages=tuple(self.history),
-            template_kwargs=self.attempt.problem.template_kwargs,
+            template_kwargs=self.template_kwargs,
         )
 
     def step_call(self, action: Action) -> Callable[[], Any]:
         """Take an action; return the call that steps the environment."""
         self.action, self.text = action, action.text or self.renderer.decode(action.ids)
+        if self.tools is not None:
+            self.said = self.reader.read(self.context, action.ids, self.tools.schemas)
         last = len(self.turns) + 1 == self.settings.max_turns or action.stop == "context_full"
-        return partial(self._step, self.text, last)
+        return partial(self._step, last=last)
 
     def on_step(self, answer: Any) -> None:
         """Take the environment's answer to the action."""
         if not isinstance(answer, Feedback):
             self._record(Feedback(observation=None, reward=None, done=True))
-            failed = isinstance(answer, _Failure)
+            failed = isinstance(answer, Failure)
             return self._fail(f"step {answer.reason if failed else f'returned {type(answer).__name__}, not Feedback'}")
         action = self._record(answer)
         if answer.done:
@@ -234,20 +241,30 @@ class _Episode:
             self._observe(action, answer.observation)
         return None
 
-    def _step(self, text: str, last: bool) -> Any:
-        """Step the environment; close it when this was its last step."""
+    def _step(self, *, last: bool) -> Any:
+        """Answer the action; close the environment when this was its last one."""
         assert self.environment is not None
         over = True
         try:
-            answer = self.environment.step(text)
+            answer = self._answer(self.environment)
             over = last or not isinstance(answer, Feedback) or answer.done
+            if over and isinstance(answer, Feedback) and (whole := reward_of(self.environment)) is not None:
+                answer = replace(answer, reward=whole + (answer.reward or 0.0))
         finally:
             if over:
                 self.close()
         return answer
 
+    def _answer(self, environment: Environment) -> Any:
+        """Return what the tools say to the calls of the action; without calls, what the environment says to it."""
+        if self.said and self.said.fault:
+            return Feedback(observation=[self.said.fault], reward=None, done=False)
+        if self.tools and self.said and (calls := self.said.message.get("tool_calls")):
+            return Feedback(observation=self.tools.results(calls), reward=None, done=False)
+        return environment.step(self.text)
+
     def _record(self, feedback: Feedback) -> Action:
-        action = self.action
+        action, message = self.action, self.said.message if self.said else None
         assert action is not None
         self.turns.append(
             Turn(
@@ -260,22 +277,24 @@ class _Episode:
                 graded=feedback.reward is not None,
                 reward=0.0 if feedback.reward is None else float(feedback.reward),
                 success="unknown" if feedback.success is None else "yes" if feedback.success else "no",
+                message=None if message == {"role": "assistant", "content": self.text} else message,
             )
         )
         return action
 
     def _observe(self, action: Action, observation: Prompt) -> None:
         """Build the next context: the ids so far, the sampled ones and those that the observation adds."""
-        kwargs, said = self.attempt.problem.template_kwargs, action.text or None
+        reply = self.turns[-1].said
+        said = reply if self.said else action.text or None
+        results = self.said is not None and ("tool_calls" in reply or self.said.fault is not None)
         try:
             ids, self.rewritten = self.renderer.continuation(
-                self.history, action.ids, observation, template_kwargs=kwargs, said=said
+                self.history, action.ids, observation, template_kwargs=self.template_kwargs, said=said, results=results
             )
         except DataError as error:
-            return self._fail(f"step's observation cannot be shown: {_one_line(error)}")
+            return self._fail(f"step's observation cannot be shown: {one_line(error)}")
         self.added = tuple(ids)
         self.context = self.added if self.rewritten else self.context + action.ids + self.added
-        reply: Message = {"role": "assistant", "content": self.text}
         self.history += [reply, *messages(observation)]
         return None
 
@@ -283,106 +302,9 @@ class _Episode:
         self.ended, self.error = "error", reason
 
 
-class _Calls:
-    """Calls of users' code in daemon threads, each with a time limit; calls beyond `MOST_AT_ONCE` wait for room.
-
-    A thread that has answered takes the next call; one that hangs is given up, and another takes its place. Without
-    `threads` a call runs at once, in the thread that starts it, and has no limit.
-    """
-
-    def __init__(self, limit: float, *, threads: bool) -> None:
-        self.limit = limit
-        self.threads = threads
-        self.idle = 0  # threads that wait for work
-        self.work: SimpleQueue[tuple[_Episode, Callable[[], Any]] | None] = SimpleQueue()
-        self.waiting: deque[tuple[_Episode, Callable[[], Any]]] = deque()
-        self.deadlines: dict[_Episode, float] = {}  # of the calls not answered yet, the earliest first
-        # Calls in threads. Removing one settles its end: the thread removes it to answer, the loop to give it up.
-        self.running: dict[_Episode, bool] = {}
-        self.done: SimpleQueue[tuple[_Episode, float, Any]] = SimpleQueue()
-
-    def start(self, episode: _Episode, call: Callable[[], Any]) -> None:
-        """Call as soon as there is room."""
-        if not self.threads:
-            self.done.put((episode, 0.0, _answer(call)))
-            self.deadlines[episode] = math.inf
-            return
-        self.waiting.append((episode, call))
-        self._fill()
-
-    def answers(self, *, wait: bool = True) -> Iterator[tuple[_Episode, Any]]:
-        """Yield answers, `_Failure` for a failed call: those of all started calls, or only those ready by now."""
-        while self.deadlines:
-            episode, deadline = next(iter(self.deadlines.items()))
-            left = deadline - monotonic()
-            try:
-                episode, finished, answer = self.done.get(wait and left > 0, timeout=min(max(left, 0), _LONGEST_WAIT))
-            except Empty:
-                if left > 0:
-                    if wait:
-                        continue
-                    return
-                self._give_up(episode)
-                if not episode.given_up:
-                    continue  # it has just answered
-                finished, answer = math.inf, None
-            else:
-                self.idle += self.threads
-                if episode not in self.deadlines:
-                    continue  # an interruption came between the answer and its use
-            late = finished > self.deadlines.pop(episode)
-            self._fill()
-            yield episode, _Failure(f"took longer than step_timeout, {self.limit:g} s") if late else answer
-
-    def close(self, episodes: Sequence[_Episode]) -> None:
-        """Close the environments that are still open, and end all threads, a given-up one after its call."""
-        self.waiting.clear()
-        for episode in self.deadlines:
-            self._give_up(episode)
-        self.deadlines.clear()
-        for episode in episodes:
-            if episode.to_close:
-                self.start(episode, episode.close)
-        for _ in self.answers():
-            pass
-        self.work.put(None)
-
-    def _give_up(self, episode: _Episode) -> None:
-        episode.given_up = self.running.pop(episode, None) is not None
-
-    def _fill(self) -> None:
-        while self.waiting and len(self.deadlines) < MOST_AT_ONCE:
-            episode, call = self.waiting.popleft()
-            self.deadlines[episode] = monotonic() + self.limit
-            self.running[episode] = True
-            self.work.put((episode, call))
-            if self.idle:
-                self.idle -= 1
-            else:
-                Thread(target=self._run, name="environments", daemon=True).start()
-
-    def _run(self) -> None:
-        while (work := self.work.get()) is not None:
-            episode, call = work
-            answer, finished = _answer(call), monotonic()
-            if self.running.pop(episode, None) is None:
-                _answer(episode.close)
-                return
-            self.done.put((episode, finished, answer))
-        self.work.put(None)  # for the next thread
-
-
-def _answer(call: Callable[[], Any]) -> Any:
-    try:
-        return call()
-    except BaseException as error:  # users' code: whatever it does, `sys.exit` included, fails one attempt
-        # A signal arrives in the main thread, so also in an instant environment: it is meant for the run.
-        if isinstance(error, KeyboardInterrupt | Preempted) and current_thread() is main_thread():
-            raise
-        return _Failure(f"raised {_one_line(error)}")
-
-
-def _finished(calls: _Calls, take: Callable[[_Episode, Any], None], *, wait: bool = True) -> Iterator[Trajectory]:
+def _finished(
+    calls: Calls[_Episode], take: Callable[[_Episode, Any], None], *, wait: bool = True
+) -> Iterator[Trajectory]:
     """Hand each episode its answer; yield the trajectories of those that have ended and are closed."""
     for episode, answer in calls.answers(wait=wait):
         if not episode.ended:
@@ -391,8 +313,3 @@ def _finished(calls: _Calls, take: Callable[[_Episode, Any], None], *, wait: boo
             calls.start(episode, episode.close)
         elif episode.ended:
             yield episode.trajectory()
-
-
-def _one_line(error: BaseException) -> str:
-    text = f"{type(error).__name__}: {error}".encode(errors="replace").decode()
-    return " ".join(text.split())[:_LONGEST_ERROR]

@@ -69,6 +69,18 @@ def _arguments(value: object, name: str) -> dict[str, Any]:
     return given
 
 
+def stored(call: ToolCall) -> dict[str, Any]:
+    """Return a call as files hold it: arguments with a null in them are JSON text, in which it stays.
+
+    >>> stored({"type": "function", "function": {"name": "f", "arguments": {"x": None}}})["function"]["arguments"]
+    '{"x": null}'
+    """
+    called = call["function"]
+    if without_null(called["arguments"]) == called["arguments"]:
+        return {**call}
+    return {**call, "function": {**called, "arguments": json.dumps(called["arguments"], ensure_ascii=False)}}
+
+
 def tools(value: object) -> list[dict[str, Any]]:
     """Return the tools of a row, a list of JSON schemas or such a list as JSON text. Raises ValueError for another."""
     given = _read(value, "tools") if isinstance(value, str) else without_null(value)

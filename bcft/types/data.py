@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from bcft.types.calls import tools
-from bcft.types.text import Message, Prompt, messages
+from bcft.types.text import Message, Prompt, in_file, messages
 
 Source = Literal["self", "demonstration", "teacher"]
 """Whose trajectory an example is made from."""
@@ -89,8 +89,8 @@ class TrainingExample:
             "problem_id": self.problem_id,
             "turn": self.turn,
             "source": self.source,
-            "prompt": [dict(message) for message in self.prompt],
-            "completion": [dict(message) for message in self.completion],
+            "prompt": in_file(self.prompt),
+            "completion": in_file(self.completion),
             "input_ids": list(self.input_ids),
             "labels": list(self.labels),
             "reward": self.reward,

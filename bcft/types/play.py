@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any, Literal, Protocol, TypeAlias, get_args
 
+from bcft.types.calls import tools
 from bcft.types.data import Problem
 from bcft.types.plain import with_type
-from bcft.types.text import Message, Prompt, messages
+from bcft.types.text import Message, Prompt, in_file, messages
 
 Stop = Literal["stop_token", "max_tokens", "context_full"]
 Success: TypeAlias = Literal["yes", "no", "unknown"]
@@ -111,7 +112,9 @@ def _python(value: Any) -> Any:
 class Environment(Protocol):
     """One attempt at one problem: made for it, reset once, stepped until it is done or the turns are used up.
 
-    `close()`, if there is one, is called after the last step.
+    It may have more. `tools`: what the policy may call (see `bcft.environments.tools`); an action with calls gets their
+    results as its observation and is not stepped. `get_reward()`: a number, or None, that is added to the reward of the
+    last action, whatever ended the attempt. `close()`: called after the last action.
     """
 
     def reset(self, problem: Problem, *, seed: int) -> Prompt:
@@ -176,6 +179,8 @@ class Turn:
     reward: float = 0.0
     """The environment's reward for this action; 0.0 when not graded."""
     success: Success = "unknown"
+    message: Message | None = None
+    """The action as a message, where it says more than its text: with tool calls, or with a thought apart."""
 
     def __post_init__(self) -> None:
         if self.stop not in get_args(Stop) or self.success not in get_args(Success):
@@ -186,6 +191,11 @@ class Turn:
             raise ValueError(f"a reward of {self.reward} with graded {self.graded}: not finite, or not graded")
         if self.observation:
             messages(self.observation)
+
+    @property
+    def said(self) -> Message:
+        """The action as a message."""
+        return self.message or {"role": "assistant", "content": self.action}
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +217,8 @@ class Trajectory:
     """The first observation; empty if it is the problem's prompt."""
     run: str = ""
     """Which of several runs it is from, where they are pooled; no part of the files of a run."""
+    tools: tuple[Mapping[str, Any], ...] = ()
+    """The JSON schemas of the environment's tools."""
 
     def __post_init__(self) -> None:
         about = f"trajectory {self.id}"
@@ -233,7 +245,7 @@ class Trajectory:
         """All messages after the problem's prompt or the opening: each action and the observation that follows it."""
         conversation: list[Message] = []
         for turn in self.turns:
-            conversation += [{"role": "assistant", "content": turn.action}, *turn.observation]
+            conversation += [turn.said, *turn.observation]
         return tuple(conversation)
 
     @property
@@ -241,6 +253,10 @@ class Trajectory:
         """The conversation up to the last action."""
         last = len(self.turns[-1].observation) if self.turns else 0
         return self.conversation[: len(self.conversation) - last]
+
+    def template_kwargs(self, problem: Problem) -> Mapping[str, Any]:
+        """Return what its problem and the environment's tools gave to the chat template."""
+        return {**problem.template_kwargs, "tools": list(self.tools)} if self.tools else problem.template_kwargs
 
     @property
     def truncated(self) -> bool:
@@ -264,8 +280,8 @@ class Trajectory:
         return next((turn.success for turn in reversed(self.turns) if turn.success != "unknown"), "unknown")
 
     def to_json(self) -> dict[str, Any]:
-        """Return a line of `rollouts.jsonl`, without nulls."""
-        return {
+        """Return a line of `rollouts.jsonl`, without nulls; `message` and `tools` are there if not empty."""
+        line = {
             "id": self.id,
             "round": self.round,
             "problem_id": self.problem_id,
@@ -277,17 +293,19 @@ class Trajectory:
                     "action_ids": list(turn.action_ids),
                     "rewritten": turn.rewritten,
                     "stop": turn.stop,
-                    "observation": [dict(message) for message in turn.observation],
+                    "observation": in_file(turn.observation),
                     "graded": turn.graded,
                     "reward": turn.reward,
                     "success": turn.success,
+                    **({"message": in_file([turn.message])[0]} if turn.message else {}),
                 }
                 for turn in self.turns
             ],
             "ended": self.ended,
             "error": self.error,
-            "opening": [dict(message) for message in self.opening],
+            "opening": in_file(self.opening),
         }
+        return line | ({"tools": [dict(tool) for tool in self.tools]} if self.tools else {})
 
     @classmethod
     def from_json(cls, line: Mapping[str, Any]) -> "Trajectory":
@@ -299,11 +317,17 @@ class Trajectory:
                 **turn
                 | {name: tuple(turn[name]) for name in ("ids", "action_ids")}
                 | {"observation": tuple(messages(turn["observation"])) if turn["observation"] else ()}
+                | {"message": messages([turn["message"]])[0] if turn.get("message") else None}
             )
             for turn in values.pop("turns")
         )
-        opening = values.pop("opening")
-        trajectory = cls(**values, turns=turns, opening=tuple(messages(opening)) if opening else ())
+        opening, offered = values.pop("opening"), values.pop("tools", None)
+        trajectory = cls(
+            **values,
+            turns=turns,
+            opening=tuple(messages(opening)) if opening else (),
+            tools=tuple(tools(offered)) if offered else (),
+        )
         if trajectory.id != identity:
             raise ValueError(f"trajectory {trajectory.id} is filed under the id {identity!r}")
         return trajectory

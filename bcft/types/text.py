@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, NotRequired, TypedDict
 
-from bcft.types.calls import ToolCall, tool_calls
+from bcft.types.calls import ToolCall, stored, tool_calls
 from bcft.types.plain import is_empty, says_no, says_yes, show, valid_text, with_type
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -176,3 +176,13 @@ def _refusal(key: str, value: object, where: str) -> str:
     """Return why a key of a message is refused: it would be dropped."""
     remedy = _REMEDIES.get(key) or (f"it belongs to the {_OF_ROLE[key]}'s message" if key in _OF_ROLE else _ADD)
     return f"{where}: its key {key!r} ({show(value)}) cannot be trained: {remedy}"
+
+
+def in_file(given: Sequence[Message]) -> list[dict[str, Any]]:
+    """Return messages as files hold them: without nulls, arguments with a null in them as JSON text."""
+    return [
+        {**message, "tool_calls": [stored(call) for call in message["tool_calls"]]}
+        if "tool_calls" in message
+        else {**message}
+        for message in given
+    ]

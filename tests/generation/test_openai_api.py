@@ -12,10 +12,12 @@ import pytest
 from helpers import chat_server as served
 from helpers.chat_server import chat_server
 from helpers.tiny import llama_tokenizer
+from helpers.tools import Calculator
 from helpers.trained_tokenizers import renderer_of
 
 import bcft.generation
 from bcft.config.engine import EngineSettings
+from bcft.environments.base import environment_factory
 from bcft.environments.single_turn import SingleTurn
 from bcft.errors import BcftError, ServerError, UsageError
 from bcft.generation import make_engine, open_engine, openai_api
@@ -70,6 +72,18 @@ def failed(server, directory, requests, **keys):
         answered.extend(action.key[3] for action in engine.generate(requests))
     assert len(str(caught.value).splitlines()) == 1
     return answered, caught.value
+
+
+def test_an_environment_with_tools_is_refused(tmp_path):
+    settings = EngineSettings(engine="openai", base_url="http://127.0.0.1:9", served_model="teacher")
+    made = environment_factory(Calculator, {})
+    rollouts = RolloutSettings(made, Sampling(), 9, 1, 1.0, 0)
+    with (
+        pytest.raises(UsageError, match="engine: openai reads no tool calls"),
+        open_engine(settings, directory=tmp_path, say=lambda _: None) as maker,
+        make_engine(Policy(None, a_renderer(), None, served="teacher"), replace(rollouts, make_engine=maker)),
+    ):
+        pass
 
 
 # What is sent

@@ -19,7 +19,8 @@ from bcft.generation.hf import HFEngine
 from bcft.generation.mode import sampling_mode
 from bcft.policy.chat_template import Renderer
 from bcft.policy.loading import ASSETS
-from bcft.rollout.episode import GREEDY, MOST_AT_ONCE, Attempt, play
+from bcft.rollout.episode import GREEDY, Attempt, play
+from bcft.rollout.threads import MOST_AT_ONCE
 from bcft.types import Feedback, Problem, Request, Sampling, Trajectory, Turn, messages, problem_id
 
 # A template that begins the action for the policy, and drops that beginning as soon as the action is history.
@@ -177,7 +178,7 @@ def test_an_attempt_comes_back_while_the_engine_is_still_sampling(renderer, monk
             if item is not None and len(item) == 3:  # an answer, not a call
                 answered.release()
 
-    monkeypatch.setattr("bcft.rollout.episode.SimpleQueue", Counted)
+    monkeypatch.setattr("bcft.rollout.threads.SimpleQueue", Counted)
 
     class Slow(Scripted):
         def generate(self, requests):
