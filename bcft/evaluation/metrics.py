@@ -124,5 +124,9 @@ class _Pairs:
         return len(self._known)
 
     def _sort(self) -> None:
-        self._known = np.unique(np.concatenate([self._known, *self._new]))
-        self._new, self._waiting = [], 0
+        if not self._new:
+            return
+        pairs = np.concatenate([self._known, *self._new])  # `np.unique` would copy it, beside what it is made of
+        self._known, self._new, self._waiting = pairs[:0], [], 0
+        pairs.sort()
+        self._known = pairs[np.concatenate([[True], pairs[1:] != pairs[:-1]])]

@@ -5,7 +5,7 @@
 Makes a run of `filtered` with as many trajectories, eight at each problem and 120 tokens each, whose ids are as unequal
 as those of words (Zipf's law), and a third of them right. Then runs `bcft refilter` on it in a process of its own, with
 the default reward and the keys that follow. Prints seconds and the peak of resident memory, and exits with 1 if 300,000
-trajectories or fewer take more than `MOST` bytes, or if the time for a trajectory doubles from the fewest to the most.
+trajectories or fewer take more than `MOST` bytes, or if a processor's time for one doubles from the fewest to the most.
 """
 
 import argparse
@@ -62,7 +62,7 @@ def make(n: int, run: Path) -> None:
 
 
 def measure(n: int, output: Path, keys: Sequence[str]) -> tuple[float, int]:
-    """Return seconds and the peak of resident memory in bytes of `refilter` on n trajectories."""
+    """Return seconds of one processor and the peak of resident memory in bytes of `refilter` on n trajectories."""
     run, chosen = output / "run", output / "chosen"
     shutil.rmtree(output, ignore_errors=True)
     make(n, run)
@@ -75,8 +75,10 @@ def measure(n: int, output: Path, keys: Sequence[str]) -> tuple[float, int]:
     process.returncode = os.waitstatus_to_exitcode(status)
     assert process.returncode == 0, f"refilter ended with {process.returncode}"
     rows = sum(1 for _ in (chosen / "kept.jsonl").open("rb"))
-    print(f"{n:>9,} attempts: {seconds:7.1f} s, {usage.ru_maxrss / 1000:7,.0f} MB, {rows:,} rows kept", flush=True)
-    return seconds, usage.ru_maxrss * 1024
+    busy, peak = usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
+    spent = f"{seconds:.1f} s, {busy:.1f} s of a processor, {peak / 1e6:,.0f} MB"
+    print(f"{n:,} attempts: {spent}, {rows:,} kept", flush=True)
+    return busy, peak
 
 
 def main() -> int:
