@@ -285,7 +285,7 @@ def _segments(turns: Sequence[Turn], trained: Sequence[bool]) -> list[_Segment]:
         if turn.rewritten:
             segments.append(_Segment(first, number - 1, tuple(ids), tuple(labels)))
             ids, labels, first = [], [], number
-        has_loss = trained[number] and turn.action.strip()
+        has_loss = trained[number] and (turn.action.strip() or turn.message)
         ids += [*turn.ids, *turn.action_ids]
         labels += [*[IGNORED] * len(turn.ids), *(turn.action_ids if has_loss else [IGNORED] * len(turn.action_ids))]
     segments.append(_Segment(first, len(turns) - 1, tuple(ids), tuple(labels)))

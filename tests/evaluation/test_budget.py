@@ -72,12 +72,12 @@ def test_the_plan_says_when_how_many_attempts_are_evaluated(sizes, settings, pla
 
 
 def test_the_scales_of_the_last_choice_are_counted_as_evaluations_on_dev_at_the_end():
-    plain, scaled = (budget(3, 4096, 128, 500, 0, ship_scale=scales) for scales in (None, (1.0, 0.5, 0.75)))
+    plain, scaled = (budget(6, 4096, 128, 500, 0, ship_scale=scales) for scales in (None, (1.0, 0.5, 0.75)))
     assert scaled.ending == scaled.test + 2 * scaled.dev
     assert scaled.evaluated == scaled.opening + (scaled.times - 1) * scaled.dev + scaled.ending
     assert scaled.share <= 1 / 3
     assert f"{scaled.ending:,} at the end" in scaled.plan
-    assert budget(3, 4096, 128, 500, 0, ship_scale=(1.0,)).plan == plain.plan
+    assert budget(6, 4096, 128, 500, 0, ship_scale=(1.0,)).plan == plain.plan
 
 
 def test_without_held_out_problems_the_plan_is_none():

@@ -91,7 +91,7 @@ def test_a_function_without_kwargs_gets_what_its_signature_names(reward):
         (lambda completions, a, b: [], "<lambda> needs the columns a, b, which no row has: the columns are answer"),
         (lambda texts, **_: [], "<lambda> needs the column texts, which no row has"),
         (functools.partial(lambda completions, a, b: [], a=1), "<lambda> needs the column b, which no row has"),
-        (lambda environments, completions: [], "<lambda> needs the column environments, which no row has"),
+        (lambda environments, completions: [], "<lambda> needs environments, which are gone when attempts are graded"),
     ],
 )
 def test_a_column_that_no_row_has_is_named_before_the_function_is_called(reward, message):
