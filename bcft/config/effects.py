@@ -130,6 +130,7 @@ def without_effect(
             if KEYS[key].section == "training" and command not in KEYS[key].commands:
                 yield key, "has no effect in filtered: rounds save and evaluate by themselves, each with its own seed"
         yield from _unscaled(values)
+        yield from _unweighted(values)
     if command in TRAINING and values["engine"] == "openai":
         yield (
             "engine",
@@ -137,6 +138,16 @@ def without_effect(
         )
     if command in TRAINING:
         yield from _continued_adapter(values, {*in_file, *overrides})
+
+
+def _unweighted(values: Mapping[str, Any]) -> Iterator[Finding]:
+    """Yield `row_weight` with a loss that takes no weights of rows."""
+    if values["row_weight"] == "none":
+        return
+    for key, plain in (("loss_type", "nll"), ("label_smoothing_factor", 0.0)):
+        if values[key] != plain:
+            words = f"{key}: {values[key]} takes no weights of rows: set {key}: {plain}, or row_weight: none"
+            yield "row_weight", words
 
 
 def _single_attempts(command: str, values: Mapping[str, Any], overrides: Collection[str]) -> Iterator[Finding]:

@@ -233,3 +233,11 @@ def test_the_command_line_of_a_recipe_that_is_a_dict_has_its_own_keys_only() -> 
     _, command, *tokens = shlex.split(config.command_line)
     assert parse(command, tokens).training == config.training
     assert "num_rounds" not in config.command_line
+
+
+@pytest.mark.parametrize(("key", "value"), [("loss_type", "dft"), ("label_smoothing_factor", 0.1)])
+def test_a_loss_without_weights_of_rows_refuses_those_of_the_filter(key: str, value: object) -> None:
+    weights = {"row_weight": "reward", key: value}
+    (line,) = findings(lambda: load("filtered", None, BASE_KEYS | weights))
+    assert f"row_weight: {key}: {value} takes no weights of rows" in line
+    assert load("filtered", None, BASE_KEYS | {key: value}).selection.row_weight == "none"
