@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,7 @@ class Splits:
     def digest(self) -> str:
         """A hash of all data that is trained on or evaluated: a run is resumed with the same data only."""
         digest = hashlib.sha256()
-        for d in (*self.train, *self.held_out, *self.replay):
+        for d in chain(self.train, self.held_out, self.replay):
             # A plain pair is its problem and one text. The format is frozen: a run has the hash it was started with.
             completion = without_idle_marks(d.completion, marked=self.marked)
             pair = [*map(len, completion)] in ([], [2]) and d.sampled is None and d.prompt == d.problem.prompt

@@ -54,7 +54,7 @@ class Store:
         else:
             with _storage():
                 if self._file is None:
-                    self._file = tempfile.TemporaryFile(prefix="bcft-", buffering=1 << 20)  # noqa: SIM115 - stays open
+                    self._file = tempfile.TemporaryFile(prefix="bcft-", buffering=1 << 16)  # noqa: SIM115 - stays open
                 self._file.write(content)
             end, self._written = end + len(content), False
             if others:

@@ -1,6 +1,6 @@
 """The tokens of the examples to train on, as one Arrow table that may be larger than memory."""
 
-import os
+import mmap
 import tempfile
 from array import array
 from collections.abc import Callable, Iterator, Sequence
@@ -37,8 +37,8 @@ class Tokens:
         self._open = 0  # rows that are in no batch yet
         self._batches: list[Any] = []
         self._size = 0
+        self._file: Any = None  # it has no name: it is gone when the process ends, however it ends
         self._writer: Any = None
-        self._path = ""
         self._table: Any = None
 
     def append(self, example: TrainingExample) -> None:
@@ -108,8 +108,9 @@ class Tokens:
             else:
                 with _storage():
                     self._writer.close()
-                self._table = pa.ipc.open_stream(pa.memory_map(self._path)).read_all()
-                os.unlink(self._path)  # the mapping keeps its content until the process ends, however it ends
+                    self._file.flush()
+                mapped = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
+                self._table = pa.ipc.open_stream(pa.py_buffer(mapped)).read_all()
         return self._table
 
     def _close_batch(self) -> None:
@@ -125,9 +126,8 @@ class Tokens:
         if self._size > IN_MEMORY:
             with _storage():
                 if self._writer is None:
-                    handle, self._path = tempfile.mkstemp(prefix="bcft-", suffix=".arrow")
-                    os.close(handle)
-                    self._writer = pa.ipc.new_stream(pa.OSFile(self._path, "wb"), self._batches[0].schema)
+                    self._file = tempfile.TemporaryFile(prefix="bcft-")  # noqa: SIM115 - stays open
+                    self._writer = pa.ipc.new_stream(pa.PythonFile(self._file, "w"), self._batches[0].schema)
                 for batch in self._batches:
                     self._writer.write_batch(batch)
             self._batches = []

@@ -4,9 +4,15 @@ import json
 import random
 import subprocess
 import sys
+import tracemalloc
 
 import pytest
 
+from bcft.config.schema import DataSettings, EvaluationSettings
+from bcft.data import stored
+from bcft.data.checks import check_prompts, without_special_tokens
+from bcft.data.loading import load_splits
+from bcft.policy.chat_template import Renderer
 from bcft.testing import save_tiny_model, tiny_tokenizer
 
 MEGABYTES = 60
@@ -40,6 +46,27 @@ def write_rows(path, megabytes):
             text = " ".join(numbers.choices(words, k=210))
             file.write(json.dumps({"prompt": f"{number}: {text[:200]}", "completion": text}) + "\n")
     return str(path), rows
+
+
+def test_every_pass_over_the_rows_holds_few_of_them_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(stored, "IN_MEMORY", 1 << 16)
+    path, rows = write_rows(tmp_path / "a.jsonl", 4)
+    renderer = Renderer(tiny_tokenizer([" ".join(f"word{number}" for number in range(500))]))
+    sizes = EvaluationSettings(eval_dev_problems=8, eval_test_problems=8)
+    splits = load_splits(DataSettings(dataset_name=path), sizes)
+    passes = {
+        "read": lambda: load_splits(DataSettings(dataset_name=path, replay_dataset=path), sizes),
+        "digest": lambda: splits.digest,
+        "prompts": lambda: check_prompts((d.problem for d in splits.train), renderer, special_tokens="raise"),
+        "special": lambda: without_special_tokens(splits.train, renderer, special_tokens="raise"),
+        "weights": lambda: sum(d.weight for d in splits.train),
+    }
+    for name, read in passes.items():
+        tracemalloc.start()
+        read()
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < 1.2e6, f"{name}: {peak} bytes for {rows} rows of 4 MB"
 
 
 @pytest.mark.slow
