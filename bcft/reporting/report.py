@@ -4,8 +4,11 @@ The same files give the same bytes, so the page can be drawn again at any time, 
 figures that are not in the files yet, except the paired comparison of two runs.
 """
 
+import time
+from collections.abc import Callable
 from pathlib import Path
 
+from bcft.errors import StorageError, UsageError
 from bcft.reporting.page.cloned import cloned_page
 from bcft.reporting.page.filtered import filtered_page
 from bcft.reporting.page.html import render
@@ -16,6 +19,8 @@ from bcft.reporting.run_files import AnyRun, ClonedFiles, RunFiles, read_run
 from bcft.runs.storage import write_text
 
 REPORT = "report.html"
+EVERY = 30.0
+"""Seconds between two drawings of a run at work."""
 
 
 def check_against(directory: Path) -> None:
@@ -34,6 +39,27 @@ def write_report(directory: Path, *, against: Path | None = None) -> Path:
         text = render(_page(run, other))
     write_text(directory / REPORT, text)
     return directory / REPORT
+
+
+class Redraw:
+    """Draws the page of a run at work again, unless it was drawn less than `EVERY` seconds ago.
+
+    A page that cannot be drawn costs the run nothing: `say` gets one line about it.
+    """
+
+    def __init__(self, directory: Path, *, against: Path | None, say: Callable[[str], None]) -> None:
+        self.directory, self.against, self.say = directory, against, say
+        self._drawn = time.monotonic()
+
+    def __call__(self) -> None:
+        """Draw, if it is due."""
+        if time.monotonic() - self._drawn < EVERY:
+            return
+        try:
+            write_report(self.directory, against=self.against)
+        except (UsageError, StorageError, OSError) as error:
+            self.say(f"{REPORT} is not drawn: {error}")
+        self._drawn = time.monotonic()
 
 
 def recorded_against(directory: Path) -> Path | None:

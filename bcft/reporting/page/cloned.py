@@ -1,12 +1,14 @@
 """The page of a run of `sft`: success before and after, the loss, the rows, which tokens carry loss, the problems."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from bcft.evaluation.results import Measured
-from bcft.reporting.page.common import numbers, reproduction, summary_dots, summary_table
+from bcft.reporting.page.common import numbers, reproduction, summary_figure, summary_table
 from bcft.reporting.page.figures import Series, curves
 from bcft.reporting.page.parts import Cell, Figure, Note, Page, Part, Rows, Section, Table, Tokens
+from bcft.reporting.page.rollouts import problems_of
 from bcft.reporting.page.rows import held_out_rows, limit_of
 from bcft.reporting.run_files import ClonedFiles, evaluated
 
@@ -24,7 +26,7 @@ def cloned_page(run: ClonedFiles, more: Sequence[Section]) -> Page:
         Section("loss", "Loss", _loss(run)),
         Section("rows", "Rows", _rows(run)),
         Section("tokens", "Which tokens carry loss", _tokens(run)),
-        Section("problems", "Before and after", problem_parts(evaluated(run.path / "base"), run.tested(), "before", "after")),
+        Section("problems", "Before and after", _problems(run)),
         reproduction(run, _commands(run)),
     ]
     train = run.metrics.get("train", {})
@@ -43,12 +45,9 @@ def _success(run: ClonedFiles) -> list[Part]:
     if not run.metrics:
         return []
     columns = {"before": run.metrics["base"], "after": run.metrics["final"]}
-    table = summary_table(columns)
-    if not table:
-        return []
     colors = {"before": ("n2", columns["before"]), "after": ("accent", columns["after"])}
-    panel = summary_dots("success-test", "Held-out problems before and after training", colors)
-    return [Figure("success", [panel], table, "Intervals at 95 %.")] if panel else [table]
+    figure = summary_figure("success", "Held-out problems before and after training", colors)
+    return [part for part in (figure, summary_table(columns)) if part]
 
 
 def _loss(run: ClonedFiles) -> list[Part]:
@@ -67,11 +66,11 @@ def _loss(run: ClonedFiles) -> list[Part]:
     rates = [(line["step"], line["learning_rate"]) for line in run.losses if "learning_rate" in line]
     if rates:
         xs, ys = zip(*_thinned(rates), strict=True)
-        panels.append(curves("loss-rate", "Learning rate by step", [Series("learning rate", "n2", xs, ys)], axis="step"))
+        panels.append(
+            curves("loss-rate", "Learning rate by step", [Series("learning rate", "n2", xs, ys)], axis="step")
+        )
     names = [name for name in ("loss", "eval_loss", "learning_rate", "grad_norm", "entropy") if _has(run.losses, name)]
-    rows = [
-        [numbers(line["step"], "d"), *(numbers(line.get(name)) for name in names)] for line in _thinned(run.losses)
-    ]
+    rows = [[numbers(line["step"], "d"), *(numbers(line.get(name)) for name in names)] for line in _thinned(run.losses)]
     caption = "" if len(rows) == len(run.losses) else f"{len(rows)} of {len(run.losses):,} logged steps."
     return [Figure("loss", panels, Table(["step", *names], rows), caption)]
 
@@ -111,10 +110,16 @@ def _tokens(run: ClonedFiles) -> list[Part]:
     return [Note("The first rows as the trainer gets them. Shaded tokens carry loss."), *parts] if parts else []
 
 
-def problem_parts(first: Measured | None, second: Measured | None, before: str, after: str) -> list[Part]:
+def _problems(run: ClonedFiles) -> list[Part]:
+    return problem_parts(run.path, evaluated(run.path / "base"), run.tested(), before="before", after="after")
+
+
+def problem_parts(
+    path: Path, first: Measured | None, second: Measured | None, *, before: str, after: str
+) -> list[Part]:
     """Return the problems that two policies attempted, side by side; of one policy where the first is missing.
 
-    before, after: what the policies are called.
+    path: of the run, whose `problems.jsonl` has their prompts; before, after: what the policies are called.
     """
     if not second or not second.evaluation.problems:
         return []
@@ -123,9 +128,9 @@ def problem_parts(first: Measured | None, second: Measured | None, before: str, 
     shown = keys[:: -(-len(keys) // PROBLEMS)] if keys else []
     if not shown:
         return []
-    names = [before, after][-len(policies) :]
-    limit = limit_of(len(shown))
-    rows = held_out_rows([[problems[key] for problems in policies] for key in shown], names=names, limit=limit)
+    attempts = {key: [problems[key] for problems in policies] for key in shown}
+    names, limit = [before, after][-len(policies) :], limit_of(len(shown))
+    rows = held_out_rows(attempts, problems_of(path / "problems.jsonl", {*shown}), names=names, limit=limit)
     about = f"All {len(keys):,} problems" if len(shown) == len(keys) else f"{len(shown):,} of {len(keys):,} problems"
     compared = f", {before} and {after}" if len(policies) > 1 else ""
     return [Rows(f"{about}{compared}: the greedy attempts, and how many of the sampled ones are right.", rows)]

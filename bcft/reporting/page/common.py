@@ -7,8 +7,8 @@ from typing import Any
 
 import yaml
 
-from bcft.reporting.page.figures import Dot, dots, percent_text
-from bcft.reporting.page.parts import Cell, Code, Key, Note, Panel, Part, Section, Table
+from bcft.reporting.page.figures import Dot, dots, number_text, percent_text
+from bcft.reporting.page.parts import Cell, Code, Figure, Note, Part, Section, Table
 from bcft.reporting.run_files import FIGURE, AnyRun, check_keys, read
 from bcft.reporting.tables import FORMS, percent, table_rows
 from bcft.runs.history import AVERAGES
@@ -46,31 +46,39 @@ def main_figure(summary: Mapping[str, Any]) -> str:
     return next((part for part in (*AVERAGES, "sampled", "greedy") if part in summary), "")
 
 
-def summary_dots(name: str, title: str, policies: Mapping[str, tuple[str, Mapping[str, Any]]]) -> Panel | None:
-    """Return a panel of the held-out figures of some policies; None where nothing was measured.
+def summary_figure(
+    name: str, title: str, policies: Mapping[str, tuple[str, Mapping[str, Any]]], caption: str = "Intervals at 95 %."
+) -> Figure | None:
+    """Return a figure of the held-out results of some policies; None where nothing was measured.
 
     policies: name -> color and summary.
     """
     measured = {row: (color, summary) for row, (color, summary) in policies.items() if main_figure(summary)}
     if not measured:
         return None
-    main = main_figure(next(iter(measured.values()))[1])
-    values = []
-    for row, (color, summary) in measured.items():
-        if main in AVERAGES:
-            if main in summary:
-                values.append(Dot(row, f"mean {main}", color, summary[main]["mean"], summary[main]["ci95"]))
-            continue
-        for part, hollow in (("greedy", True), ("sampled", False)):
-            if part in summary:
-                shown = summary[part]
-                mark = "ring" if hollow else "dot"
-                values.append(Dot(row, part, color, shown[FIGURE[part]], shown["ci95"], mark))
-        if "sampled" in summary:
-            values.append(Dot(row, f"pass@{summary['sampled']['k']}", color, summary["sampled"]["pass@k"], (), "square"))
+    values = [dot for row, (color, summary) in measured.items() for dot in _dots(row, color, summary)]
+    by_average = main_figure(next(iter(measured.values()))[1]) in AVERAGES
+    form, limits = (number_text, None) if by_average else (percent_text, (0.0, 1.0))
+    rows = [
+        [Cell(f"{dot.row}, {dot.label}"), *(numbers(value) for value in (dot.value, *(dot.interval or (None, None))))]
+        for dot in values
+    ]
+    drawn = dots(f"{name}-dots", title, values, form=form, limits=limits)
+    return Figure(name, [drawn], Table(["", "value", "low", "high"], rows), caption)
+
+
+def _dots(row: str, color: str, summary: Mapping[str, Any]) -> list[Dot]:
+    main = main_figure(summary)
     if main in AVERAGES:
-        return dots(name, title, values)
-    return dots(name, title, values, form=percent_text, limits=(0.0, 1.0))
+        return [Dot(row, f"mean {main}", color, summary[main]["mean"], summary[main]["ci95"])]
+    values = [
+        Dot(row, part, color, summary[part][FIGURE[part]], summary[part]["ci95"], mark)
+        for part, mark in (("greedy", "ring"), ("sampled", "dot"))
+        if part in summary
+    ]
+    if "sampled" in summary:
+        values.append(Dot(row, f"pass@{summary['sampled']['k']}", color, summary["sampled"]["pass@k"], (), "square"))
+    return values
 
 
 def average_form(main: str) -> str:
@@ -108,8 +116,3 @@ def versions(run: AnyRun) -> list[Part]:
     processes = f"{made['world_size']} process{'es' * (made['world_size'] > 1)}"
     words = f"{packages}; Python {made['python']} on {made['platform']}; {hardware}, {processes}."
     return [Note(f"Made with {words}"), Note(f"SHA-256 of the data: {made['data']}")]
-
-
-def interval_key(label: str, color: str) -> Key:
-    """Return the entry of a line with its interval."""
-    return Key(f"{label}, 95 % interval", color, "line")

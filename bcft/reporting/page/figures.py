@@ -15,13 +15,18 @@ if TYPE_CHECKING:
 
 MARKED = 40
 """A line of more points has no mark at each of them."""
+FEW = 5
+"""Fewer columns leave space beside them, and are not as wide as the panel."""
 _EDGE = 0.8
 """Width of the gap between the boxes of a stack."""
 
 
 @dataclass(frozen=True)
 class Series:
-    """A named line: its values by round, and their intervals where it has some. marks: `line`, `dash`."""
+    """A named line: its values by round, and their intervals where it has some.
+
+    mark: `line`, with a dot at each value; `ring` or `square`, thinner and with these; `dash`, a level.
+    """
 
     label: str
     color: str
@@ -76,10 +81,11 @@ def curves(
                 low, high = zip(*one.intervals, strict=True)
                 axes.fill_between(one.xs, low, high, color=color, alpha=0.14, linewidth=0, zorder=1)
                 axes.vlines(one.xs, low, high, color=color, alpha=0.55, linewidth=1, zorder=2)
-            few = len(one.xs) <= MARKED
+            few, main = len(one.xs) <= MARKED, one.mark == "line"
             axes.plot(
-                one.xs, one.ys, color=color, linewidth=1.8 if few else 1.2, marker="o" if few else "", markersize=3.6,
-                zorder=3,
+                one.xs, one.ys, color=color, linewidth=2 if few and main else 1.2, zorder=3 + main, markersize=4,
+                marker=("s" if one.mark == "square" else "o") if few else "",
+                markerfacecolor=COLOR["paper"] if one.mark == "ring" else color,
             )  # fmt: skip
         if ring:
             axes.plot(*ring[:2], marker="o", markersize=9, markerfacecolor="none", color=COLOR["ink"], zorder=5)
@@ -158,7 +164,8 @@ def stacks(
 
     def draw(axes: "Axes") -> None:
         total = max((sum(heights) for heights in zip(*(h for _, h in parts.values()), strict=True)), default=1)
-        axes.set_xlim(min(xs) - 0.6, max(max(xs), min(xs) + 2) + 0.6)
+        beside = max(0.6, (FEW - len(xs)) / 2)
+        axes.set_xlim(min(xs) - beside, max(xs) + beside)
         ys = ticks(axes, 0, total or 1, form=form)
         axes.hlines(ys, *axes.get_xlim(), color=COLOR["line"], linewidth=0.8, zorder=0)
         bottom = [0.0] * len(xs)
@@ -195,13 +202,16 @@ def waterfall(name: str, title: str, steps: Sequence[tuple[str, str, float]], *,
 
     def draw(axes: "Axes") -> None:
         axes.set_ylim(len(rows) - 0.4, -0.6)
-        axes.set_xlim(0, 1.24 * (whole or 1))
+        axes.set_xlim(0, 1.45 * (whole or 1))
         for number, (label, color, start, width) in enumerate(rows):
             axes.barh(number, width, 0.62, start, color=COLOR[color], zorder=2)
             sign = "\N{MINUS SIGN}" if 0 < number < len(rows) - 1 else ""
-            share = f"  {100 * width / whole:.1f} %" if number and whole else ""
-            words = f" {sign}{width:,.0f}{share}"
-            axes.text(start + width, number, words, va="center_baseline", color=COLOR["ink"], size=10)
+            share = f" ({100 * width / whole:.1f} %)" if number and whole else ""
+            words = f"{sign}{width:,.0f}{share}"
+            axes.annotate(
+                words, (start + width, number), (7, 0), textcoords="offset points", va="center_baseline",
+                color=COLOR["ink"], size=10,
+            )  # fmt: skip
             _beside(axes, number, label, ink=True)
             if number < len(rows) - 1:
                 edge = whole if number == 0 else start
@@ -225,14 +235,20 @@ def matrix(
                 if n:
                     strength = 0.12 + 0.6 * n / most
                     axes.bar(x, 0.94, 0.94, y - 0.47, color=color, alpha=strength, linewidth=0, zorder=1)
-                axes.text(x, y, f"{n:,}", ha="center", va="center_baseline", color=COLOR["ink" if n else "n5"], size=10.5)
+                axes.text(
+                    x, y, f"{n:,}", ha="center", va="center_baseline", color=COLOR["ink" if n else "n5"], size=10.5
+                )
         for number, label in enumerate(labels):
             _under(axes, number, label)
             _beside(axes, number, label)
         _title_below(axes, across)
         axes.text(0, 1.02, up, transform=axes.transAxes, ha="right", va="bottom")
 
-    keys = [Key("solved more often", "accent", "box"), Key("less often", "other", "box"), Key("as often", "soft", "box")]
+    keys = [
+        Key("solved more often", "accent", "box"),
+        Key("less often", "other", "box"),
+        Key("as often", "soft", "box"),
+    ]
     return Panel(title, panel(name, draw, height=230, left=66), keys)
 
 

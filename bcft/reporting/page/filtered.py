@@ -13,7 +13,7 @@ from bcft.reporting.page.common import (
     numbers,
     reproduction,
     share,
-    summary_dots,
+    summary_figure,
     summary_table,
 )
 from bcft.reporting.page.figures import Series, curves, matrix, number_text, percent_text, stacks, waterfall
@@ -84,26 +84,29 @@ def _lead(run: RunFiles) -> str:
 
 
 def _success(run: RunFiles, other: RunFiles | None) -> list[Part]:
-    panels = [*_dev_panels(run, other)]
-    finished = [one for one in (run, other) if one and one.metrics]
-    tested = {"base": ("n2", run.metrics["base"])} if run.metrics else {}
-    for one in finished:
-        tested[one.chosen if one is run else f"other, {one.chosen}"] = (
-            "accent" if one is run else "other",
-            one.metrics["best"],
-        )
-    test = summary_dots("success-test", "Test problems: base and the chosen round", tested)
-    panels += [test] if test and run.metrics else []
-    figure = Figure("success", panels, _success_table(run), _caption(run))
+    parts: list[Part] = []
+    if panels := _dev_panels(run, other):
+        test = _test_figure(run, other)
+        parts.append(Figure("success", [*panels, *(test.panels if test else [])], _success_table(run), _caption(run)))
     table = summary_table({"base": run.metrics["base"], run.chosen: run.metrics["best"]}) if run.metrics else None
-    parts: list[Part] = [figure] if panels else []
     if table:
         parts += [Note("On test problems, which no round was chosen by:"), table]
     return [*parts, *_scales(run)]
 
 
+def _test_figure(run: RunFiles, other: RunFiles | None) -> Figure | None:
+    if not run.metrics:
+        return None
+    policies = {"base": ("n2", run.metrics["base"]), run.chosen: ("accent", run.metrics["best"])}
+    if other and other.metrics:
+        policies[f"{_other_name(other)}, {other.chosen}"] = ("other", other.metrics["best"])
+    return summary_figure("success-test", "Test problems: base and the chosen round", policies)
+
+
 def _caption(run: RunFiles) -> str:
-    parts = ["Dev problems choose the round. Test problems are others: the base and the chosen round attempt them once."]
+    parts = [
+        "Dev problems choose the round. Test problems are others: the base and the chosen round attempt them once."
+    ]
     if "sampled" in run.base:
         parts.append(f"{run.base['n']} dev problems, {run.base['sampled']['n']} samples each; intervals at 95 %.")
     if any("eval" not in record for record in run.rounds):
@@ -119,8 +122,9 @@ def _dev_panels(run: RunFiles, other: RunFiles | None) -> list[Panel]:
     series = [_curve(run, main, "accent", main if by_rate else f"mean {main}")]
     if main == "sampled":
         wide = [(r["round"], r["eval"]["sampled"]["pass@k"]) for r in run.records if "sampled" in r.get("eval", {})]
-        series.append(_series(f"pass@{run.base['sampled']['k']}", "accent-3", wide))
-        series.append(_series("greedy", "accent-2", [(number, value) for number, value, _ in run.curve("greedy")]))
+        greedy = [(number, value) for number, value, _ in run.curve("greedy")]
+        series.append(_series(f"pass@{run.base['sampled']['k']}", "accent-2", wide, mark="square"))
+        series.append(_series("greedy", "accent-2", greedy, mark="ring"))
     value_of = {number: value for number, value, _ in run.curve(main)}
     chosen = run.metrics.get("best_round", 0)
     ring = (chosen, value_of[chosen], f"chosen: round {chosen}") if run.metrics and chosen in value_of else None
@@ -141,8 +145,8 @@ def _reward_panels(run: RunFiles, other: RunFiles | None) -> list[Panel]:
     return [curves("success-dev", "Mean reward of the rollouts; success is unknown", drawn)] if drawn else []
 
 
-def _other_name(other: RunFiles) -> str:
-    return "random control" if other.config["control"] == "random" else "other run"
+def _other_name(other: RunFiles | None) -> str:
+    return "control" if other and other.config["control"] == "random" else "other"
 
 
 def _curve(run: RunFiles, kind: str, color: str, label: str) -> Series:
@@ -150,8 +154,8 @@ def _curve(run: RunFiles, kind: str, color: str, label: str) -> Series:
     return Series(label, color, [p[0] for p in points], [p[1] for p in points], [p[2] for p in points])
 
 
-def _series(label: str, color: str, points: Sequence[tuple[float, float]]) -> Series:
-    return Series(label, color, [x for x, _ in points], [y for _, y in points])
+def _series(label: str, color: str, points: Sequence[tuple[float, float]], *, mark: str = "line") -> Series:
+    return Series(label, color, [x for x, _ in points], [y for _, y in points], mark=mark)
 
 
 def _success_table(run: RunFiles) -> Table:
@@ -169,8 +173,7 @@ def _success_table(run: RunFiles) -> Table:
             row += [share(summary.get(part, {}).get(figure)) for figure in ("pass@k", "maj@k")] * (part == "sampled")
         for average in AVERAGES:
             row += _with_interval(summary.get(average, {}), "mean", form=average_form(average))
-        versus = summary.get("vs_base") or (run.metrics.get("vs_base", {}) if name == f"test, {run.chosen}" else {}) \
-            if run.metrics else summary.get("vs_base", {})
+        versus = run.metrics.get("vs_base", {}) if name == f"test, {run.chosen}" else summary.get("vs_base", {})
         delta = next((part for part in ("delta", *(f"{average}_delta" for average in AVERAGES)) if part in versus), "")
         low, high = versus.get(delta.replace("delta", "ci95"), (None, None))
         row += [share(summary.get("stop_rate")), *(numbers(v, "+.3f") for v in (versus.get(delta), low, high))]
@@ -328,8 +331,13 @@ def _problems(run: RunFiles, scores: Mapping[int, Scores]) -> list[Part]:
         return []
     by_rate = {number: _by_rate([yes / n for yes, n in solved.values() if n]) for number, solved in known.items()}
     colors = ("n4", "accent-4", "accent-3", "accent")
-    parts = {name: (color, [c[i] for c in by_rate.values()]) for i, (name, color) in enumerate(zip(RATES, colors, strict=True))}
-    panels = [stacks("problems-rounds", "Training problems by share of attempts that solved them", list(by_rate), parts)]
+    parts = {
+        name: (color, [c[i] for c in by_rate.values()])
+        for i, (name, color) in enumerate(zip(RATES, colors, strict=True))
+    }
+    panels = [
+        stacks("problems-rounds", "Training problems by share of attempts that solved them", list(by_rate), parts)
+    ]
     rows = [[Cell(f"round {number}"), *(numbers(n, ",d") for n in counts)] for number, counts in by_rate.items()]
     caption = "Training problems are drawn anew in each round; dev problems are the same in all."
     moved = _moved(run)
@@ -401,7 +409,9 @@ def _diversity(run: RunFiles) -> list[Part]:
     panels = [Panel(panel.title, panel.svg) for panel in panels]
     values = {name: dict(points) for name, points in lines.items()}
     rows = [[numbers(r["round"], "d"), *(numbers(values[name].get(r["round"])) for name in lines)] for r in run.rounds]
-    caption = "A policy that collapses loses diversity before it loses success. KL is taken on the base's own dev attempts."
+    caption = (
+        "A policy that collapses loses diversity before it loses success. KL is taken on the base's own dev attempts."
+    )
     return [Figure("diversity", panels, Table(["round", *lines], rows), caption)]
 
 
@@ -425,7 +435,9 @@ def _time(run: RunFiles) -> list[Part]:
     sums = [sum(seconds) for seconds in spent.values()]
     rows.append([Cell("all"), *(numbers(s, ".1f") for s in sums), numbers(total, ".1f")])
     shares = ", ".join(f"{phase} {percent(sum(seconds) / total)}" for phase, seconds in spent.items())
-    caption = f"{total:,.0f} s in all: {shares}. Evaluations before the first round and after the last are not included."
+    caption = (
+        f"{total:,.0f} s in all: {shares}. Evaluations before the first round and after the last are not included."
+    )
     return [Figure("time", panels, Table(["round", *spent, "all"], rows), caption)]
 
 
@@ -489,7 +501,10 @@ def _commands(run: RunFiles) -> list[tuple[str, list[str]]]:
     recipe = f"{path}/config.yaml"
     commands = [
         ("Repeat it from the recipe that it recorded", ["bcft", "filtered", recipe, "--output_dir", f"{path}-again"]),
-        ("The same with a random filter", ["bcft", "filtered", recipe, "--output_dir", f"{path}-control", "--control", "random"]),
+        (
+            "The same with a random filter",
+            ["bcft", "filtered", recipe, "--output_dir", f"{path}-control", "--control", "random"],
+        ),
     ]
     if run.metrics:
         best = ["bcft", "evaluate", recipe, "--model_name_or_path", f"{path}/best"]

@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bcft.reporting.page.cloned import problem_parts
-from bcft.reporting.page.common import reproduction, summary_dots, summary_table
-from bcft.reporting.page.parts import Cell, Figure, Note, Page, Part, Section, Table
-from bcft.reporting.run_files import AnyRun, EvaluatedFiles, evaluated
+from bcft.reporting.page.common import reproduction, summary_figure, summary_table
+from bcft.reporting.page.parts import Cell, Note, Page, Part, Section, Table
+from bcft.reporting.run_files import AnyRun, EvaluatedFiles, RunFiles, evaluated
 from bcft.reporting.tables import conclusion
 from bcft.runs.directory import MAY_DIFFER
 
@@ -27,17 +27,14 @@ def measured_page(run: EvaluatedFiles, more: Sequence[Section]) -> Page:
 
 def _success(run: EvaluatedFiles) -> list[Part]:
     columns = {name: run.metrics[name] for name in ("against", "model") if run.metrics.get(name)}
-    table = summary_table(columns)
-    if not table:
-        return []
     colors = {name: ("accent" if name == "model" else "n2", summary) for name, summary in columns.items()}
-    panel = summary_dots("success-test", "Held-out problems", colors)
-    notes = [Note(f"{run.metrics['note']}.")] if run.metrics.get("note") else []
-    return [Figure("success", [panel], table, "Intervals at 95 %.") if panel else table, *notes]
+    figure = summary_figure("success", "Held-out problems", colors)
+    note = Note(f"{run.metrics['note']}.") if run.metrics.get("note") else None
+    return [part for part in (figure, summary_table(columns), note) if part]
 
 
 def _problems(run: EvaluatedFiles) -> list[Part]:
-    return problem_parts(evaluated(run.path / "against"), run.tested(), "against", "model")
+    return problem_parts(run.path, evaluated(run.path / "against"), run.tested(), before="against", after="model")
 
 
 def _commands(run: EvaluatedFiles) -> list[tuple[str, list[str]]]:
@@ -76,10 +73,6 @@ def _shown(config: Mapping[str, Any], key: str) -> str:
 def _paired(run: AnyRun, other: AnyRun) -> list[Part]:
     here, there = f"here, {run.final[0]}", f"there, {other.final[0]}"
     columns = {there: other.final[1], here: run.final[1]}
-    table = summary_table(columns)
-    panel = summary_dots(
-        "beside-test", "Test problems of both", {there: ("other", columns[there]), here: ("accent", columns[here])}
-    )
     parts: list[Part] = []
     mine, theirs = run.tested(), other.tested()
     if not (mine and theirs):
@@ -89,8 +82,12 @@ def _paired(run: AnyRun, other: AnyRun) -> list[Part]:
     else:
         sentence = conclusion(theirs, mine, before=f"in {other.name}")["conclusion"]
         parts.append(Note(f"Paired, problem by problem: {sentence}."))
-    if table:
-        parts.append(Figure("beside", [panel], table, "Intervals at 95 %.") if panel else table)
+    if not (isinstance(run, RunFiles) and isinstance(other, RunFiles)):  # they are in the figure of success already
+        colors = {there: ("other", columns[there]), here: ("accent", columns[here])}
+        figure = summary_figure("beside", "Test problems of both", colors)
+        parts += [figure] if figure else []
+    table = summary_table(columns)
+    parts += [table] if table else []
     if mine and theirs and mine.evaluation.problems.keys() == theirs.evaluation.problems.keys():
-        parts += problem_parts(theirs, mine, "there", "here")
+        parts += problem_parts(run.path, theirs, mine, before="there", after="here")
     return parts

@@ -4,7 +4,7 @@ Texts are bounded, so that the page stays small: what is left out of a text is s
 """
 
 import html
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bcft.reporting.page.parts import Row
@@ -90,50 +90,58 @@ def _why(score: Mapping[str, Any], error: str) -> str:
 
 
 def held_out_rows(
-    attempts: Iterable[Sequence[Mapping[str, Any]]], *, names: Sequence[str], limit: int
+    attempts: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]],
+    problems: Mapping[str, Mapping[str, Any]],
+    *,
+    names: Sequence[str],
+    limit: int,
 ) -> list[Row]:
-    """Return a row for each problem: the greedy attempts of one policy or of two, the first of them before.
+    """Return a row for each problem: the greedy attempts of one policy or of two, and first what changed between them.
 
-    attempts: of each problem, the attempts of each policy in the order of an evaluation's `problems`, the greedy one
-    first; names: of the policies.
+    attempts: problem -> of each policy its attempts, the greedy one first; problems: lines of `problems.jsonl` by id,
+    as far as there are any; names: of the policies, the earlier one first.
     """
-    return [_held_out_row(policies, names, limit) for policies in attempts]
+    rows = [
+        _held_out_row(policies, problems.get(key, {}).get("prompt", ""), names, limit)
+        for key, policies in attempts.items()
+    ]
+    return sorted(rows, key=lambda row: MOVEMENTS.index(row.group))
 
 
-def _held_out_row(policies: Sequence[Any], names: Sequence[str], limit: int) -> Row:
+MOVEMENTS = ("failed now", "solved now", "failed", "failed in both", "unknown", "solved", "solved in both")
+"""How greedy attempts compare, in the order in which the rows stand."""
+
+
+def _held_out_row(policies: Sequence[Any], asked: Any, names: Sequence[str], limit: int) -> Row:
     firsts = [attempts[0] for attempts in policies]
     solved = [first["success"] for first in firsts]
-    head = " ".join(str(firsts[0]["prompt"]).split())
-    blocks: list[tuple[str, str]] = [("prompt", firsts[0]["prompt"])] if len(head) > _HEAD else []
+    asked = asked or firsts[0]["prompt"]
+    blocks = [] if _is_head(asked) else _messages(asked, "prompt")
     for name, first in zip(names, firsts, strict=True):
         label = f"{name}, greedy" if len(names) > 1 else "greedy"
-        if first.get("messages"):
-            blocks += _messages(first["messages"], label)
-        else:
-            blocks.append((label, first["completion"]))
+        blocks += _messages(first.get("messages") or first["completion"], label)
     verdicts = [
         f"{name}: {_rate(attempts)}" if len(names) > 1 else _rate(attempts)
         for name, attempts in zip(names, policies, strict=True)
     ]
     reference = [("reference", str(firsts[0]["answer"]))] if firsts[0]["answer"] not in ("", None) else []
+    group = _movement(solved)
     return Row(
-        group=_movement(solved),
-        good=solved[-1] == "yes",
+        group=group,
+        good=group in ("solved", "solved now"),
         round=0,
         solved=solved[-1],
         facts=[_rate(attempts, short=True) for attempts in policies],
-        head=_shortened(head),
+        head=_last_words(asked),
         blocks=[*_bounded(blocks, limit), *_bounded(reference, limit // 4), ("verdict", "; ".join(verdicts))],
     )
 
 
 def _movement(solved: Sequence[str]) -> str:
     words = {"yes": "solved", "no": "failed", "unknown": "unknown"}
-    if len(solved) == 1:
-        return words[solved[0]]
-    if solved[0] == solved[1]:
-        return {"yes": "solved in both", "no": "failed in both", "unknown": "unknown"}[solved[0]]
-    return {"yes": "solved now", "no": "failed now"}.get(solved[1], "unknown")
+    if len(solved) == 1 or "unknown" in solved:
+        return "unknown" if "unknown" in solved else words[solved[0]]
+    return f"{words[solved[1]]} {'in both' if solved[0] == solved[1] else 'now'}"
 
 
 def _rate(attempts: Sequence[Mapping[str, Any]], *, short: bool = False) -> str:
@@ -178,7 +186,7 @@ def _is_head(asked: Any) -> bool:
 
 
 def _shortened(text: str) -> str:
-    return text if len(text) <= _HEAD else f"{text[:_HEAD - 1]}…"
+    return text if len(text) <= _HEAD else f"{text[: _HEAD - 1]}…"
 
 
 def _bounded(blocks: Sequence[tuple[str, str]], limit: int) -> list[tuple[str, str]]:

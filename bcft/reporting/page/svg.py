@@ -31,6 +31,7 @@ _DROPPED = re.compile(
     re.DOTALL,
 )
 _NUMBER = re.compile(r"(\d+\.\d\d)\d+")
+_TAG = re.compile("<[^>]*>")
 _GROUP_ID = re.compile(r'(<g) id="[^"]*"')
 _REFERENCE = re.compile(r'(id="|url\(#|xlink:href="#)')
 
@@ -73,7 +74,8 @@ def panel(name: str, draw: "Callable[[Axes], None]", *, height: int = 220, left:
 
 
 def _inline(text: str, name: str, height: int) -> str:
-    text = _NUMBER.sub(r"\1", _DROPPED.sub("", _HEAD.sub("", text, count=1)))
+    text = _DROPPED.sub("", _HEAD.sub("", text, count=1))
+    text = _TAG.sub(lambda tag: _NUMBER.sub(r"\1", tag[0]), text)  # places, not what is written
     text = _PLACEHOLDER.sub(lambda match: _VARIABLE[match[0]], _GROUP_ID.sub(r"\1", text))
     text = re.sub(r"\n\s*", "\n", _REFERENCE.sub(rf"\g<1>{name}-", text))
     return f'<svg viewBox="0 0 {WIDTH} {height}" aria-hidden="true">{text}'.rstrip()
