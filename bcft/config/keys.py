@@ -48,7 +48,7 @@ COMMANDS = {
 
 
 ON_DIRECTORIES = {
-    "report": "Draw the directory of a run, or two side by side, as one self-contained HTML page: bcft report DIR [DIR].",
+    "report": "Draw a run again, or two side by side, as one self-contained HTML page: bcft report DIR [DIR].",
 }
 """Commands that take directories in place of a recipe, and what they do."""
 

@@ -194,15 +194,14 @@ def _bounded(blocks: Sequence[tuple[str, str]], limit: int) -> list[tuple[str, s
     sizes = [_size(text) for _, text in blocks]
     if sum(sizes) <= limit:
         return list(blocks)
-    shown, left = [], limit
+    left = limit
     shares = sorted(range(len(blocks)), key=sizes.__getitem__)
     texts: dict[int, str] = {}
     for done, number in enumerate(shares):  # short ones stay whole, long ones share what is left
         share = left // (len(blocks) - done)
         texts[number] = _clipped(blocks[number][1], share)
         left -= min(_size(texts[number]), share)
-    shown = [(blocks[number][0], texts[number]) for number in range(len(blocks)) if texts[number]]
-    return shown
+    return [(blocks[number][0], texts[number]) for number in range(len(blocks)) if texts[number]]
 
 
 def _clipped(text: str, limit: int) -> str:
