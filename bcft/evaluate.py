@@ -21,6 +21,7 @@ from bcft.environments.base import rollout_settings
 from bcft.errors import DataError, UsageError
 from bcft.evaluation.budget import samples_of
 from bcft.evaluation.results import Measured
+from bcft.reporting.report import write_report
 from bcft.reporting.tables import conclusion, level, print_table, say
 from bcft.runs.directory import RunDirectory, open_run
 from bcft.runs.distributed import rank
@@ -78,13 +79,19 @@ def run_config(config: Config, *, rows: Rows | None = None) -> dict[str, Any]:
             recipe=config.resolved,
             writes=rank() == 0,
             debug="debug" in config.flags,
+            command_line=config.command_line,
         ) as directory,
         cpu_threads(),
         Progress(config.label("evaluate, other work"), around=True),
     ):
-        directory.write_status("running")
+        problems = splits.test if split == "test" else splits.dev
+        directory.record([d.problem for d in problems], splits.digest, functions=scorer.described)
         summaries = _evaluate(config, splits, directory, rollouts=rollouts, scorer=scorer)
-        say(json.dumps(summaries) if "json" in config.flags else summaries["conclusion"], quiet=False)
+        try:
+            if rank() == 0:
+                say(f"Report: {write_report(directory.path)}", quiet=config.quiet)
+        finally:  # it is measured, whatever becomes of its report
+            say(json.dumps(summaries) if "json" in config.flags else summaries["conclusion"], quiet=False)
     return summaries
 
 

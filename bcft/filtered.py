@@ -8,7 +8,6 @@ resumes an interrupted run with bit-identical rows and weights (on a CPU).
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +18,13 @@ from bcft.config.loader import Config, load
 from bcft.config.python import Rows, named_rows, rows_of, switches
 from bcft.data.loading import load_splits
 from bcft.environments.base import rollout_settings
-from bcft.reporting.report import check_against, write_report
+from bcft.reporting.report import Redraw, check_against
 from bcft.reporting.tables import say
 from bcft.rewards.base import Reward, described
 from bcft.runs.progress import Progress
 from bcft.selection.scoring import Scorer
 from bcft.types import Environment, show
 
-LONG_ROUND = 60.0
-"""The report is written after a round that took at least this many seconds; writing it takes under a second."""
 Functions = Reward | str | Sequence[Reward | str]
 """Reward functions as Python gives them: one or several, each a function or a dotted path."""
 
@@ -110,17 +107,12 @@ def run_config(
         scorer = Scorer.of(config.selection, held_out, environment=name, reward_funcs=reward_funcs, own=splits.reward)
     if note := splits.note_conflicts(None if name else scorer.columns_read):
         say(note, quiet=config.quiet)
-    report = partial(write_report, command=config.command_line, against=against)
 
     def work(session: Session) -> dict[str, Any]:
         """Play the rounds that are left."""
         from bcft.algorithms.filtered_bc import filtered_bc
         from bcft.generation import open_engine
         from bcft.policy.loading import cpu_threads
-
-        def report_round(seconds: float) -> None:
-            if seconds > LONG_ROUND:
-                report(session.path)
 
         with (
             cpu_threads(),
@@ -133,10 +125,10 @@ def run_config(
                 problems=problems,
                 rollouts=replace(rollouts, make_engine=maker),
                 scorer=scorer,
-                report=report_round,
+                redraw=Redraw(session.path, against=against, say=session.say),
             )
 
-    return run_or_report(config, splits, work, report=report)
+    return run_or_report(config, splits, work, against=against)
 
 
 def _dry_run(

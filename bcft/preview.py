@@ -50,6 +50,7 @@ def first_rows(config: Config, *, rows: Rows | None = None) -> tuple[list[dict[s
     from bcft.data.checks import check_prompts, without_special_tokens
     from bcft.data.examples import make_examples
     from bcft.policy.loading import load_renderer, longest_row
+    from bcft.reporting.training_rows import row_tokens
 
     name = config.model.model_name_or_path
     renderer = load_renderer(name, config.model)
@@ -64,15 +65,7 @@ def first_rows(config: Config, *, rows: Rows | None = None) -> tuple[list[dict[s
         train_on=config.data.train_on,
     )
     weighted, weights_note = scaled(examples, config.training)
-    shown = []
-    for example in weighted[: config.data.preview_rows]:
-        texts = [renderer.tokenizer.decode([token]) for token in example.input_ids]
-        tokens = [
-            {"id": token, "text": text, "label": label}
-            for token, text, label in zip(example.input_ids, texts, example.labels, strict=True)
-        ]
-        about = {"where": example.where, "problem_id": example.problem_id, "weight": example.weight}
-        shown.append(about | {"tokens": tokens})
+    shown = [row_tokens(example, renderer) for example in weighted[: config.data.preview_rows]]
     return shown, "; ".join(filter(None, [str(counts), *notes, weights_note]))
 
 

@@ -22,7 +22,7 @@ LIGHT = [
     ),
     *("policy.chat_template", "data.loading", "data.readers", "data.examples", "testing", "selection.filter"),
     *("selection.scoring", "selection.apply", "evaluation.metrics", "evaluation.statistics", "evaluation.results"),
-    *("reporting.tables", "reporting.report", "algorithms.session", "cli"),
+    *("reporting.tables", "reporting.report", "report", "algorithms.session", "cli"),
     *("config.effects", "config.entries", "config.python", "reporting.costs", "reporting.dry_run"),
     *("evaluation.budget", "runs.disk", "data.files", "data.sources", "policy.hub_errors", "policy.text_ids"),
     *("integrations.reasoning_gym", "integrations.trl_environment"),

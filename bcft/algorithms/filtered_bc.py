@@ -67,11 +67,11 @@ def filtered_bc(
     problems: Mapping[str, Problem],
     rollouts: RolloutSettings,
     scorer: Scorer,
-    report: Callable[[float], None],
+    redraw: Callable[[], None],
 ) -> dict[str, Any]:
     """Run the rounds that are left, test the best one and write it; return what `metrics.json` holds.
 
-    report: called on rank 0 after each round, with the seconds it took.
+    redraw: called on rank 0 after each round.
     """
     clock, history = Clock(), History(session.path, config.rounds, base_model=config.model.model_name_or_path)
     run = Run(config, splits, session, problems, rollouts, scorer, clock)
@@ -107,5 +107,5 @@ def filtered_bc(
         )
         commit(run, learner, history, record.to_json())
         if rank() == 0:
-            report(sum(record.seconds.values()))
+            redraw()
     return conclude(run, learner, history, base_test, base_dev)

@@ -7,6 +7,7 @@ from typing import Any
 
 from bcft.config.loader import Config
 from bcft.data.loading import Splits
+from bcft.reporting.report import write_report
 from bcft.reporting.tables import say
 from bcft.runs.directory import RunDirectory, open_run
 from bcft.runs.distributed import rank
@@ -40,11 +41,11 @@ def run_or_report(
     splits: Splits,
     work: Callable[[Session], dict[str, Any]],
     *,
-    report: Callable[[Path], Path] | None = None,
+    against: Path | None = None,
 ) -> dict[str, Any]:
     """Do the work in the run's directory; if the run is finished, print its saved conclusion. Return `metrics.json`.
 
-    work: resumes an unfinished run by itself. report: writes a page about a finished directory, on rank 0.
+    work: resumes an unfinished run by itself. against: another run, to set beside this one in its report.
 
     More rounds prolong a finished run.
 
@@ -58,6 +59,7 @@ def run_or_report(
         writes=rank() == 0,
         allow_drift="allow-drift" in config.flags,
         debug="debug" in config.flags,
+        command_line=config.command_line,
     ) as directory:
         session = Session(directory, config.quiet)
         directory.check_recipe()
@@ -72,10 +74,10 @@ def run_or_report(
                     directory.check_versions()
                 metrics = work(session)
         try:
-            if report and rank() == 0:
+            if rank() == 0:
                 with Progress(session.label("writing the report")):
-                    page = report(directory.path)
-                session.say(f"Report with the learning curve: {page}")
+                    page = write_report(directory.path, against=against)
+                session.say(f"Report: {page}")
         finally:  # the run is finished, whatever becomes of its report
             say(metrics["conclusion"], quiet=False)
     return metrics

@@ -7,7 +7,7 @@ them: with the last evaluation, whose attempts are journaled as well.
 import dataclasses
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -38,17 +38,31 @@ from bcft.policy.loading import (
 )
 from bcft.reporting.model_card import model_card
 from bcft.reporting.tables import before_and_after, conclusion, print_table
+from bcft.reporting.training_rows import write_rows
 from bcft.runs.disk import copies_of_sft
 from bcft.runs.distributed import barrier, broadcast, rank
 from bcft.runs.drift import remeasures, retrains
 from bcft.runs.progress import Progress, duration
-from bcft.runs.storage import SEAL, read_json, read_manifest, storage, write_json, write_manifest, write_text
+from bcft.runs.storage import (
+    SEAL,
+    read_json,
+    read_manifest,
+    storage,
+    write_json,
+    write_jsonl,
+    write_manifest,
+    write_text,
+)
 from bcft.selection.scoring import Scorer
 from bcft.training.checks import check_training
 from bcft.types import Demonstration, RolloutSettings, TrainingExample
 
 if TYPE_CHECKING:
     from bcft.training.trainer import Fit
+
+LOSSES = "losses.jsonl"
+LOGGED = ("loss", "eval_loss", "learning_rate", "grad_norm", "entropy")
+"""Figures of a step in `losses.jsonl`."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +101,8 @@ def sft(
     barrier()  # none reads what is deleted
     held_out = [d.problem for d in splits.held_out]
     session.directory.record(held_out, splits.digest, functions=scorer.described)
+    if rank() == 0:
+        write_rows(session.path, rows.train, rows.counts, policy.renderer)
 
     # 2. The policy as it is, on problems that are not in training.
     evaluate = _evaluation(config, splits, session, rows=rows, rollouts=rollouts, scorer=scorer)
@@ -232,11 +248,20 @@ def _train(config: Config, session: Session, policy: Policy, rows: Rows, progres
         if rank() == 0:
             with storage(session.path):
                 files = save_policy(trained(), session.path)
+            write_jsonl(session.path / LOSSES, _logged(bc_trainer.state.log_history))
             write_manifest(session.path, files, name=SEAL, about={"train": dataclasses.asdict(fitted)})
 
     resume = trainer.newest_checkpoint(output)
     fitted = trainer.fit(bc_trainer, rows.train, resume=resume, save=save, progress=progress)
     return trained(), fitted
+
+
+def _logged(history: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield the lines of `losses.jsonl`: what the trainer logged at each step, of `LOGGED`."""
+    for entry in history:
+        figures = {name: entry[name] for name in LOGGED if isinstance(entry.get(name), int | float)}
+        if figures:
+            yield {"step": entry["step"], **figures}
 
 
 def _commit(

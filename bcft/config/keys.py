@@ -47,6 +47,12 @@ COMMANDS = {
 }
 
 
+ON_DIRECTORIES = {
+    "report": "Draw a run again, or two side by side, as one self-contained HTML page: bcft report DIR [DIR].",
+}
+"""Commands that take directories in place of a recipe, and what they do."""
+
+
 class Flag(NamedTuple):
     """A switch of the command line; never a key of a recipe."""
 

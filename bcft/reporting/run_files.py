@@ -1,9 +1,9 @@
-"""The files of a filtered run, which may be unfinished, as its report reads them."""
+"""The files of a run of `filtered`, `sft` or `evaluate`, which may be unfinished, as its report reads them."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeAlias, TypeVar
 
 from bcft.errors import CheckpointError, UsageError
 from bcft.evaluation.results import Measured, stored
@@ -19,7 +19,9 @@ FIGURE = {"sampled": "pass@1", "greedy": "success", "return": "mean", "reward": 
 
 @dataclass(frozen=True)
 class RunFiles:
-    """The files of a run, which may be unfinished."""
+    """The files of a filtered run, which may be unfinished."""
+
+    command: ClassVar[str] = "filtered"
 
     path: Path
     config: Mapping[str, Any]
@@ -44,7 +46,7 @@ class RunFiles:
         if metrics:
             check_keys(path / "metrics.json", metrics, "conclusion", "base", "best", "best_round")
         base = read(path / "round_000/evaluation.json", read_json, nothing)
-        return cls(path.resolve(), config, base, rounds, metrics)
+        return cls(path, config, base, rounds, metrics)
 
     @property
     def records(self) -> list[Mapping[str, Any]]:
@@ -53,8 +55,8 @@ class RunFiles:
 
     @property
     def name(self) -> str:
-        """The run's name in another run's picture."""
-        return "random control" if self.config["control"] == "random" else self.path.name
+        """The name of the run's directory."""
+        return self.path.resolve().name
 
     def curve(self, kind: str) -> list[tuple[int, float, list[float]]]:
         """Return round, solved share or mean, and interval wherever dev was evaluated."""
@@ -69,8 +71,112 @@ class RunFiles:
     def tested(self) -> Measured | None:
         """Return the evaluation on test of what is in `best/`; None if its attempts are missing."""
         place = self.path / f"round_{self.metrics['best_round']:03d}"
-        directory = scaled_path(place, self.metrics.get("scale", 1.0)) / "test"
-        return read(directory / "evaluation.jsonl", lambda _: stored(directory), None)
+        return evaluated(scaled_path(place, self.metrics.get("scale", 1.0)) / "test")
+
+    @property
+    def final(self) -> tuple[str, Mapping[str, Any]]:
+        """The name of what the run ends with, and its summary on test."""
+        return self.chosen, self.metrics["best"]
+
+
+@dataclass(frozen=True)
+class ClonedFiles:
+    """The files of a run of `sft`, which may be unfinished."""
+
+    command: ClassVar[str] = "sft"
+    path: Path
+    config: Mapping[str, Any]
+    metrics: Mapping[str, Any]
+    """`metrics.json`; empty until the run is finished."""
+    losses: Sequence[Mapping[str, Any]]
+    """The lines of `losses.jsonl`."""
+    rows: Mapping[str, Any]
+    """`rows.json`; empty until it exists."""
+
+    @classmethod
+    def read(cls, path: Path) -> "ClonedFiles":
+        """Read the files that exist. Raises UsageError when they are damaged."""
+        nothing: dict[str, Any] = {}
+        metrics = read(path / "metrics.json", read_json, nothing)
+        if metrics:
+            check_keys(path / "metrics.json", metrics, "conclusion", "base", "final", "train")
+        losses: list[dict[str, Any]] = read(path / "losses.jsonl", read_jsonl, [])
+        for line in losses:
+            check_keys(path / "losses.jsonl", line, "step")
+        rows = read(path / "rows.json", read_json, nothing)
+        if rows:
+            check_keys(path / "rows.json", rows, "words", "counts", "examples")
+        return cls(path, read(path / "config.yaml", read_yaml, nothing), metrics, losses, rows)
+
+    @property
+    def name(self) -> str:
+        """The name of the run's directory."""
+        return self.path.resolve().name
+
+    def tested(self) -> Measured | None:
+        """Return the evaluation of the trained policy; None if its attempts are missing."""
+        return evaluated(self.path / "final")
+
+    @property
+    def final(self) -> tuple[str, Mapping[str, Any]]:
+        """The name of what the run ends with, and its summary on test."""
+        return "trained", self.metrics["final"]
+
+
+@dataclass(frozen=True)
+class EvaluatedFiles:
+    """The files of an evaluation, which may be unfinished."""
+
+    command: ClassVar[str] = "evaluate"
+    path: Path
+    config: Mapping[str, Any]
+    metrics: Mapping[str, Any]
+    """`metrics.json`; empty until the evaluation is finished."""
+
+    @classmethod
+    def read(cls, path: Path) -> "EvaluatedFiles":
+        """Read the files that exist. Raises UsageError when they are damaged."""
+        nothing: dict[str, Any] = {}
+        metrics = read(path / "metrics.json", read_json, nothing)
+        if metrics:
+            check_keys(path / "metrics.json", metrics, "conclusion", "model")
+        return cls(path, read(path / "config.yaml", read_yaml, nothing), metrics)
+
+    @property
+    def name(self) -> str:
+        """The names of the directory and of the one that it is in."""
+        path = self.path.resolve()
+        return f"{path.parent.name}/{path.name}"
+
+    def tested(self) -> Measured | None:
+        """Return the evaluation of the model; None if its attempts are missing."""
+        return evaluated(self.path / "model")
+
+    @property
+    def final(self) -> tuple[str, Mapping[str, Any]]:
+        """The name of what was evaluated, and its summary."""
+        return "model", self.metrics["model"]
+
+
+AnyRun: TypeAlias = RunFiles | ClonedFiles | EvaluatedFiles
+_READERS: dict[str, Callable[[Path], AnyRun]] = {
+    "filtered": RunFiles.read, "sft": ClonedFiles.read, "evaluate": EvaluatedFiles.read
+}  # fmt: skip
+
+
+def read_run(path: Path) -> AnyRun:
+    """Return the files of a run. Raises UsageError for a directory that no such command made."""
+    status: dict[str, Any] = read(path / "status.json", read_json, {})
+    command = status.get("command", "")
+    if command not in _READERS:
+        made = f"made by bcft {command}" if command else "not the directory of a run"
+        raise UsageError(f"report: {path} is {made}: give the output_dir of bcft sft or filtered, or DIR/evaluate")
+    return _READERS[command](path)
+
+
+def evaluated(directory: Path) -> Measured | None:
+    """Return the evaluation in a directory; None if a file of it is missing."""
+    return read(directory / "evaluation.jsonl", lambda _: stored(directory), None)
 
 
 def read(file: Path, reader: Callable[[Path], T], default: T) -> T:

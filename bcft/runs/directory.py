@@ -56,15 +56,23 @@ class RunDirectory:
     """The directory of a run, held by this process.
 
     recipe: the keys that decide the result. writes: only rank 0 does. allow_drift: a resumed run may differ from what
-    the directory was started with; `drift` holds the keys that do, and words for what else does. `prolonged`: there are
-    more rounds to play than the run was started with.
+    the directory was started with; `drift` holds the keys that do, and words for what else does. command_line: what
+    started it, as text. `prolonged`: there are more rounds to play than the run was started with.
     """
 
     def __init__(
-        self, path: Path, *, command: str, recipe: Mapping[str, Any], writes: bool = True, allow_drift: bool = False
+        self,
+        path: Path,
+        *,
+        command: str,
+        recipe: Mapping[str, Any],
+        writes: bool = True,
+        allow_drift: bool = False,
+        command_line: str = "",
     ) -> None:
         self.path = path
         self.command = command
+        self.command_line = command_line
         self.recipe = recipe
         self.writes = writes
         self.allow_drift = allow_drift
@@ -184,6 +192,7 @@ class RunDirectory:
                     "exit_code": exit_code,
                     "message": message,
                     "command": self.command,
+                    "command_line": self.command_line,
                     "pid": os.getpid(),
                     "host": socket.gethostname(),
                     "seconds": round(time.time() - self._opened, 1),
@@ -205,12 +214,15 @@ def open_run(
     writes: bool = True,
     allow_drift: bool = False,
     debug: bool = False,
+    command_line: str = "",
 ) -> Iterator[RunDirectory]:
     """Hold a directory while the run works in it, and leave its outcome in `status.json`.
 
     Raises LockedError when another process holds it, StorageError when it cannot be written.
     """
-    run = RunDirectory(path, command=command, recipe=recipe, writes=writes, allow_drift=allow_drift)
+    run = RunDirectory(
+        path, command=command, recipe=recipe, writes=writes, allow_drift=allow_drift, command_line=command_line
+    )
     if not writes:
         with quiet_libraries(debug=debug):
             yield run

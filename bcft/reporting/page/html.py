@@ -1,0 +1,39 @@
+"""A page as HTML: one file that asks for nothing else, and that nothing in it can make act."""
+
+import base64
+import hashlib
+import re
+from pathlib import Path
+
+from bcft.reporting.page.parts import Page
+
+_HERE = Path(__file__).parent
+_UNSEEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+
+
+def render(page: Page) -> str:
+    """Return a page as HTML. The same page gives the same bytes.
+
+    All texts are escaped. The policy in the head allows the page's own script and no request, so that what slipped
+    through would not act either.
+    """
+    import jinja2  # noqa: PLC0415 - only drawing needs it
+    from markupsafe import Markup  # noqa: PLC0415 - only drawing needs it
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_HERE),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    script = (_HERE / "page.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    text = environment.get_template("page.html.jinja").render(
+        page=page,
+        style=Markup((_HERE / "page.css").read_text(encoding="utf-8")),
+        script=Markup(script),
+        script_hash=Markup(digest),
+        safe=Markup,
+    )
+    return _UNSEEN.sub("\ufffd", text)
