@@ -4,15 +4,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bcft import collect, evaluate, filtered, preview, refilter, report, sft
+    from bcft import collect, evaluate, export, filtered, preview, refilter, report, sft
     from bcft.types import Environment, Feedback, Message, Problem
 
 __version__ = "0.1.0"
 __all__ = [
-    "Environment", "Feedback", "Message", "Problem", "collect", "evaluate", "filtered", "preview", "refilter", "report",
-    "sft",
+    "Environment", "Feedback", "Message", "Problem", "collect", "evaluate", "export", "filtered", "preview", "refilter",
+    "report", "sft",
 ]  # fmt: skip
-_COMMANDS = ("collect", "evaluate", "filtered", "preview", "refilter", "report", "sft")
+_COMMANDS = ("collect", "evaluate", "export", "filtered", "preview", "refilter", "report", "sft")
 
 
 def __getattr__(name: str) -> Any:

@@ -90,7 +90,10 @@ def test_nothing_runs_text_as_code(path):
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
             called = ast.unparse(node.func)
-            assert called not in ("yaml.load", "torch.load"), f"{path.name}:{node.lineno} calls {called}"
+            assert called != "yaml.load", f"{path.name}:{node.lineno} calls {called}"
+            if called == "torch.load":  # one place reads other programs' weights, and only tensors
+                assert path.name == "state_dict.py"
+                assert "weights_only=True" in ast.unparse(node)
             assert not any(k.arg == "shell" and ast.unparse(k.value) == "True" for k in node.keywords)
 
 

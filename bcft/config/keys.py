@@ -48,6 +48,7 @@ COMMANDS = {
 
 
 ON_DIRECTORIES = {
+    "export": "Write a run as one ordinary model directory, or its trajectories as a dataset: bcft export DIR.",
     "report": "Draw a run again, or two side by side, as one self-contained HTML page: bcft report DIR [DIR].",
 }
 """Commands that take directories in place of a recipe, and what they do."""
