@@ -4,6 +4,7 @@ Nothing is generated and no model is loaded: other rewards, another quantile or 
 The rewards are asked anew. Resume an interrupted command with the same one. The trajectories of several runs may be
 pooled, and stay in their files: what is in memory of one does not depend on how many tokens it has.
 The kept rows are a dataset, as those of `collect` are; `sft` on them is offline filtered behavior cloning.
+A file of rows that another tool scored is selected from by the rewards in it.
 """
 
 import shutil
@@ -32,9 +33,10 @@ from bcft.runs.progress import Progress
 from bcft.runs.storage import KEPT, SCORES, write_json, write_jsonl, write_manifest, write_text
 from bcft.selection.apply import rule_of, stream_filter
 from bcft.selection.brief import Brief
-from bcft.selection.saved import SavedRollouts, SavedRun, pooled_problems, saved_runs, tokenizer_of
+from bcft.selection.foreign import ForeignRows, is_foreign
+from bcft.selection.saved import SavedRollouts, SavedRun, pooled_problems, saved_runs, tokenizer_of, trajectory_of
 from bcft.selection.scoring import BATCH, Scorer, batches_of, score_batches
-from bcft.types import Problem, Source, TrainingExample, Trajectory
+from bcft.types import Problem, Source, TrainingExample
 
 JOURNAL = "journal"
 """Where the answers of the reward functions are until the selection is written."""
@@ -63,7 +65,15 @@ def run_config(config: Config) -> dict[str, Any]:
         raise UsageError("rollouts: required: a rollouts.jsonl, a round, or the directory of a run")
     with Progress(config.label("refilter, other work"), around=True):
         given = config.selection.rollouts
-        metrics = _refilter(config, [given] if isinstance(given, str) else given)
+        places = [given] if isinstance(given, str) else list(given)
+        foreign = [place for place in places if is_foreign(place)]
+        if foreign and len(foreign) < len(places):
+            other = next(place for place in places if place not in foreign)
+            raise UsageError(
+                f"rollouts: {foreign[0]} has rows of another tool and {other} those of a run: select from them apart, "
+                f"or write the run as rows first (bcft export {other} --to dataset)"
+            )
+        metrics = (_refilter_rows if foreign else _refilter)(config, places)
     say(metrics["conclusion"], quiet=False)
     return metrics
 
@@ -79,7 +89,7 @@ def _refilter(config: Config, places: Sequence[str]) -> dict[str, Any]:
         output = Path(config.training.output_dir)
         made = _common(runs, output)
         problems = pooled_problems(runs)
-        saved = SavedRollouts(runs, _trajectory)
+        saved = SavedRollouts(runs, trajectory_of)
     tops = ", ".join(str(run.path) for run in runs)
     say(f"rollouts: {len(saved.places):,} attempts of {len(saved.files)} rounds in {tops}", quiet=config.quiet)
     if missing := saved.problem_ids - problems.keys():
@@ -112,8 +122,37 @@ def _refilter(config: Config, places: Sequence[str]) -> dict[str, Any]:
                 "diversity": diverse.figures,
             }
         metrics["conclusion"] = filtered.conclusion(config.path, output)
-        _write(output, recipe, metrics, runs)
+        files = [str(file) for run in runs for file in run.files]
+        _write(output, recipe, metrics, files, tokenizer=tokenizer_of(runs))
         shutil.rmtree(output / JOURNAL, ignore_errors=True)  # it is not there if nothing was asked
+    return metrics
+
+
+def _refilter_rows(config: Config, places: Sequence[str]) -> dict[str, Any]:
+    """Select from rows that another tool scored, by their own rewards, and write what was kept; return the metrics."""
+    with Progress(config.label("reading the rows")):
+        rows = ForeignRows(places)
+    output = Path(config.training.output_dir)
+    if output.resolve() in {file.parent.resolve() for file in rows.files}:
+        raise UsageError(f"output_dir: {output} holds the rollouts: give another")
+    names = ", ".join(map(str, rows.files))
+    say(f"rollouts: {len(rows.scores):,} rows in {names}, with the rewards in them", quiet=config.quiet)
+    refuse_share(rows.errors, of=len(rows.scores), first=rows.first_error)
+    with open_run(output, command=config.command, recipe=config.resolved, debug="debug" in config.flags) as directory:
+        directory.write_status("running")
+        with Progress(config.label("select")):
+            filtered = stream_filter(
+                rows.scores,
+                rule_of(config.selection, seed=config.training.seed, number=rows.last_round),
+                {},
+                rows=rows.text,
+                check_steps=None,
+                keep=lambda kept: write_jsonl(output / KEPT, (row.to_json() for row in kept)),
+            )
+            filtered.write_scores(output)
+        metrics: dict[str, Any] = {"rollout": tally(rows.scores), "selection": filtered.metrics}
+        metrics["conclusion"] = filtered.conclusion(config.path, output)
+        _write(output, config.resolved, metrics, [str(file) for file in rows.files], tokenizer="")
     return metrics
 
 
@@ -173,20 +212,14 @@ def _rows_of(
     return rows
 
 
-def _trajectory(line: Mapping[str, Any], file: Path) -> Trajectory:
-    try:
-        return Trajectory.from_json(line)
-    except (ValueError, TypeError, KeyError) as error:
-        raise DataError(f"{file}: {line.get('id', '')}: not a trajectory: {error}") from error
-
-
-def _write(output: Path, recipe: Mapping[str, Any], metrics: Mapping[str, Any], runs: Sequence[SavedRun]) -> None:
+def _write(
+    output: Path, recipe: Mapping[str, Any], metrics: Mapping[str, Any], rollouts: Sequence[str], *, tokenizer: str
+) -> None:
     """Write recipe and metrics, and the manifest that commits them with the selected rows."""
     write_text(output / "config.yaml", yaml.safe_dump(dict(recipe), allow_unicode=True))
     write_json(output / "metrics.json", metrics)
     written = [output / name for name in (SCORES, KEPT, "metrics.json", "config.yaml")]
-    files = [str(file) for run in runs for file in run.files]
-    write_manifest(output, written, about={"tokenizer": tokenizer_of(runs), "rollouts": files})
+    write_manifest(output, written, about={"tokenizer": tokenizer, "rollouts": list(rollouts)})
 
 
 def main(argv: Sequence[str] | None = None) -> int:

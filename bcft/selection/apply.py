@@ -5,16 +5,19 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from math import fsum
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from bcft.config.schema import RuleSettings, SelectionSettings
 from bcft.data.examples import trajectory_examples
 from bcft.runs.storage import KEPT, SCORES, write_jsonl
 from bcft.selection.brief import Scored, score_line
 from bcft.selection.filter import Rule, Selection, select
+from bcft.selection.foreign import TextRow
 from bcft.selection.scoring import Score
 from bcft.selection.weights import scaled, weigh
 from bcft.types import Problem, Source, TrainingExample
+
+R = TypeVar("R", TrainingExample, TextRow)
 
 
 @dataclass(frozen=True)
@@ -113,9 +116,9 @@ def stream_filter(
     rule: Rule,
     problems: Mapping[str, Problem],
     *,
-    rows: Callable[[int], list[TrainingExample]],
+    rows: Callable[[int], list[R]],
     check_steps: Callable[[str, str], bool] | None,
-    keep: Callable[[Iterable[TrainingExample]], object],
+    keep: Callable[[Iterable[R]], object],
 ) -> Filtered:
     """Do as `apply_filter` where the trajectories are not in memory.
 
@@ -133,7 +136,7 @@ def stream_filter(
     count = Counter[str]()
     carried: list[float] = []
 
-    def examples() -> Iterator[TrainingExample]:
+    def examples() -> Iterator[R]:
         for number in kept:
             made = rows(number)
             count["silent"] += not made

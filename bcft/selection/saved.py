@@ -94,6 +94,14 @@ def pooled_problems(runs: Sequence[SavedRun]) -> dict[str, Problem]:
     return problems
 
 
+def trajectory_of(line: Mapping[str, Any], file: Path) -> Trajectory:
+    """Return the trajectory of a line of a file. Raises DataError for another kind of line."""
+    try:
+        return Trajectory.from_json(line)
+    except (ValueError, TypeError, KeyError) as error:
+        raise DataError(f"{file}: {line.get('id', '')}: not a trajectory: {error}") from error
+
+
 def tokenizer_of(runs: Sequence[SavedRun]) -> str:
     """Return the fingerprint of the tokenizer whose ids the rollouts hold; '' where they do not agree."""
     fingerprints = set()

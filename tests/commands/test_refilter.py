@@ -96,7 +96,7 @@ def test_a_phase_is_open_in_all_that_may_take_long_and_none_with_quiet(rollouts,
         monkeypatch.setattr(holder, name, called)
 
     for holder, name in (
-        (refilter, "_trajectory"), (refilter.Scorer, "of"), (scoring, "ask_all"), (refilter, "stream_filter"),
+        (refilter, "trajectory_of"), (refilter.Scorer, "of"), (scoring, "ask_all"), (refilter, "stream_filter"),
         (refilter, "_write"),
     ):  # fmt: skip
         within(holder, name)
