@@ -106,6 +106,7 @@ def filtered_bc(
             seconds=clock.lap(),
         )
         commit(run, learner, history, record.to_json())
+        session.trackers.follow()
         if rank() == 0:
             redraw()
     return conclude(run, learner, history, base_test, base_dev)

@@ -28,6 +28,8 @@ class Learner:
         self.policy = policy
         self.directory = directory
         self.trainer: BCTrainer | None = None
+        self.logged: tuple[Mapping[str, Any], ...] = ()
+        """What the trainer logged at the steps of the last round."""
 
     def restore(self, weights: str) -> None:
         """Take the weights of a directory or model of the same kind."""
@@ -68,6 +70,7 @@ class Learner:
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
         self.policy = dataclasses.replace(self.policy, model=model)
         fitted = trainer.fit(self.trainer, examples, progress=progress)
+        self.logged = tuple(self.trainer.state.log_history)
         state = {} if rounds.reset_optimizer else trainer.optimizer_state(self.trainer)
         trainer.release(self.trainer)
         return fitted, state

@@ -21,6 +21,7 @@ from bcft.evaluation.results import Measured, stored
 from bcft.policy.loading import save_policy
 from bcft.reporting.model_card import model_card
 from bcft.reporting.tables import conclusion, print_table, round_line, scaled_name
+from bcft.reporting.trackers import LOSSES, losses
 from bcft.rollout.sample import roll_out
 from bcft.runs.distributed import barrier, broadcast, rank
 from bcft.runs.history import History
@@ -168,6 +169,7 @@ def train_round(
     figures = {name: getattr(fitted, name) for name in (part.name for part in dataclasses.fields(Trained))}
     if rank() == 0:
         with run.clock.phase("other"), Progress(run.session.label(f"round {number}, save")):
+            write_jsonl(directory / LOSSES, losses(learner.logged))
             learner.save(directory / "model", state, {"rows": rows, "train": figures})
     return Trained(**figures)
 

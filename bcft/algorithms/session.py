@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from bcft.config.loader import Config
 from bcft.data.loading import Splits
 from bcft.reporting.report import write_report
 from bcft.reporting.tables import say
+from bcft.reporting.trackers import Trackers
 from bcft.runs.directory import RunDirectory, open_run
 from bcft.runs.distributed import rank
 from bcft.runs.progress import Progress
@@ -21,6 +23,7 @@ class Session:
 
     directory: RunDirectory
     quiet: bool
+    trackers: Trackers
 
     @property
     def path(self) -> Path:
@@ -61,7 +64,7 @@ def run_or_report(
         debug="debug" in config.flags,
         command_line=config.command_line,
     ) as directory:
-        session = Session(directory, config.quiet)
+        session = Session(directory, config.quiet, _trackers(config, directory.path))
         directory.check_recipe()
         directory.check_data(splits.digest)
         # Around all phases, so that what is between two of them is not silent either.
@@ -73,6 +76,7 @@ def run_or_report(
                 with Progress(session.label("loading torch")):
                     directory.check_versions()
                 metrics = work(session)
+        session.trackers.conclude(metrics)
         try:
             if rank() == 0:
                 with Progress(session.label("writing the report")):
@@ -81,3 +85,14 @@ def run_or_report(
         finally:  # the run is finished, whatever becomes of its report
             say(metrics["conclusion"], quiet=False)
     return metrics
+
+
+def _trackers(config: Config, directory: Path) -> Trackers:
+    """Return the trackers of a run: none but on rank 0."""
+    return Trackers(
+        config.training,
+        directory,
+        recipe=config.resolved,
+        warn=partial(say, quiet=False),
+        active=rank() == 0,
+    )

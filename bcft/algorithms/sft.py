@@ -7,7 +7,7 @@ them: with the last evaluation, whose attempts are journaled as well.
 import dataclasses
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -38,6 +38,7 @@ from bcft.policy.loading import (
 )
 from bcft.reporting.model_card import model_card
 from bcft.reporting.tables import before_and_after, conclusion, print_table
+from bcft.reporting.trackers import LOSSES, losses
 from bcft.reporting.training_rows import write_rows
 from bcft.runs.disk import copies_of_sft
 from bcft.runs.distributed import barrier, broadcast, rank
@@ -59,10 +60,6 @@ from bcft.types import Demonstration, RolloutSettings, TrainingExample
 
 if TYPE_CHECKING:
     from bcft.training.trainer import Fit
-
-LOSSES = "losses.jsonl"
-LOGGED = ("loss", "eval_loss", "learning_rate", "grad_norm", "entropy")
-"""Figures of a step in `losses.jsonl`."""
 
 
 @dataclass(frozen=True)
@@ -221,6 +218,7 @@ def _train(config: Config, session: Session, policy: Policy, rows: Rows, progres
     progress.turn_to("loading trl")
     # trl takes longer to import than everything before: the evaluation of the base does not wait for it.
     from bcft.training import trainer  # noqa: PLC0415 - see above
+    from bcft.training.callbacks import Logs  # noqa: PLC0415 - see above
 
     settings = config.training
     output = Path(settings.output_dir)
@@ -240,6 +238,8 @@ def _train(config: Config, session: Session, policy: Policy, rows: Rows, progres
         reduction=settings.loss_reduction,
     )
 
+    bc_trainer.add_callback(Logs(session.trackers.step))
+
     def trained() -> Policy:
         return dataclasses.replace(policy, model=bc_trainer.accelerator.unwrap_model(bc_trainer.model))
 
@@ -248,20 +248,12 @@ def _train(config: Config, session: Session, policy: Policy, rows: Rows, progres
         if rank() == 0:
             with storage(session.path):
                 files = save_policy(trained(), session.path)
-            write_jsonl(session.path / LOSSES, _logged(bc_trainer.state.log_history))
+            write_jsonl(session.path / LOSSES, losses(bc_trainer.state.log_history))
             write_manifest(session.path, files, name=SEAL, about={"train": dataclasses.asdict(fitted)})
 
     resume = trainer.newest_checkpoint(output)
     fitted = trainer.fit(bc_trainer, rows.train, resume=resume, save=save, progress=progress)
     return trained(), fitted
-
-
-def _logged(history: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Yield the lines of `losses.jsonl`: what the trainer logged at each step, of `LOGGED`."""
-    for entry in history:
-        figures = {name: entry[name] for name in LOGGED if isinstance(entry.get(name), int | float)}
-        if figures:
-            yield {"step": entry["step"], **figures}
 
 
 def _commit(

@@ -65,8 +65,11 @@ _VALUES = (
         "with this optim, which is not a variant of Adam",
     ),
     _Needs(
-        ("project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"), "report_to",
-        ("all", "trackio"), "without report_to: trackio",
+        ("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"), "report_to", ("all", "trackio"),
+        "without report_to: trackio",
+    ),
+    _Needs(
+        ("project",), "report_to", ("all", "mlflow", "trackio", "wandb"), "without report_to: wandb, trackio or mlflow",
     ),
     _Needs(
         ("vllm_server_base_url", "vllm_server_timeout", *SERVING), "engine", ("vllm",), "without engine: vllm",

@@ -101,11 +101,8 @@ PASSED_THROUGH = {
     **dict.fromkeys(_WITHOUT_LIMITS, ""),
 }
 """SFTConfig's fields that go to the Trainer as they are -> the limits of their numbers."""
-TRACKERS = (
-    "azure_ml", "clearml", "codecarbon", "comet_ml", "dagshub", "dvclive", "flyte", "kubeflow", "mlflow", "neptune",
-    "swanlab", "tensorboard", "trackio", "wandb",
-)  # fmt: skip
-"""What transformers can report to."""
+TRACKERS = ("mlflow", "tensorboard", "trackio", "wandb")
+"""What a run can report to."""
 _CHOICES = {
     "include_num_input_tokens_seen": ("all", "non_padding", "no"),
     "pad_to_multiple_of": ("auto",),

@@ -2,7 +2,7 @@
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,6 +30,17 @@ class CountSteps(TrainerCallback):  # type: ignore[misc]
         """Show the latest losses."""
         losses = [f"{key} {logs[key]:.4f}" for key in ("loss", "eval_loss") if key in (logs or {})]
         self.progress.advance(0, note=", ".join(losses))
+
+
+class Logs(TrainerCallback):  # type: ignore[misc]
+    """Calls a function with each step that the trainer logs, and its figures."""
+
+    def __init__(self, function: Callable[[int, Mapping[str, Any]], None]) -> None:
+        self.function = function
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:  # noqa: ARG002
+        """Call it."""
+        self.function(state.global_step, logs or {})
 
 
 class AtTheEnd(TrainerCallback):  # type: ignore[misc]

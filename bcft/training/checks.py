@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from bcft.config.keys import TRACKERS
 from bcft.config.schema import TrainingSettings
 from bcft.errors import UsageError
 
@@ -37,8 +38,6 @@ _OPTIMIZER_PACKAGES = {
 """An optimizer, or the first word of its name -> the module it needs and the package to install. All others that are
 not PyTorch's own are bitsandbytes'."""
 _IGNORE_OPTIM_ARGS = ("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adafactor", "lomo", "adalomo")
-_TRACKERS = {"azure_ml": "azureml", "comet_ml": "comet", "flyte": "flytekit"}
-"""A tracker -> the word in transformers' function that looks for its package, where it is not its own name."""
 _STEPS = ("save_steps", "eval_steps")
 _OF_WORKERS = ("dataloader_prefetch_factor", "dataloader_persistent_workers", "dataloader_multiprocessing_context")
 _COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -63,11 +62,10 @@ def _check_trackers(report_to: Any) -> None:
         return
     from transformers.integrations import integration_utils  # noqa: PLC0415 - takes a second
 
-    known = integration_utils.INTEGRATION_TO_CALLBACK
     for name in names:
-        if name not in known:
-            raise UsageError(f"report_to: {name!r} is not a tracker: use none, all, or {', '.join(sorted(known))}")
-        available = getattr(integration_utils, f"is_{_TRACKERS.get(name, name)}_available")
+        if name not in TRACKERS:
+            raise UsageError(f"report_to: {name!r} is not a tracker: use none, all, or {', '.join(TRACKERS)}")
+        available = getattr(integration_utils, f"is_{name}_available")
         if not available():
             raise UsageError(
                 f"report_to: the package of {name} is not installed or is switched off: install it, or set "

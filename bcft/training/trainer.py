@@ -213,6 +213,7 @@ def training_arguments(
         "bf16": autocast == "bf16",
         "fp16": autocast == "fp16",
         "use_cpu": use_cpu,
+        "report_to": "none",  # `reporting.trackers` hears of all rounds on one axis
         "logging_nan_inf_filter": False,
         "logging_first_step": True,
         "max_length": None,

@@ -44,7 +44,7 @@ ALONE: list[tuple[str, dict[str, Any], str]] = [
     ("filtered", {"adam_beta2": 0.99, "optim": "sgd"}, "with this optim, which is not a variant of Adam"),
     ("sft", {"adam_epsilon": 1e-6, "optim": "adafactor"}, "with this optim"),
     ("sft", {"gradient_checkpointing_kwargs": {"use_reentrant": False}}, "without gradient_checkpointing: true"),
-    ("sft", {"project": "p"}, "without report_to: trackio"),
+    ("sft", {"project": "p"}, "without report_to: wandb, trackio or mlflow"),
     ("sft", {"trackio_space_id": "a/b", "report_to": ["wandb"]}, "without report_to: trackio"),
     ("refilter", {"weight_temperature": 0.5}, "without row_weight: reward"),
     ("evaluate", {"eval_dev_samples": 2}, "with eval_split: test"),

@@ -5,13 +5,13 @@ import re
 import struct
 from pathlib import Path
 
+import bcft.reporting.picture
 import pytest
 import yaml
+from bcft.reporting.picture import COLORS, PICTURE, draw_figure
 
-import bcft.reporting.picture
 from bcft.errors import StorageError, UsageError
 from bcft.evaluation.results import Evaluation, Measured
-from bcft.reporting.picture import COLORS, PICTURE, draw_figure
 from bcft.reporting.report import check_against, write_report
 from bcft.reporting.run_files import RunFiles
 from bcft.reporting.tables import conclusion, percent
