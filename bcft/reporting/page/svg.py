@@ -9,7 +9,7 @@ import io
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -117,7 +117,15 @@ class Canvas:
         self._path(points, len(points), facecolor=COLOR[color], edgecolor="none", alpha=0.14)
 
     def words(
-        self, text: str, x: float, y: float, *, across: str, up: str, ink: bool = False, size: float = 10.5
+        self,
+        text: str,
+        x: float,
+        y: float,
+        *,
+        across: Literal["left", "center", "right"],
+        up: Literal["top", "bottom", "baseline"],
+        ink: bool = False,
+        size: float = 10.5,
     ) -> None:
         """Write a text at a place of the canvas; across, up: its alignment."""
         from matplotlib.text import Text  # noqa: PLC0415 - only drawing needs it
