@@ -63,7 +63,7 @@ def test_a_run_leaves_a_report_and_is_compared_with_its_control_afterwards(tmp_p
     assert finished[1]["conclusion"] in page.one("header").text
     assert not page.all("section", id="beside")
     commands = [node.text for node in section(page, "repeat").all("pre")]
-    assert commands[0].startswith("bcft filtered model_name_or_path=bcft:tiny-math")
+    assert commands[0].startswith("bcft filtered dataset_name=bcft:arithmetic 'dataset_train_split=train[:200]' ")
     control = tmp_path / "control"
     filtered.run(None, output_dir=str(control), control="random", **TINY)
     filtered.run(None, output_dir=str(path), against=str(control), **TINY)
