@@ -304,7 +304,7 @@ def _attempts(run: RunFiles, scores: Mapping[int, Scores]) -> list[Part]:
             "problems, drawn by a hash of their ids, and some of every decision. The rest is in rollouts.jsonl and "
             "scores.jsonl of each round."
         )
-    return [Rows(about, attempt_rows(shown, problems))]
+    return [Rows(about, attempt_rows(shown, problems), "decision")]
 
 
 def _commands(run: RunFiles) -> list[tuple[str, list[str]]]:
