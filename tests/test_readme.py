@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from bcft import cli, filtered, sft
-from bcft.config.keys import COMMANDS
+from bcft.config.keys import COMMANDS, ON_DIRECTORIES
 from bcft.config.loader import parse
 from bcft.errors import UsageError
 
@@ -57,7 +57,8 @@ def commands(name: str) -> Iterator[tuple[str, str, str]]:
             first, _, shown = block[2:].partition("\n")
             asked = [first]
         matches = [START.fullmatch(line.rpartition(" && ")[2]) for line in asked]
-        yield from ((match[1], match[2] or "", shown) for match in matches if match)
+        of_recipes = (match for match in matches if match and match[1] not in ON_DIRECTORIES)
+        yield from ((match[1], match[2] or "", shown) for match in of_recipes)
 
 
 SHOWN = sorted({line for name in PAGES for line in commands(name) if line[0] != "X"})

@@ -33,7 +33,7 @@ def test_a_run_says_what_each_round_forgets(plain):
     assert record["eval"]["kl_base"] == forgotten(plain) > 0
     assert "kl_base" not in of_round(plain, 0, "evaluation.json")
     assert not (plain / "round_000" / "evaluating").exists()
-    assert f"| {forgotten(plain):.4f} |" in (plain / "report.md").read_text()
+    assert f'<data value="{forgotten(plain)}">' in (plain / "report.html").read_text()
 
 
 def test_the_base_that_was_interrupted_before_its_file_plays_nothing_again(plain, tmp_path, monkeypatch, work):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from bcft import filtered, sft
-from bcft.algorithms import filtered_bc, learner, opening, rounds
+from bcft.algorithms import filtered_bc, learner, opening, rounds, session
 from bcft.algorithms import sft as plain_bc
 from bcft.config.loader import load
 from bcft.errors import FaultError, StorageError, UsageError
@@ -351,17 +351,17 @@ def test_a_report_that_cannot_be_written_loses_nothing_and_the_conclusion_is_pri
     config = load("filtered", None, TINY | {"num_rounds": 1, "output_dir": str(tmp_path)})
 
     def failing(*_, **__):
-        raise StorageError("cannot write report.md")
+        raise StorageError("cannot write report.html")
 
     with monkeypatch.context() as patch:
-        patch.setattr(filtered, "write_report", failing)
+        patch.setattr(session, "write_report", failing)
         with pytest.raises(StorageError):
             filtered.run_config(config)
     metrics = read_json(tmp_path / "metrics.json")
     assert capsys.readouterr().out.splitlines()[-1] == metrics["conclusion"]
     assert (tmp_path / "manifest.json").exists()
     assert filtered.run_config(config) == metrics
-    assert (tmp_path / "report.md").exists()
+    assert (tmp_path / "report.html").exists()
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers.pages import read_page, rows_of, section
 from helpers.runs import TINY, equal, interrupted, of_round, text, weights
 from safetensors.torch import load_file
 
@@ -50,10 +51,10 @@ def test_the_choice_is_in_the_metrics_the_conclusion_and_the_report(half):
     assert only["eval"]["sampled"] == of_round(path, 1, "scale_0.5/evaluation.json")["sampled"]
     assert 0 < only["eval"]["kl_base"] < of_round(path, 1, "metrics.json")["eval"]["kl_base"]
     assert metrics["conclusion"].endswith("; best/ has 0.5 of the round's change from the base, the best on dev of 0.5")
-    report = (path / "report.md").read_text()
-    assert metrics["conclusion"] in report
-    assert "| test | base | round 1 x 0.5 |" in report
-    assert "## Scales of round 1\n\n| scale | dev greedy |" in report
+    page = section(read_page((path / "report.html").read_text()), "success")
+    (scale,) = rows_of(page.all("table")[-1])
+    assert (scale["scale"], scale["chosen"]) == (0.5, "in best/")
+    assert "round 1 x 0.5" in page.text
 
 
 def test_of_equal_scales_the_larger_is_taken_and_scale_1_is_not_evaluated_again(half, tmp_path, monkeypatch):

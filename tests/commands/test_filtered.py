@@ -7,6 +7,7 @@ import signal
 
 import pytest
 import torch
+from helpers.pages import read_page, rows_of, section
 from helpers.runs import TINY, PowerCut, equal, interrupted, text, weights
 from safetensors.torch import load_file
 
@@ -58,16 +59,16 @@ def test_a_run_commits_every_round_and_the_best_one_loads(finished):
 
 def test_a_run_leaves_a_report_and_is_compared_with_its_control_afterwards(tmp_path, finished):
     path = finished[0]
-    assert (path / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
-    report = (path / "report.md").read_text()
-    assert finished[1]["conclusion"] in report
-    assert "## Against" not in report
+    page = read_page((path / "report.html").read_text())
+    assert finished[1]["conclusion"] in page.one("header").text
+    assert not page.all("section", id="beside")
+    commands = [node.text for node in section(page, "repeat").all("pre")]
+    assert commands[0].startswith("bcft filtered dataset_name=bcft:arithmetic 'dataset_train_split=train[:200]' ")
     control = tmp_path / "control"
     filtered.run(None, output_dir=str(control), control="random", **TINY)
     filtered.run(None, output_dir=str(path), against=str(control), **TINY)
-    report = (path / "report.md").read_text()
-    assert "## Against `control`" in report
-    assert "The recipes differ in `control` (none here, random there)." in report
+    beside = section(read_page((path / "report.html").read_text()), "beside")
+    assert rows_of(beside.all("table")[-1]) == [{"key": "control", "here": "none", "there": "random"}]
     with pytest.raises(UsageError, match="against: /nowhere is not a run of bcft filtered"):
         filtered.run(None, output_dir=str(tmp_path / "other"), against="/nowhere", **TINY)
 

@@ -1,99 +1,40 @@
-"""The learning curve and `report.md` say what the files say, and nothing else, for a run at any stage."""
+"""`report.html` says what the files say, and nothing else, for a run of any command at any stage."""
 
-import ast
 import re
-import struct
-from pathlib import Path
+from html import unescape
 
-import bcft.reporting.picture
 import pytest
-import yaml
-from bcft.reporting.picture import COLORS, PICTURE, draw_figure
+from helpers.pages import figure, read_page, rows_of, section
+from helpers.report_runs import (
+    COMMAND,
+    attempt,
+    cloned_run,
+    evaluated_run,
+    evaluation,
+    filtered_run,
+    line,
+    measured,
+    write_measured,
+    write_problems,
+)
 
+from bcft import report as command
 from bcft.errors import StorageError, UsageError
 from bcft.evaluation.results import Evaluation, Measured
-from bcft.reporting.report import check_against, write_report
-from bcft.reporting.run_files import RunFiles
-from bcft.reporting.tables import conclusion, percent
+from bcft.reporting.page.selection import COLORS
+from bcft.reporting.page.svg import NAMES
+from bcft.reporting.report import EVERY, Redraw, check_against, write_report
+from bcft.reporting.tables import conclusion
 from bcft.runs.clock import PHASES
-from bcft.runs.storage import read_json, write_json, write_jsonl, write_text
+from bcft.runs.storage import read_json, read_jsonl, write_json, write_jsonl
 from bcft.selection.filter import REASONS
 
-COMMAND = "bcft filtered recipes/filtered_bc.yaml --seed 1"
-SAMPLES = 4
+LIMIT = 3_000_000
+EVIL = "<script>document.title = 'acted'</script><img src=https://example.org/x onerror=alert(1)>"
 
 
-def evaluation(solved, *, n=12):
-    """Return the attempts at n problems: greedy is right, and so are (solved + i) % 5 of the samples of problem i."""
-    return Evaluation(
-        tuple(
-            {
-                "problem_id": f"p{i:02d}", "sample": sample, "prompt": "1 + 1", "completion": "2", "answer": "2",
-                "success": "yes" if sample < (solved + i) % (SAMPLES + 1) else "no", "stop": "stop_token", "tokens": 1,
-            }
-            for i in range(n)
-            for sample in range(-1, SAMPLES)
-        )
-    )  # fmt: skip
-
-
-def measured(solved, *, success_known=True, n=12):
-    evaluated = evaluation(solved, n=n)
-    summary = evaluated.summary(None)
-    return Measured(evaluated, summary if success_known else {k: summary[k] for k in ("n", "stop_rate", "ungraded")})
-
-
-def line(number, *, dev=None, note="", **rejected):
-    """Return a round as `metrics.jsonl` has it, with a different value for every figure."""
-    record = {
-        "round": number,
-        "rollout": {"played": 100 + number, "success": 0.3 + number / 100, "unknown": 0, "reward_mean": number / 7},
-        "diversity": {"unique_correct_per_problem": 1.5 + number, "distinct_2": number / 8, "completion_length": 60.5},
-        "selection": {
-            "requested_fraction": 0.1, "cutoff": 0.5 + number, "kept": 20 + number, "problems_covered": 9,
-            "kept_fraction": 0.2 + number / 1000, "rejected": dict.fromkeys(REASONS, 0) | rejected, "note": note,
-        },
-        "train": {"rows": 20 + number, "tokens_supervised": 9, "steps": 3, "loss": 0.1, "weights_changed": True},
-        "seconds": {phase: float(number + i) for i, phase in enumerate(PHASES)},
-    }  # fmt: skip
-    return record | ({"eval": dict(dev.summary)} if dev else {})
-
-
-def make(path, *, rounds, best=None, base=None, control="none", tested=None, **config):
-    """Write the files of a run; with `best` it is finished."""
-    base = base or measured(1)
-    recipe = {"num_rounds": len(rounds), "control": control, "history": 1, "output_dir": str(path)} | config
-    write_text(path / "config.yaml", yaml.safe_dump(recipe))
-    packages = {"bcft": "0.1.0", "torch": "2.13.0", "bitsandbytes": ""}
-    hardware = {"cpu": "a CPU", "cpus": 2, "gpus": [], "world_size": 2, "platform": "x"}
-    write_json(path / "versions.json", {"python": "3.11", "packages": packages, **hardware, "data": "f0"})
-    write_json(path / "round_000" / "evaluation.json", base.summary)
-    write_jsonl(path / "metrics.jsonl", rounds)
-    if best is not None:
-        tested = tested or measured(3)
-        for number, result in ((0, base), (best, tested)):
-            write_json(path / f"round_{number:03d}" / "test" / "evaluation.json", result.summary)
-            write_jsonl(path / f"round_{number:03d}" / "test" / "evaluation.jsonl", result.evaluation.attempts)
-        metrics = {"base": base.summary, "best": tested.summary, "best_round": best, "rounds": len(rounds)}
-        write_json(path / "metrics.json", {**metrics, **conclusion(base, tested)})
-    return path
-
-
-def report(path, **more):
-    return write_report(path, command=COMMAND, **more).read_text(encoding="utf-8")
-
-
-def rows(text, title):
-    """Return the cells of the first table below a title."""
-    lines = re.search(rf"## {title}\n\n((?:\|.*\n)+)", text)[1].splitlines()
-    head, _, *body = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
-    return [dict(zip(head, cells, strict=True)) for cells in body]
-
-
-def panels(path, other=None):
-    """Return the two panels of the picture, and the upper one's lines by their label."""
-    above, below = draw_figure(RunFiles.read(path), RunFiles.read(other) if other else None).axes
-    return above, below, {drawn.get_label(): drawn for drawn in above.lines}
+def drawn(path, **more):
+    return read_page(write_report(path, **more).read_text(encoding="utf-8"))
 
 
 @pytest.fixture
@@ -104,184 +45,154 @@ def run(tmp_path):
         line(2, note="Nothing was kept."),
         line(3, dev=measured(3), failed=7),
     ]
-    return make(tmp_path / "filter", rounds=lines, best=3)
+    attempts = [
+        [attempt(n, "a", 0), attempt(n, "a", 1, reward=0.0, decision="failed"), attempt(n, "b", 0, reward=0.25 * n)]
+        for n in (1, 2, 3)
+    ]
+    path = filtered_run(tmp_path / "filter", rounds=lines, best=3, attempts=attempts)
+    write_measured(path / "round_003", measured(3))
+    write_problems(path, {"a": "What is 1 + 1?", "b": "What is 2 + 0?"})
+    return path
 
 
-def test_the_conclusion_stands_first_and_every_rounds_figures_stand_in_their_row(run):
-    text = report(run)
-    assert text.startswith(f"# filter\n\n**{conclusion(measured(1), measured(3))['conclusion']}**\n")
-    before, *after = rows(text, "Rounds")
-    assert before["round"] == "0"
-    assert before["dev sampled"].startswith(percent(measured(1).summary["sampled"]["pass@1"]))
-    assert not before["played"] + before["kept"] + before["seconds"], "round 0 plays nothing"
-    for number, cells in enumerate(after, 1):
-        assert cells["round"] == str(number)
-        assert cells["played"] == str(100 + number)
-        assert cells["success"] == percent(0.3 + number / 100)
-        assert (cells["kept"], cells["cutoff"]) == (str(20 + number), f"{0.5 + number}")
-        assert (cells["kept of graded"], cells["requested"]) == (percent(0.2 + number / 1000), "10.0 %")
-        assert cells["distinct solutions per problem"] == f"{1.5 + number:.2f}"
-        assert cells["seconds"] == f"{sum(range(number, number + len(PHASES))):.1f}"
-    assert "\n- Round 2: Nothing was kept.\n" in text
+# Numbers
 
 
-def test_a_figure_that_no_round_has_gets_no_column(run):
-    assert not {"entropy", "kept with a wrong step"} & rows(report(run), "Rounds")[1].keys()
-    lines = [line(1), line(2), line(3, dev=measured(3))]
-    lines[1]["diversity"]["entropy"] = 0.25
-    write_jsonl(run / "metrics.jsonl", lines)
-    assert [cells["entropy"] for cells in rows(report(run), "Rounds")] == ["", "", "0.250", ""]
+def test_the_conclusion_stands_first(run):
+    page = drawn(run)
+    header = page.one("header")
+    assert header.one("h1").text == "filter"
+    assert header.one("p", **{"class": "lead"}).text == conclusion(measured(1), measured(3))["conclusion"]
 
 
-def test_what_a_policy_forgets_is_a_column_and_the_scales_to_choose_from_are_a_table(tmp_path):
+def test_every_number_below_a_figure_is_that_of_metrics_jsonl(run):
+    records, page = read_jsonl(run / "metrics.jsonl"), drawn(run)
+    numbers = figure(page, "success")
+    by_round = {row["evaluated"]: row for row in numbers}
+    base = read_json(run / "round_000/evaluation.json")
+    metrics = read_json(run / "metrics.json")
+    expected = {"dev, round 0": base, "dev, round 1": records[0]["eval"], "dev, round 3": records[2]["eval"]}
+    expected |= {"test, base": metrics["base"], "test, round 3": metrics["best"]}
+    assert list(by_round) == list(expected), "a round that was not evaluated has no row"
+    for name, summary in expected.items():
+        row = by_round[name]
+        assert [row["greedy"], row["low"], row["high"]] == [summary["greedy"]["success"], *summary["greedy"]["ci95"]]
+        shown = [row["sampled"], row["low 1"], row["high 1"]]
+        assert shown == [summary["sampled"]["pass@1"], *summary["sampled"]["ci95"]]
+        assert [row["pass@k"], row["maj@k"]] == [summary["sampled"]["pass@k"], summary["sampled"]["maj@k"]]
+    last = by_round["test, round 3"]
+    assert [last["against base"], last["p"]] == [metrics["vs_base"]["delta"], metrics["vs_base"]["p_value"]]
+
+    for row, record in zip(figure(page, "decisions"), records, strict=True):
+        rejected = {name: record["selection"]["rejected"][name] for name in ("failed", "duplicate")}
+        kept = record["selection"]["kept"]
+        assert row == {"round": record["round"], "kept": kept, **rejected, "total": kept + sum(rejected.values())}
+
+    for row, record in zip(figure(page, "diversity"), records, strict=True):
+        diversity = record["diversity"]
+        assert row["distinct solutions per problem"] == diversity["unique_correct_per_problem"]
+        assert (row["distinct-2"], row["tokens per attempt"]) == (diversity["distinct_2"], 60.5)
+        assert row["stopped by itself"] == record["rollout"]["stop_rate"]
+
+    *rounds, whole = figure(page, "time")
+    assert [[row[phase] for phase in PHASES] for row in rounds] == [[*r["seconds"].values()] for r in records]
+    assert whole["all"] == sum(sum(record["seconds"].values()) for record in records)
+
+    for row, record in zip(section(page, "rounds").table[1:], records, strict=True):
+        parts = {**record["rollout"], **record["selection"], **record["train"]}
+        assert {k: row[k] for k in ("round", "played", "kept", "cutoff", "rows", "steps", "loss")} == {
+            "round": record["round"],
+            **{k: parts[k] for k in ("played", "kept", "cutoff", "rows", "steps", "loss")},
+        }
+        assert row["kept of graded"] == parts["kept_fraction"]
+
+
+def test_rewards_and_problems_are_counted_from_the_scores(run):
+    page = drawn(run)
+    rewards = figure(page, "rewards")
+    assert {row["cutoff"] for row in rewards} == {0.5}
+    first = {row["reward"]: (row["kept"], row["rejected"]) for row in rewards if row["round"] == 1}
+    assert first == {0.0: (0, 1), 0.25: (1, 0), 0.5: (0, 0), 0.75: (0, 0), 1.0: (1, 0)}
+    rates = {row["problems"]: row for row in figure(page, "problems")}
+    assert [rates["round 1"][name] for name in ("none", "up to half", "more", "all")] == [1, 1, 0, 0]
+    moved = {name: row["none"] for name, row in rates.items() if name.startswith("dev")}
+    assert sum(moved.values()) == 12
+    before, after = (evaluation(solved).rates for solved in (1, 3))
+    assert moved["dev, none after, none before"] == 0
+    assert moved["dev, all after, up to half before"] == sum(
+        0 < old <= 0.5 and new == 1 for old, new in zip(before, after, strict=True)
+    )
+
+
+def test_many_different_rewards_are_counted_in_columns_of_one_width(tmp_path):
+    made = [attempt(1, f"p{i}", 0, reward=i / 100, decision="kept" if i > 30 else "below_cutoff") for i in range(41)]
+    path = filtered_run(tmp_path / "run", rounds=[line(1, below_cutoff=31)], attempts=[made])
+    rows = figure(drawn(path), "rewards")
+    assert len(rows) == 16
+    assert (sum(row["kept"] for row in rows), sum(row["rejected"] for row in rows)) == (10, 31)
+
+
+def test_marks_of_a_curve_are_where_its_numbers_are(run):
+    """The places of the marks are an affine function of the values, with 0 % at the bottom."""
+    text = write_report(run).read_text(encoding="utf-8")
+    markup = text[text.index('id="figure-success"') :].split("</svg>")[0]
+    groups = [re.findall(r'<use [^>]*x="([\d.]+)" y="([\d.]+)"[^>]*style="fill: var\(--(\S+)\)', part)
+              for part in markup.split("<defs>")]  # fmt: skip
+    marks = [[float(y) for _, y, _ in group] for group in groups if len(group) == 3]
+    values = [[s["sampled"]["pass@k"] for s in _dev(run)], [s["greedy"]["success"] for s in _dev(run)],
+              [s["sampled"]["pass@1"] for s in _dev(run)]]  # fmt: skip
+    assert len(marks) == 3
+    places = {
+        round(y, 1): value for ys, line in zip(marks, values, strict=True) for y, value in zip(ys, line, strict=True)
+    }
+    (y0, v0), *_, (y1, v1) = sorted(places.items())
+    for y, value in places.items():
+        assert value == pytest.approx(v0 + (v1 - v0) * (y - y0) / (y1 - y0), abs=0.002)
+
+
+def _dev(path):
+    return [read_json(path / "round_000/evaluation.json"), measured(2).summary, measured(3).summary]
+
+
+def test_what_a_policy_forgets_and_the_scales_to_choose_from_are_shown(tmp_path):
     figures = measured(2).summary
-    path = make(tmp_path / "scaled", rounds=[line(1, dev=measured(2))], best=1)
-    assert "KL" not in report(path)
+    path = filtered_run(tmp_path / "scaled", rounds=[line(1, dev=measured(2))], best=1)
     write_jsonl(path / "metrics.jsonl", [line(1) | {"eval": {**figures, "kl_base": 0.25}}])
     scales = [{"scale": scale, "eval": {**figures, "kl_base": 0.25 * scale}} for scale in (0.5, 1.0)]
-    metrics = read_json(path / "metrics.json") | {"scale": 0.5, "scales": scales}
-    write_json(path / "metrics.json", metrics)
-    text = report(path)
-    assert [cells["KL(base \\|\\| policy), nats/token"] for cells in rows(text, "Rounds")] == ["", "0.2500"]
-    half, whole = rows(text, "Scales of round 1")
-    assert (half["scale"], half["KL(base \\|\\| policy), nats/token"], half[""]) == ("0.5", "0.1250", "in `best/`")
-    assert (whole["scale"], whole["dev sampled"], whole[""]) == ("1", half["dev sampled"], "")
-    assert "| test | base | round 1 x 0.5 |" in text
+    write_json(path / "metrics.json", read_json(path / "metrics.json") | {"scale": 0.5, "scales": scales})
+    page = drawn(path)
+    kl = "KL(base || policy), nats/token"
+    assert [row[kl] for row in figure(page, "diversity")] == [0.25]
+    half, whole = rows_of(section(page, "success").all("table")[-1])
+    assert (half["scale"], half[kl], half["chosen"]) == (0.5, 0.125, "in best/")
+    assert (whole["scale"], whole["chosen"]) == (1.0, "")
+    assert "round 1 x 0.5" in section(page, "success").text
 
 
-def test_a_round_that_was_not_evaluated_has_no_mark_and_a_blank_cell(run):
-    _, _, lines = panels(run)
-    for label in ("sampled, 95 % interval", "greedy"):
-        assert list(lines[label].get_xdata()) == [0, 1, 3]
-        assert min(lines[label].get_ydata()) > 0
-    assert [bool(cells["dev sampled"]) for cells in rows(report(run), "Rounds")] == [True, True, False, True]
+# Runs of every kind and stage
 
 
-def test_the_chosen_round_is_marked_only_in_a_finished_run(run):
-    above, _, _ = panels(run)
-    rings = [drawn for drawn in above.collections if drawn.get_label() == "chosen: round 3"]
-    assert rings[0].get_offsets().tolist() == [[3, measured(3).summary["sampled"]["pass@1"]]]
-    (run / "metrics.json").unlink()
-    assert not [drawn for drawn in panels(run)[0].collections if drawn.get_label().startswith("chosen")]
+@pytest.mark.parametrize("rounds", [[], [line(1)], [line(1, dev=measured(2))]], ids=["none", "no dev", "one"])
+def test_an_unfinished_run_has_a_page_without_a_conclusion(tmp_path, rounds):
+    path = filtered_run(tmp_path / "half", rounds=rounds, num_rounds=5)
+    page = drawn(path)
+    assert page.one("header").one("p", **{"class": "lead"}).text == f"Not finished: {len(rounds)} of 5 rounds so far."
+    assert len(section(page, "rounds").table) == len(rounds) + 1
+    assert not re.search("better|distinguishable", page.text)
 
 
-def test_bars_and_totals_add_up_to_the_attempts_and_leave_out_reasons_that_do_not_occur(run):
-    _, below, _ = panels(run)
-    assert [bars.get_label() for bars in below.containers] == ["kept", "failed", "duplicate"]
-    top = {round(bar.get_x() + bar.get_width() / 2): bar.get_y() + bar.get_height() for bar in below.patches}
-    heights = [sum(bars[i].get_height() for bars in below.containers) for i in range(3)]
-    assert heights == [21 + 80, 22, 23 + 7]
-    assert top[1] == 101
-    totals = {cells["decision"]: cells["attempts"] for cells in rows(report(run), "Decisions")}
-    assert totals == {"kept": "66", "failed": "57", "duplicate": "30"}
-
-
-def test_every_decision_has_a_color_of_its_own():
-    assert set(COLORS) == {"kept", *REASONS}
-    assert len(set(COLORS.values())) == len(COLORS)
-
-
-def test_an_unfinished_run_reports_its_rounds_without_a_conclusion(tmp_path):
-    path = make(tmp_path / "half", rounds=[line(1, dev=measured(2))], num_rounds=5)
-    text = report(path)
-    assert "Not finished: 1 of 5 rounds so far." in text
-    assert not re.search("better|distinguishable|is unknown|## Against", text)
-    assert len(rows(text, "Rounds")) == 2
-
-
-def test_a_run_without_a_round_reports_the_policy_before_training(tmp_path):
-    text = report(make(tmp_path / "begun", rounds=[], num_rounds=5))
-    assert "Not finished: 0 of 5 rounds so far." in text
-    assert len(rows(text, "Rounds")) == 1
+def test_a_run_that_has_nothing_but_its_recipe_has_a_page(tmp_path):
+    path = filtered_run(tmp_path / "begun", rounds=[], num_rounds=5)
+    for name in ("metrics.jsonl", "versions.json", "round_000/evaluation.json"):
+        (path / name).unlink()
+    assert "Not finished: 0 of 5 rounds" in drawn(path).text
 
 
 def test_a_run_that_ended_early_says_why(run):
     base = measured(1).summary
-    ended = {"base": base, "best": base, "best_round": 0, "conclusion": "the same", "stopped": "s"}
+    ended = {"base": base, "best": base, "best_round": 0, "conclusion": "the same", "stopped": "no gain"}
     write_json(run / "metrics.json", ended)
-    assert "Stopped after round 3: s." in report(run)
-    assert "no round is better" in panels(run)[0].get_title(loc="left")
-
-
-def test_against_states_the_paired_difference_and_what_sets_the_recipes_apart(run, tmp_path):
-    mine, theirs = measured(3), measured(2)
-    other = make(tmp_path / "control", rounds=[line(1, dev=theirs)], best=1, tested=theirs, control="random")
-    text = report(run, against=other)
-    paired = conclusion(theirs, mine, before="in `control`")
-    assert f"Paired, problem by problem: {paired['conclusion']}." in text
-    assert f"paired difference {100 * paired['vs_base']['delta']:+.1f} points" in text
-    assert "`control` (none here, random there)" in text
-    assert "output_dir" not in text
-    above, _, lines = panels(run, other)
-    assert list(lines["sampled, random control"].get_ydata()) == [
-        result.summary["sampled"]["pass@1"] for result in (measured(1), theirs)
-    ]
-    assert above.get_xlim() == (-0.5, 3.5)
-
-
-def test_against_an_unfinished_run_draws_it_and_compares_nothing(run, tmp_path):
-    other = make(tmp_path / "control", rounds=[line(1, dev=measured(2))], control="random")
-    assert "Not compared on test problems yet: `control` must be finished." in report(run, against=other)
-    (other / "metrics.jsonl").unlink()
-    (other / "round_000" / "evaluation.json").unlink()
-    assert "Not compared" in report(run, against=other)
-
-
-def test_other_test_problems_are_not_paired(run, tmp_path):
-    fewer = {"base": measured(1, n=8), "tested": measured(3, n=8)}
-    other = make(tmp_path / "other", rounds=[line(1, dev=measured(3))], best=1, **fewer)
-    assert "tested on different problems" in report(run, against=other)
-    (other / "round_001" / "test" / "evaluation.jsonl").unlink()
-    assert "attempts at the test problems are missing" in report(run, against=other)
-
-
-@pytest.mark.parametrize("config", ["", "num_train_epochs: 1\n"], ids=["nothing", "sft"])
-def test_against_a_directory_that_is_not_a_filtered_run_is_refused(run, tmp_path, config):
-    if config:
-        write_text(tmp_path / "x" / "config.yaml", config)
-    for refused in (lambda: report(run, against=tmp_path / "x"), lambda: check_against(tmp_path / "x")):
-        with pytest.raises(UsageError, match=r"^against: \S+/x is not a run of bcft filtered: give"):
-            refused()
-
-
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("config.yaml", "a: [1,"),
-        ("config.yaml", "- a list"),
-        ("metrics.jsonl", '{"round": 1, "roll'),
-        ("metrics.jsonl", '{"round": 1}'),
-        ("metrics.jsonl", "[1]"),
-        ("metrics.json", "{"),
-        ("metrics.json", '{"best_round": 3}'),
-        ("round_000/evaluation.json", "\ufffe"),
-    ],
-)
-def test_a_damaged_file_is_one_line_with_its_name_before_anything_is_written(run, tmp_path, name, content):
-    other = make(tmp_path / "other", rounds=[line(1, dev=measured(2))], best=1)
-    check_against(other)
-    (other / name).write_bytes(content.encode("utf-16" if "evaluation" in name else "utf-8"))
-    for refused in (
-        lambda: check_against(other),
-        lambda: report(run, against=other),
-        lambda: report(other),
-    ):
-        with pytest.raises(UsageError, match=re.escape(str(other / name))) as caught:
-            refused()
-        assert "\n" not in str(caught.value)
-    assert not (run / "report.md").exists()
-
-
-def test_damaged_attempts_on_test_or_versions_are_one_line_with_the_file(run, tmp_path):
-    other = make(tmp_path / "other", rounds=[line(1, dev=measured(2))], best=1)
-    attempts = other / "round_001" / "test" / "evaluation.jsonl"
-    attempts.write_text("{")
-    with pytest.raises(UsageError, match=re.escape(f"{attempts} is damaged")):
-        report(run, against=other)
-    for content in ("{", "{}"):
-        (run / "versions.json").write_text(content)
-        with pytest.raises(UsageError, match=re.escape(f"{run / 'versions.json'} is damaged")):
-            report(run)
+    assert "Stopped after round 3: no gain" in drawn(run).one("header").text
 
 
 def test_where_success_is_unknown_rewards_take_its_place(tmp_path):
@@ -289,11 +200,9 @@ def test_where_success_is_unknown_rewards_take_its_place(tmp_path):
     for record in lines:
         record["rollout"]["unknown"] = record["rollout"]["played"]
     ungraded = measured(1, success_known=False)
-    path = make(tmp_path / "ungraded", rounds=lines, base=ungraded, tested=ungraded, best=2)
-    text = report(path)
-    assert "success is unknown" in text
-    assert [cells["success"] for cells in rows(text, "Rounds")] == ["", "r 0.143", "r 0.286"]
-    assert list(panels(path)[2]["mean reward"].get_ydata()) == [1 / 7, 2 / 7]
+    page = drawn(filtered_run(tmp_path / "ungraded", rounds=lines, base=ungraded, tested=ungraded, best=2))
+    assert "Mean reward of the rollouts; success is unknown" in page.text
+    assert not page.all("section", id="problems")
 
 
 def test_a_reward_that_was_measured_on_dev_is_the_curve(tmp_path):
@@ -304,83 +213,290 @@ def test_a_reward_that_was_measured_on_dev_is_the_curve(tmp_path):
         return Measured(made, summary | {"reward": summary["reward"] | {"ci95": [mean, mean + 1]}})
 
     lines = [line(n, dev=rewarded(n / 4)) for n in (1, 2)]
-    path = make(tmp_path / "rewarded", rounds=lines, base=rewarded(0.0), tested=rewarded(0.125), best=2)
-    text = report(path)
-    assert [cells["dev reward"] for cells in rows(text, "Rounds")] == [
-        "0 [0, 1]",
-        "0.25 [0.25, 1.25]",
-        "0.5 [0.5, 1.5]",
+    path = filtered_run(tmp_path / "rewarded", rounds=lines, base=rewarded(0.0), tested=rewarded(0.125), best=2)
+    rows = [row for row in figure(drawn(path), "success") if row["evaluated"].startswith("dev")]
+    assert [(row["mean reward"], row["low"], row["high"]) for row in rows] == [
+        (0, 0, 1),
+        (0.25, 0.25, 1.25),
+        (0.5, 0.5, 1.5),
     ]
-    assert "| mean reward | 0 [0, 1] | 0.125 [0.125, 1.125] |" in text
-    assert list(panels(path)[2]["mean reward, 95 % interval"].get_ydata()) == [0.0, 0.25, 0.5]
 
 
-def test_without_samples_greedy_is_the_curve(tmp_path):
-    greedy = measured(2)
-    del greedy.summary["sampled"]
-    path = make(tmp_path / "greedy", rounds=[line(1, dev=greedy)], base=greedy, tested=greedy, best=1)
-    assert "dev sampled" not in rows(report(path), "Rounds")[0]
-    assert list(panels(path)[2]) == ["greedy, 95 % interval", "before training"]
+def test_several_reward_functions_have_their_means_and_an_ungraded_attempt_says_so(tmp_path):
+    made = [attempt(1, "a", 0, names=("one", "two")), attempt(1, "a", 1, reward=None, decision="ungraded")]
+    page = drawn(filtered_run(tmp_path / "run", rounds=[line(1, ungraded=1)], attempts=[made]))
+    assert rows_of(section(page, "rewards").all("table")[-1]) == [{"round": 1, "one": 1, "two": 1}]
+    texts = [row.text for row in section(page, "attempts").all("details")]
+    assert "not graded" in texts[1]
+    assert "no reward function could grade it" in texts[1]
 
 
-@pytest.mark.parametrize("count", [1, 40])
-def test_the_picture_is_a_png_with_integer_rounds_and_nothing_overlaps(tmp_path, count):
-    rounds = [line(n, dev=measured(3), **dict.fromkeys(REASONS, 5)) for n in range(1, count + 1)]
-    path = make(tmp_path / "run", rounds=rounds, best=count)
-    other = make(tmp_path / ("a-name-that-is-far-too-long-for-a-legend" * 2), rounds=rounds, best=1)
-    report(path, against=other)
-    content = (path / PICTURE).read_bytes()
-    assert content.startswith(b"\x89PNG\r\n\x1a\n")
-    assert struct.unpack(">II", content[16:24]) == (1800, 1200)
-    assert b"tEXt" not in content, "the name and version of what drew it"
-    assert len(content) < 300_000
-    figure = draw_figure(RunFiles.read(path), RunFiles.read(other))
-    figure.draw_without_rendering()
-    for axes in figure.axes:
-        assert all(tick == int(tick) for tick in axes.get_xticks())
-        legend, inner = axes.get_legend().get_window_extent(), axes.get_window_extent()
-        assert inner.x1 <= legend.x0 < legend.x1 <= figure.bbox.x1
-        assert legend.y0 >= 0
-        assert axes.get_tightbbox().x1 <= figure.bbox.x1
-        assert inner.width > figure.bbox.width / 2, "the names leave the curves no room"
-    above, below = figure.axes
-    assert above.get_legend().get_window_extent().y0 > below.get_legend().get_window_extent().y1
+def test_nothing_kept_and_nothing_graded_is_a_page(tmp_path):
+    record = line(1, errored=2)
+    record["selection"] |= {"kept": 0, "note": "All environments failed."}
+    made = [
+        attempt(1, "a", n, reward=None, decision="errored", ended="error", error="Boom: x", turns=()) for n in (0, 1)
+    ]
+    page = drawn(filtered_run(tmp_path / "run", rounds=[record], attempts=[made]))
+    assert "No attempt was graded so far." in section(page, "rewards").text
+    assert "All environments failed." in section(page, "filter").text
+    assert "rejected, errored: its environment failed: Boom: x" in section(page, "attempts").text
 
 
-def test_the_same_files_give_the_same_bytes(run):
-    first = report(run), (run / PICTURE).read_bytes()
-    assert (report(run), (run / PICTURE).read_bytes()) == first
+def test_a_conversation_shows_every_action_and_observation(tmp_path):
+    path = filtered_run(tmp_path / "run", rounds=[line(1)], attempts=[[attempt(1, "a", 0, turns=("go", "stop"))]])
+    write_problems(path, {"a": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Walk."}]})
+    row = section(drawn(path), "attempts").one("details")
+    labels = [label.text for label in row.all("dt")]
+    texts = [text.text for text in row.all("dd")]
+    assert labels == [
+        "prompt, system", "prompt, user", "action 1", "observation 1", "action 2", "reference", "verdict", "why",
+    ]  # fmt: skip
+    assert texts[:6] == ["Be brief.", "Walk.", "go", "answer to go", "stop", "2"]
+    assert texts[6] == "solved, reward 1 (r 1); stopped by itself"
+    assert texts[7] == "kept: it passes every rule, with a reward at or above the cutoff (0.5)"
 
 
-def test_a_users_own_matplotlib_style_changes_nothing_and_stays_as_it_was(run):
+def test_sft_shows_loss_counts_tokens_and_the_problems_before_and_after(tmp_path):
+    losses = [{"step": n, "loss": 1 / n, "learning_rate": 0.1} for n in (1, 2, 3)] + [{"step": 3, "eval_loss": 0.4}]
+    tokens = [{"id": 1, "text": "1+1", "label": -100}, {"id": 2, "text": "=2<", "label": 2}]
+    rows = {
+        "words": "7 of 8 rows", "counts": {"given": 8, "kept": 7, "tokens": 20},
+        "examples": [{"where": "x.jsonl:1", "problem_id": "a", "weight": 1.0, "tokens": tokens}],
+    }  # fmt: skip
+    path = cloned_run(tmp_path / "cloned", losses=losses, rows=rows)
+    write_problems(path, {"p00": "What is 1 + 1?"})
+    page = drawn(path)
+    assert [row["loss"] for row in figure(page, "loss")] == [1, 0.5, 1 / 3, ""]
+    assert figure(page, "loss")[3]["eval_loss"] == 0.4
+    assert {row[""]: row["count"] for row in section(page, "rows").table}["rows trained on"] == 7
+    shaded = section(page, "tokens").one("pre")
+    assert ([n.text for n in shaded.all("b")], [n.text for n in shaded.all("span")]) == (["=2<"], ["1+1"])
+    problems = section(page, "problems").all("details")
+    assert len(problems) == 12
+    (first,) = [row for row in problems if "What is 1 + 1?" in row.text]
+    assert "before: greedy solved, stopped by itself, 1 of 4 sampled attempts solved" in first.text
+    values = {row[""]: (row["value"], row["low"], row["high"]) for row in figure(page, "success")}
+    final = read_json(path / "metrics.json")["final"]["sampled"]
+    assert values["after, sampled"] == (final["pass@1"], *final["ci95"])
+
+
+def test_an_evaluation_shows_its_figures_and_rows(tmp_path):
+    page = drawn(evaluated_run(tmp_path / "run" / "evaluate", against=measured(1)))
+    assert page.one("h1").text == "run/evaluate"
+    assert {row[""] for row in figure(page, "success")} >= {"model, sampled", "against, greedy"}
+    assert len(section(page, "problems").all("details")) == 12
+
+
+# Two runs
+
+
+def test_two_runs_have_the_paired_difference_and_what_sets_the_recipes_apart(run, tmp_path):
+    mine, theirs = measured(3), measured(2)
+    other = filtered_run(tmp_path / "control", rounds=[line(1, dev=theirs)], best=1, tested=theirs, control="random")
+    page = drawn(run, against=other)
+    beside = section(page, "beside")
+    paired = conclusion(theirs, mine, before="in control")
+    assert f"Paired, problem by problem: {paired['conclusion']}." in beside.text
+    keys = {row["key"]: (row["here"], row["there"]) for row in rows_of(beside.all("table")[-1])}
+    assert keys["control"] == ("none", "random")
+    assert "output_dir" not in keys
+    legend = page.one("figure", **{"data-figure": "success"}).text
+    assert "sampled, control" in legend
+    assert len(beside.all("details")) == 12
+
+
+@pytest.mark.parametrize("kind", ["sft", "evaluate"])
+def test_runs_of_different_commands_are_compared_on_the_same_problems(run, tmp_path, kind):
+    made = cloned_run(tmp_path / "x") if kind == "sft" else evaluated_run(tmp_path / "x")
+    for first, second in ((run, made), (made, run), (made, made)):
+        text = section(drawn(first, against=second), "beside").text
+        assert "Paired, problem by problem: not distinguishable" in text
+
+
+def test_an_unfinished_run_or_other_problems_are_not_paired(run, tmp_path):
+    half = filtered_run(tmp_path / "half", rounds=[line(1, dev=measured(2))], control="random")
+    assert "Not compared on test problems yet: half must be finished." in drawn(run, against=half).text
+    fewer = {"base": measured(1, n=8), "tested": measured(3, n=8)}
+    other = filtered_run(tmp_path / "other", rounds=[line(1, dev=measured(3))], best=1, **fewer)
+    assert "tested on different problems" in drawn(run, against=other).text
+    (other / "round_001/test/evaluation.jsonl").unlink()
+    assert "attempts at the test problems are missing" in drawn(run, against=other).text
+
+
+# The page itself
+
+
+def test_what_a_policy_says_stays_text(run):
+    for number in (1, 2, 3):
+        made = [attempt(number, "a", 0, turns=(EVIL,)), attempt(number, "b", 0, turns=("\x00\u202eשלום 你好 🙂",))]
+        place = run / f"round_{number:03d}"
+        write_jsonl(place / "rollouts.jsonl", [played for played, _ in made])
+        write_jsonl(place / "scores.jsonl", [scored for _, scored in made])
+    write_problems(run, {"a": EVIL, "b": "مرحبا"})
+    text = write_report(run).read_text(encoding="utf-8")
+    page = read_page(text)
+    assert len(page.all("script")) == 1
+    assert not page.all("img")
+    assert not [name for node in page.all("*") for name in node.attributes if name.startswith("on")]
+    assert EVIL in [node.text for node in section(page, "attempts").all("dd")]
+    assert "שלום 你好 🙂" in text
+    assert "\x00" not in text
+
+
+def test_the_page_asks_for_nothing_and_its_references_are_within_it(run):
+    text = write_report(run).read_text(encoding="utf-8")
+    page = read_page(text)
+    targets = [
+        node.attributes[name]
+        for node in page.all("*")
+        for name in ("src", "href", "xlink:href", "data", "action", "poster")
+        if name in node.attributes
+    ]
+    assert targets
+    assert {target for target in targets if not target.startswith("#")} == {"data:,"}
+    ids = [node.attributes["id"] for node in page.all("*") if "id" in node.attributes]
+    assert len(ids) == len({*ids}), "an id is there twice"
+    assert {target[1:] for target in targets if target.startswith("#")} <= {*ids}
+    assert set(re.findall(r"url\(#?([^)]*)\)", text)) <= {*ids}
+    assert "@import" not in text
+    assert "default-src 'none'" in text
+
+
+def test_colors_are_those_of_the_style_sheet_in_every_drawing(run):
+    text = write_report(run).read_text(encoding="utf-8")
+    style, body = text.split("</style>")
+    used = {*re.findall(r"var\(--([\w-]+)\)", body)}
+    assert used
+    assert used <= {*NAMES}
+    assert used <= {*re.findall(r"^  --([\w-]+): light-dark", style, flags=re.M)}
+    drawings = "".join(re.findall(r"<svg.*?</svg>", body, flags=re.S))
+    assert not re.findall(r"#[0-9a-f]{6}|font-family", drawings)
+
+
+def test_every_decision_has_a_color_of_its_own():
+    assert set(COLORS) == {"kept", *REASONS}
+    assert len(set(COLORS.values())) == len(COLORS)
+
+
+def test_the_same_files_give_the_same_bytes_whatever_the_users_own_style(run, tmp_path):
     import matplotlib
 
-    report(run)
-    before = (run / PICTURE).read_bytes()
+    other = filtered_run(tmp_path / "control", rounds=[line(1, dev=measured(2))], best=1)
+    before = write_report(run, against=other).read_bytes()
     with matplotlib.rc_context({"text.usetex": True, "axes.facecolor": "red", "savefig.bbox": "tight"}):
-        report(run)
+        assert write_report(run, against=other).read_bytes() == before
         assert matplotlib.rcParams["text.usetex"] is True
-    assert (run / PICTURE).read_bytes() == before
+    write_json(run / "status.json", read_json(run / "status.json") | {"state": "running", "seconds": 1.0})
+    assert write_report(run, against=other).read_bytes() == before
 
 
-@pytest.mark.parametrize("name", ["$x_{", "_hidden", "a|b"])
-def test_any_directory_may_stand_in_picture_and_tables(run, tmp_path, name):
-    other = make(tmp_path / name, rounds=[line(1, dev=measured(2))], best=1)
-    escaped = name.replace("|", r"\|")
-    assert f"| test | this run, round 3 | `{escaped}`, round 1 |" in report(run, against=other)
-    shown = [entry.get_text() for entry in panels(run, other)[0].get_legend().get_texts()]
-    assert f"sampled, {name}" in shown
+def test_two_thousand_long_attempts_fit_and_what_is_left_out_is_said(tmp_path):
+    words = "<" + "ünïcode & words " * 400
+    made = [
+        attempt(1, f"p{i // 4}", i % 4, turns=(words, words), decision=("failed", "kept")[i % 2], reward=float(i % 2))
+        for i in range(2400)
+    ]
+    made[7][1]["decision"] = "tie_break"
+    path = filtered_run(tmp_path / "run", rounds=[line(1, dev=measured(2))], best=1, attempts=[made])
+    write_problems(path, {f"p{i}": words for i in range(600)})
+    page_path = write_report(path)
+    assert page_path.stat().st_size <= LIMIT
+    attempts = section(read_page(page_path.read_text(encoding="utf-8")), "attempts")
+    rows = attempts.all("details")
+    assert len(rows) == 2000
+    assert attempts.one("p").text.startswith("2,000 of 2,400 attempts, of 1 of 1 rounds")
+    assert [row.attributes["data-g"] for row in rows].count("tie break") == 1
+    assert "characters left out …]" in rows[0].text
+    assert {label.text for label in rows[0].all("dt")} >= {"prompt", "action 1", "action 2", "verdict", "why"}
 
 
-def test_only_drawing_imports_matplotlib():
-    tree = ast.parse(Path(bcft.reporting.picture.__file__).read_text(encoding="utf-8"))
-    loaded = [ast.unparse(node) for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
-    assert loaded
-    assert not [line for line in loaded if "matplotlib" in line]
+def test_a_prompt_that_fits_its_line_is_there_once_and_a_short_text_is_whole(run):
+    row = section(drawn(run), "attempts").all("details")[0]
+    assert row.one("summary").text.endswith("What is 1 + 1?")
+    assert "prompt" not in [label.text for label in row.all("dt")]
 
 
-def test_files_are_replaced_atomically_and_a_failed_write_leaves_the_old_files(run, monkeypatch):
-    before = report(run), (run / PICTURE).read_bytes()
+# Files and commands
+
+
+def test_commands_are_quoted_and_versions_and_recipe_are_in_the_page(tmp_path):
+    path = filtered_run(tmp_path / "a 'name'", rounds=[line(1, dev=measured(2))], best=1)
+    repeat = section(drawn(path), "repeat")
+    commands = [unescape(node.text) for node in repeat.all("pre")]
+    assert commands[0] == COMMAND
+    quoted = f"'{tmp_path}/a '\"'\"'name'\"'\"'/config.yaml'"
+    assert commands[1].startswith(f"bcft filtered {quoted} --output_dir ")
+    assert "bcft 0.1.0, torch 2.13.0; Python 3.11 on x; a CPU, 2 CPU cores, no GPU, 2 processes." in repeat.text
+    assert "control: none" in commands[-1]
+
+
+def test_a_run_with_python_objects_promises_no_command(tmp_path):
+    path = filtered_run(tmp_path / "run", rounds=[line(1)], reward_funcs=["m.reward@0a1b2c3d"])
+    repeat = section(drawn(path), "repeat").text
+    assert "Given from Python, so that no command line repeats the run: reward_funcs." in repeat
+    assert "--output_dir" not in repeat
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.yaml", "a: [1,"), ("config.yaml", "- a list"), ("metrics.jsonl", '{"round": 1, "roll'),
+        ("metrics.jsonl", '{"round": 1}'), ("metrics.jsonl", "[1]"), ("metrics.json", "{"),
+        ("metrics.json", '{"best_round": 3}'), ("round_000/evaluation.json", "\ufffe"), ("status.json", "{"),
+        ("versions.json", "{}"), ("round_001/scores.jsonl", "{"), ("round_001/rollouts.jsonl", '{"id": "1-a-0", {'),
+    ],
+)  # fmt: skip
+def test_a_damaged_file_is_one_line_with_its_name_before_anything_is_written(run, name, content):
+    (run / name).write_bytes(content.encode("utf-16" if "evaluation" in name else "utf-8"))
+    with pytest.raises(UsageError, match=re.escape(str(run / name))) as caught:
+        write_report(run)
+    assert "\n" not in str(caught.value)
+    assert not (run / "report.html").exists()
+
+
+@pytest.mark.parametrize("made", ["nothing", "collect"])
+def test_a_directory_of_no_such_run_is_one_line_and_exit_code_2(tmp_path, made, capsys):
+    (tmp_path / "x").mkdir()
+    if made == "collect":
+        write_json(tmp_path / "x" / "status.json", {"command": "collect"})
+    assert command.main([str(tmp_path / "x")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"bcft: error: report: {tmp_path / 'x'} is ")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [[], ["a", "b", "c"], ["a", "--quick"]])
+def test_a_wrong_command_line_is_one_line(arguments, capsys):
+    assert command.main(arguments) == 2
+    assert capsys.readouterr().err.startswith("bcft: error: command line: ")
+
+
+def test_the_command_draws_one_run_or_two_and_the_one_that_the_recipe_names(run, tmp_path, capsys):
+    other = filtered_run(tmp_path / "control", rounds=[line(1, dev=measured(2))], best=1)
+    assert command.main([str(run)]) == 0
+    assert capsys.readouterr().out == f"Report: {run / 'report.html'}\n"
+    alone = (run / "report.html").read_bytes()
+    assert command.main([str(run), str(other)]) == 0
+    beside = (run / "report.html").read_bytes()
+    assert beside != alone
+    recipe = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(f"{recipe}against: {other}\n")
+    assert command.run(run) == run / "report.html"
+    assert read_page((run / "report.html").read_text()).all("section", id="beside")
+
+
+@pytest.mark.parametrize("config", ["", "num_train_epochs: 1\n"], ids=["nothing", "sft"])
+def test_against_a_directory_that_is_not_a_filtered_run_is_refused(tmp_path, config):
+    if config:
+        (tmp_path / "x").mkdir()
+        (tmp_path / "x" / "config.yaml").write_text(config)
+    with pytest.raises(UsageError, match=r"^against: \S+/x is not a run of bcft filtered: give"):
+        check_against(tmp_path / "x")
+
+
+def test_files_are_replaced_atomically_and_a_failed_write_leaves_the_old_page(run, monkeypatch):
+    before = write_report(run).read_bytes()
     write_jsonl(run / "metrics.jsonl", [line(3, dev=measured(3))])
 
     def full(_):
@@ -389,20 +505,24 @@ def test_files_are_replaced_atomically_and_a_failed_write_leaves_the_old_files(r
     with monkeypatch.context() as patch:
         patch.setattr("os.fsync", full)
         with pytest.raises(StorageError, match="No space left"):
-            report(run)
-    assert ((run / "report.md").read_text(encoding="utf-8"), (run / PICTURE).read_bytes()) == before
-    assert report(run) != before[0]
-    assert (run / PICTURE).read_bytes() != before[1]
-    assert not list(run.glob("*.tmp"))
+            write_report(run)
+    assert (run / "report.html").read_bytes() == before
+    assert write_report(run).read_bytes() != before
 
 
-def test_command_versions_seconds_and_files_are_in_the_report(run):
-    text = report(run)
-    assert f"```bash\n{COMMAND}\n```" in text
-    assert "bcft 0.1.0, torch 2.13.0; Python 3.11 on x; a CPU, 2 CPU cores, no GPU, 2 processes." in text
-    spent = {cells["phase"]: cells["seconds"] for cells in rows(text, "Where the time went")}
-    assert spent == {phase: f"{6 + 3 * i:.1f}" for i, phase in enumerate(PHASES)} | {"all": "81.0"}
-    listed = re.findall(r"^- `(\S+?)`", text, flags=re.M)
-    assert "metrics.jsonl" in listed
-    assert "status.json" not in listed, "the file does not exist"
-    assert all((run / name).exists() for name in listed)
+def test_a_run_at_work_is_drawn_when_it_is_due_and_a_page_that_fails_costs_one_line(run, monkeypatch):
+    said, now = [], [1000.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    redraw = Redraw(run, against=None, say=said.append)
+    redraw()
+    assert not (run / "report.html").exists(), "a short run is drawn once, at its end"
+    now[0] += EVERY
+    redraw()
+    assert (run / "report.html").exists()
+    (run / "metrics.jsonl").write_text("{")
+    redraw()
+    assert not said
+    now[0] += EVERY
+    redraw()
+    assert len(said) == 1
+    assert "metrics.jsonl is damaged" in said[0]

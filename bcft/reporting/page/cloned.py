@@ -133,7 +133,8 @@ def problem_parts(
     rows = held_out_rows(attempts, problems_of(path / "problems.jsonl", {*shown}), names=names, limit=limit)
     about = f"All {len(keys):,} problems" if len(shown) == len(keys) else f"{len(shown):,} of {len(keys):,} problems"
     compared = f", {before} and {after}" if len(policies) > 1 else ""
-    return [Rows(f"{about}{compared}: the greedy attempts, and how many of the sampled ones are right.", rows)]
+    words = f"{about}{compared}: the greedy attempts, and how many of the sampled ones are right."
+    return [Rows(words, rows, "result")]
 
 
 def _commands(run: ClonedFiles) -> list[tuple[str, list[str]]]:

@@ -107,8 +107,8 @@ def reproduction(run: AnyRun, commands: Iterable[tuple[str, Sequence[str]]]) -> 
 def versions(run: AnyRun) -> list[Part]:
     """Return packages and hardware; nothing where they are not recorded yet."""
     file = run.path / "versions.json"
-    made: dict[str, Any] = read(file, read_json, {})
-    if not made:
+    made: dict[str, Any] | None = read(file, read_json, None)
+    if made is None:
         return []
     check_keys(file, made, "packages", "python", "platform", "cpu", "cpus", "gpus", "world_size", "data")
     packages = ", ".join(f"{name} {version}" for name, version in made["packages"].items() if version)

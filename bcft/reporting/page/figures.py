@@ -206,7 +206,7 @@ def waterfall(name: str, title: str, steps: Sequence[tuple[str, str, float]], *,
             sign = "\N{MINUS SIGN}" if 0 < number < len(rows) - 1 else ""
             share = f" ({100 * width / whole:.1f} %)" if number and whole else ""
             place = canvas.x(start + width) + 7, canvas.y(number) - 3.6
-            canvas.words(f"{sign}{width:,.0f}{share}", *place, across="left", up="baseline", ink=True)
+            canvas.words(f"{sign}{width:,.0f}{share}", *place, anchor="start", ink=True)
             canvas.beside(number, label, ink=True)
 
     return Panel(title, panel(name, draw, height=46 + 26 * len(rows), left=112, right=4))
@@ -227,7 +227,7 @@ def matrix(
                     corners = (x - 0.47, y - 0.46, x + 0.47, y + 0.46)
                     canvas.boxes([corners], color, alpha=round(0.12 + 0.55 * n / most, 2))
                 place = canvas.x(x), canvas.y(y) - 3.6
-                canvas.words(f"{n:,}", *place, across="center", up="baseline", ink=bool(n))
+                canvas.words(f"{n:,}", *place, anchor="middle", ink=bool(n))
         for number, label in enumerate(labels):
             canvas.under(number, label)
             canvas.beside(number, label)

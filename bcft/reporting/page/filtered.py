@@ -143,21 +143,22 @@ def _series(label: str, color: str, points: Sequence[tuple[float, float]], *, ma
 
 
 def _success_table(run: RunFiles) -> Table:
-    evaluated_on = [(f"dev, round {r['round']}", r["eval"]) for r in run.records if r.get("eval")]
+    measured = [(f"dev, round {r['round']}", r["eval"]) for r in run.records if r.get("eval")]
     if run.metrics:
-        evaluated_on += [("test, base", run.metrics["base"]), (f"test, {run.chosen}", run.metrics["best"])]
+        tested = {"vs_base": run.metrics.get("vs_base", {})} | dict(run.metrics["best"])
+        measured += [("test, base", run.metrics["base"]), (f"test, {run.chosen}", tested)]
     head = ["evaluated", "n", "greedy", "low", "high", "sampled", "low", "high", "pass@k", "maj@k"]
     head += [*(word for average in AVERAGES for word in (f"mean {average}", "low", "high")), "stopped by itself"]
     head += ["against base", "low", "high", "p"]
     rows = []
-    for name, summary in evaluated_on:
+    for name, summary in measured:
         row = [Cell(name), numbers(summary.get("n"), "d")]
         for part in ("greedy", "sampled"):
             row += _with_interval(summary.get(part, {}), FIGURE[part], percentage=True)
             row += [share(summary.get(part, {}).get(figure)) for figure in ("pass@k", "maj@k")] * (part == "sampled")
         for average in AVERAGES:
             row += _with_interval(summary.get(average, {}), "mean", form=average_form(average))
-        versus = run.metrics.get("vs_base", {}) if name == f"test, {run.chosen}" else summary.get("vs_base", {})
+        versus = summary.get("vs_base", {})
         delta = next((part for part in ("delta", *(f"{average}_delta" for average in AVERAGES)) if part in versus), "")
         low, high = versus.get(delta.replace("delta", "ci95"), (None, None))
         row += [share(summary.get("stop_rate")), *(numbers(v, "+.3f") for v in (versus.get(delta), low, high))]
@@ -303,7 +304,7 @@ def _attempts(run: RunFiles, scores: Mapping[int, Scores]) -> list[Part]:
             "problems, drawn by a hash of their ids, and some of every decision. The rest is in rollouts.jsonl and "
             "scores.jsonl of each round."
         )
-    return [Rows(about, attempt_rows(shown, problems))]
+    return [Rows(about, attempt_rows(shown, problems), "decision")]
 
 
 def _commands(run: RunFiles) -> list[tuple[str, list[str]]]:

@@ -103,11 +103,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Rows:
-    """Lines that open, and can be searched and filtered."""
+    """Lines that open, and can be searched and filtered. grouped: what their groups are, in one word."""
 
     kind: ClassVar[str] = "rows"
     about: str
     rows: Sequence[Row]
+    grouped: str
 
 
 Part: TypeAlias = Table | Figure | Note | Code | Tokens | Rows

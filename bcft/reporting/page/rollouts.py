@@ -126,7 +126,9 @@ def spread(numbers: Sequence[int], most: int) -> list[int]:
 def _sample(decisions: Mapping[str, str], quota: int) -> list[str]:
     if len(decisions) <= quota:
         return list(decisions)
-    order = sorted(decisions, key=lambda identity: (sha256(problem_of(identity).encode()).digest(), identity))
+    problems = {identity: problem_of(identity) for identity in decisions}
+    drawn = {problem: sha256(problem.encode()).digest() for problem in {*problems.values()}}
+    order = sorted(decisions, key=lambda identity: (drawn[problems[identity]], identity))
     by_decision: dict[str, list[str]] = defaultdict(list)
     for identity in order:
         by_decision[decisions[identity]].append(identity)

@@ -15,6 +15,8 @@ BYTES = 1_700_000
 """The most bytes of texts of all rows of a page."""
 LONGEST = 12_000
 """The most bytes of texts of one row."""
+MOST_BYTES = 6
+"""Of a character in a page: `&quot;`."""
 _HEAD = 110
 WHY = {
     "kept": "it passes every rule, with a reward at or above the cutoff",
@@ -191,6 +193,8 @@ def _shortened(text: str) -> str:
 
 def _bounded(blocks: Sequence[tuple[str, str]], limit: int) -> list[tuple[str, str]]:
     """Return the blocks with at most so many bytes of text in the page, each with its share of them."""
+    if sum(len(text) for _, text in blocks) * MOST_BYTES <= limit:
+        return list(blocks)
     sizes = [_size(text) for _, text in blocks]
     if sum(sizes) <= limit:
         return list(blocks)

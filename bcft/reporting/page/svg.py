@@ -5,6 +5,7 @@ bytes, whatever the user's own matplotlibrc says. matplotlib's axes would take m
 `Canvas` places lines, boxes and words itself.
 """
 
+import html
 import io
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -25,11 +26,8 @@ WIDTH = 380
 """Of a panel, in the units of its text sizes: a phone shows it at this size, and a wide page two of them in a row."""
 _VARIABLE = {placeholder: f"var(--{name})" for name, placeholder in COLOR.items()}
 _PLACEHOLDER = re.compile("#c0ffe[0-9a-f]")
-_HEAD = re.compile(r"^.*?<svg[^>]*>", re.DOTALL)
 _DROPPED = re.compile(
-    r"<metadata>.*?</metadata>\s*|<defs>\s*<style[^>]*>.*?</style>\s*</defs>\s*|<!--.*?-->\s*"
-    r"|font-family: [^;\"]*; |font-style: [^;\"]*; | transform=\"rotate\(-0 [^\"]*\"",
-    re.DOTALL,
+    r"<metadata>.*?</metadata>\s*|<defs>\s*<style[^>]*>.*?</style>\s*</defs>\s*|<!--.*?-->\s*", re.DOTALL
 )
 _NUMBER = re.compile(r"(\d+\.\d\d)\d+")
 _TAG = re.compile("<[^>]*>")
@@ -46,11 +44,7 @@ def drawing() -> Iterator[None]:
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(
             {
-                "svg.fonttype": "none",
                 "svg.hashsalt": "bcft",
-                "text.parse_math": False,
-                "text.color": COLOR["soft"],
-                "font.size": 10.5,
                 "lines.solid_capstyle": "round",
             }
         )
@@ -69,6 +63,9 @@ class Canvas:
         self.figure = figure
         self._left, self._width = left, WIDTH - left - right
         self._height = height - self.TOP - self.BOTTOM
+        self._top = height
+        self.texts: list[str] = []
+        """Markup, written after the drawing: matplotlib would measure each of them in a font that is not the page's."""
         self.x_limits = self.y_limits = (0.0, 1.0)
 
     def x(self, value: float) -> float:
@@ -116,30 +113,27 @@ class Canvas:
         points = [*zip(xs, lows, strict=True), *reversed([*zip(xs, highs, strict=True)])]
         self._path(points, len(points), facecolor=COLOR[color], edgecolor="none", alpha=0.14)
 
-    def words(
-        self, text: str, x: float, y: float, *, across: str, up: str, ink: bool = False, size: float = 10.5
-    ) -> None:
-        """Write a text at a place of the canvas; across, up: its alignment."""
-        from matplotlib.text import Text  # noqa: PLC0415 - only drawing needs it
-
-        color = COLOR["ink" if ink else "soft"]
-        self._add(Text(x, y, text, color=color, fontsize=size, horizontalalignment=across, verticalalignment=up))
+    def words(self, text: str, x: float, y: float, *, anchor: str, ink: bool = False) -> None:
+        """Write a text on a line of the canvas, in the page's own font; anchor: `start`, `middle` or `end`."""
+        color = "ink" if ink else "soft"
+        place = f'x="{x:.2f}" y="{self._top - y:.2f}" text-anchor="{anchor}"'
+        self.texts.append(f'<text {place} style="fill: var(--{color})">{html.escape(text)}</text>')
 
     def under(self, x: float, text: str) -> None:
         """Write a text below a value of x."""
-        self.words(text, self.x(x), self.BOTTOM - 5, across="center", up="top")
+        self.words(text, self.x(x), self.BOTTOM - 15, anchor="middle")
 
     def beside(self, y: float, text: str, *, ink: bool = False) -> None:
         """Write a text to the left of a value of y."""
-        self.words(text, self._left - 6, self.y(y) - 3.6, across="right", up="baseline", ink=ink)
+        self.words(text, self._left - 6, self.y(y) - 3.6, anchor="end", ink=ink)
 
     def name_x(self, text: str) -> None:
         """Write what x is, below its values on the right."""
-        self.words(text, self._left + self._width, self.BOTTOM - 20, across="right", up="top")
+        self.words(text, self._left + self._width, self.BOTTOM - 30, anchor="end")
 
     def name_y(self, text: str) -> None:
         """Write what y is, above its values."""
-        self.words(text, self._left - 6, self.BOTTOM + self._height + 3, across="right", up="bottom")
+        self.words(text, self._left - 6, self.BOTTOM + self._height + 5, anchor="end")
 
     def _path(self, points: Sequence[tuple[float, float]], each: int, **style: Any) -> None:
         from matplotlib.patches import PathPatch  # noqa: PLC0415 - only drawing needs it
@@ -164,15 +158,19 @@ def panel(name: str, draw: Callable[[Canvas], None], *, height: int = 220, left:
     from matplotlib.figure import Figure  # noqa: PLC0415 - only drawing needs it
 
     figure = Figure(figsize=(WIDTH / 72, height / 72), dpi=72, frameon=False)
-    draw(Canvas(figure, height, left, right))
+    canvas = Canvas(figure, height, left, right)
+    draw(canvas)
     content = io.StringIO()
     figure.savefig(content, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    return _inline(content.getvalue(), name, height)
+    drawn = _inline(content.getvalue(), name)
+    texts = "\n".join(canvas.texts)
+    return f'<svg viewBox="0 0 {WIDTH} {height}" aria-hidden="true">{drawn}\n{texts}\n</svg>'
 
 
-def _inline(text: str, name: str, height: int) -> str:
-    text = _DROPPED.sub("", _HEAD.sub("", text, count=1))
-    text = _TAG.sub(lambda tag: _NUMBER.sub(r"\1", tag[0]), text)  # places, not what is written
+def _inline(text: str, name: str) -> str:
+    """Return what is in an SVG that matplotlib wrote, in the colors of the page and with references of its own."""
+    text = _DROPPED.sub("", text[text.index("<svg") :])
+    text = text[text.index(">") + 1 : text.rindex("</svg>")]
+    text = _TAG.sub(lambda tag: _NUMBER.sub(r"\1", tag[0]), text)
     text = _PLACEHOLDER.sub(lambda match: _VARIABLE[match[0]], _GROUP_ID.sub(r"\1", text))
-    text = re.sub(r"\n\s*", "\n", _REFERENCE.sub(rf"\g<1>{name}-", text))
-    return f'<svg viewBox="0 0 {WIDTH} {height}" aria-hidden="true">{text}'.rstrip()
+    return re.sub(r"\n\s*", "\n", _REFERENCE.sub(rf"\g<1>{name}-", text)).strip()
