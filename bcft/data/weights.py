@@ -3,6 +3,8 @@
 import math
 from collections.abc import Sequence
 
+import numpy as np
+
 from bcft.config.schema import TrainingSettings
 from bcft.errors import DataError, UsageError
 from bcft.training.tokens import weighing, weights_of
@@ -77,6 +79,17 @@ def check_marks(demonstrations: Sequence[Demonstration], train_on: str) -> None:
 
 
 # Rows
+def mean_weight(weights: np.ndarray, rows: np.ndarray | None = None) -> float:
+    """Return the mean weight of all rows; weights: (N,), not all 0; rows: how many have each weight (N,), None: one.
+
+    Weights divided by it are 1 in the mean, whatever their unit, and exactly 1 where they are equal.
+    """
+    counts = np.ones(len(weights)) if rows is None else rows
+    most = float(weights.max())
+    # Divided first: the sum of weights near the largest float is not finite.
+    return most * (math.fsum(weights / most * counts) / float(counts.sum()))
+
+
 def scaled(examples: Sequence[TrainingExample], training: TrainingSettings) -> tuple[Sequence[TrainingExample], str]:
     """Return the examples with weights of mean 1, and a note; with the weights as given under `loss_reduction: sum`.
 
@@ -91,9 +104,7 @@ def scaled(examples: Sequence[TrainingExample], training: TrainingSettings) -> t
         raise UsageError(f"loss_type: {training.loss_type} takes no weights of rows: give nll, or remove the weights")
     if training.passed_through.get("label_smoothing_factor"):
         raise UsageError("label_smoothing_factor: it takes no weights of rows: leave it out, or remove the weights")
-    most, least = float(weights.max()), float(weights.min())
-    # Divided first: the sum of weights near the largest float is not finite.
-    mean = most * (math.fsum(weights / most) / len(weights))
+    most, least, mean = float(weights.max()), float(weights.min()), mean_weight(weights)
     note = f"weights: rows weigh {least:.4g} to {most:.4g} in the loss"
     if training.loss_reduction == "sum":
         return examples, f"{note}, not scaled: loss_reduction is sum"

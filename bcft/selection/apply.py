@@ -13,7 +13,7 @@ from bcft.runs.storage import KEPT, SCORES, write_jsonl
 from bcft.selection.brief import Scored, score_line
 from bcft.selection.filter import Rule, Selection, select
 from bcft.selection.scoring import Score
-from bcft.selection.weights import scaled, weigh
+from bcft.selection.weights import of_rows, weigh
 from bcft.types import Problem, Source, TrainingExample
 
 
@@ -29,6 +29,8 @@ class Filtered:
     """How many examples there are."""
     silent: int
     """Kept trajectories that are empty and make no example."""
+    weightless: int
+    """Kept trajectories whose weight is 0 beside the others; they make no example either."""
     wrong_steps: int | None
     """Kept solutions with a wrong step; None if steps cannot be checked."""
     weights: Mapping[str, float]
@@ -42,6 +44,9 @@ class Filtered:
         if self.silent:  # labels of a stop token alone would teach the policy to say nothing
             empty = "trajectory is empty and is" if self.silent == 1 else "trajectories are empty and are"
             note = f"{note} {self.silent} kept {empty} not used for training.".strip()
+        if self.weightless:
+            weigh = "trajectory weighs" if self.weightless == 1 else "trajectories weigh"
+            note = f"{note} {self.weightless} kept {weigh} 0 beside the others: not used for training.".strip()
         metrics: dict[str, Any] = {
             "requested_fraction": selection.requested_fraction,
             "cutoff": selection.cutoff,
@@ -129,14 +134,18 @@ def stream_filter(
     if rule.row_weight != "none":
         made = {candidates[number].id: len(rows(number)) for number in kept}
         empty = {identity for identity, n in made.items() if not n}
-        weights = scaled(weigh(candidates, selection.decisions, rule, empty=empty), made)
+        weights = of_rows(weigh(candidates, selection.decisions, rule, empty=empty), made)
     count = Counter[str]()
     carried: list[float] = []
 
     def examples() -> Iterator[TrainingExample]:
+        """Yield the rows to train, counting on the way what becomes of each kept trajectory."""
         for number in kept:
             made = rows(number)
             count["silent"] += not made
+            if made and weights and candidates[number].id not in weights:
+                count["weightless"] += 1
+                continue
             count["rows"] += len(made)
             for example in made:
                 if check_steps is not None:
@@ -157,6 +166,7 @@ def stream_filter(
         examples=(),
         rows=count["rows"],
         silent=count["silent"],
+        weightless=count["weightless"],
         wrong_steps=None if check_steps is None else count["wrong"],
         weights=figures,
     )
