@@ -29,11 +29,11 @@ def weigh(
     maxrl: of N attempts at a problem K are right, and each of these weighs 1/K. With all of them kept and one step on
     the policy that made them, the sum of weight x score over a problem's attempts has as its expectation the gradient
     of the likelihood of being right, truncated at order N: sum over k = 1 ... N of (1 - p)^(k - 1) grad p, where p is
-    the chance to be right (Tajwar et al. 2026, https://arxiv.org/abs/2602.02710, section 4). K counts before duplicates
+    the chance to be right (Tajwar et al. 2026, https://arxiv.org/abs/2602.02710). K counts before duplicates
     are merged and before `max_per_problem`. A truncated attempt is never trained, so it does not count as right.
 
     reward: exp(reward / weight_temperature), the weights of reward-weighted regression (Peters and Schaal 2007; Peng et
-    al. 2019, https://arxiv.org/abs/1910.00177, section 2), up to a factor.
+    al. 2019, https://arxiv.org/abs/1910.00177), up to a factor.
 
     With both, the duplicates of a kept trajectory add their weights to it. none: 1, whatever repeats it. empty: kept
     trajectories that make no row, which get no weight.
