@@ -11,6 +11,9 @@ from bcft.training.tokens import weighing, weights_of
 from bcft.types import Demonstration, Message, TrainingExample
 from bcft.types import messages as as_messages
 
+_LARGE = 1e100
+"""Weights above it are divided first: the sum of some near the largest float is not finite."""
+
 
 # Turns
 def trained_turns(demonstration: Demonstration, train_on: str) -> list[bool]:
@@ -79,15 +82,16 @@ def check_marks(demonstrations: Sequence[Demonstration], train_on: str) -> None:
 
 
 # Rows
-def mean_weight(weights: np.ndarray, rows: np.ndarray | None = None) -> float:
-    """Return the mean weight of all rows; weights: (N,), not all 0; rows: how many have each weight (N,), None: one.
+def to_mean_1(weights: np.ndarray, rows: np.ndarray | None = None) -> np.ndarray:
+    """Return weights (N,), not all 0, times the factor that makes 1 their mean over all rows; equal ones are exactly 1.
 
-    Weights divided by it are 1 in the mean, whatever their unit, and exactly 1 where they are equal.
+    rows: how many rows have each weight (N,); None: one.
     """
     counts = np.ones(len(weights)) if rows is None else rows
     most = float(weights.max())
-    # Divided first: the sum of weights near the largest float is not finite.
-    return most * (math.fsum(weights / most * counts) / float(counts.sum()))
+    shares = weights / most if most > _LARGE else weights
+    made: np.ndarray = shares * float(counts.sum()) / math.fsum(shares * counts)
+    return made
 
 
 def scaled(examples: Sequence[TrainingExample], training: TrainingSettings) -> tuple[Sequence[TrainingExample], str]:
@@ -104,13 +108,13 @@ def scaled(examples: Sequence[TrainingExample], training: TrainingSettings) -> t
         raise UsageError(f"loss_type: {training.loss_type} takes no weights of rows: give nll, or remove the weights")
     if training.passed_through.get("label_smoothing_factor"):
         raise UsageError("label_smoothing_factor: it takes no weights of rows: leave it out, or remove the weights")
-    most, least, mean = float(weights.max()), float(weights.min()), mean_weight(weights)
+    made, most, least = to_mean_1(weights), float(weights.max()), float(weights.min())
+    mean = most / float(made.max())
     note = f"weights: rows weigh {least:.4g} to {most:.4g} in the loss"
     if training.loss_reduction == "sum":
         return examples, f"{note}, not scaled: loss_reduction is sum"
     if math.isclose(mean, 1.0, rel_tol=1e-9):
         return examples, f"{note}, 1 in the mean"
-    made = weights / mean
     if not (made != 1.0).any():
         words = f"weights: every row has the weight {most:.4g}, which is as if there were none"
         return weighing(examples, made), words

@@ -45,8 +45,8 @@ class Filtered:
             empty = "trajectory is empty and is" if self.silent == 1 else "trajectories are empty and are"
             note = f"{note} {self.silent} kept {empty} not used for training.".strip()
         if self.weightless:
-            weigh = "trajectory weighs" if self.weightless == 1 else "trajectories weigh"
-            note = f"{note} {self.weightless} kept {weigh} 0 beside the others: not used for training.".strip()
+            light = "trajectory weighs" if self.weightless == 1 else "trajectories weigh"
+            note = f"{note} {self.weightless} kept {light} 0 beside the others: not used for training.".strip()
         metrics: dict[str, Any] = {
             "requested_fraction": selection.requested_fraction,
             "cutoff": selection.cutoff,

@@ -11,7 +11,7 @@ from math import exp, fsum
 import numpy as np
 
 from bcft.config.schema import RuleSettings
-from bcft.data.weights import mean_weight
+from bcft.data.weights import to_mean_1
 from bcft.selection.filter import Candidate, Decision, Reason
 
 _NOT_RIGHT: tuple[Reason, ...] = ("errored", "ungraded", "truncated", "failed")
@@ -67,4 +67,4 @@ def of_rows(weights: Mapping[str, float], rows: Mapping[str, int]) -> dict[str, 
     if not given:
         return {}
     values, counts = np.array([*given.values()]), np.array([rows[identity] for identity in given])
-    return dict(zip(given, (values / mean_weight(values, counts)).tolist(), strict=True))
+    return dict(zip(given, to_mean_1(values, counts).tolist(), strict=True))
