@@ -15,7 +15,7 @@ from bcft.config.entries import Recipe
 from bcft.config.loader import Config, load
 from bcft.config.python import Rows, named_rows, rows_of, switches
 from bcft.data.loading import Splits, load_splits
-from bcft.environments.base import rollout_settings, step_checker
+from bcft.environments.base import check_system_prompt, rollout_settings, step_checker
 from bcft.evaluation.metrics import diversity, tally
 from bcft.reporting.tables import say
 from bcft.runs.clock import Clock
@@ -62,6 +62,7 @@ def run_config(config: Config, *, rows: Rows | None = None) -> dict[str, Any]:
         problems = splits.problems_to_attempt()
         rollouts = rollout_settings(config.sampling, config.environment, seed=config.training.seed)
         held_out, environment = [d.problem for d in splits.held_out], config.environment.environment
+        check_system_prompt(config.data.system_prompt, rollouts, problems.values())
         scorer = Scorer.of(config.selection, held_out, environment=environment, own=splits.reward)
     if note := splits.note_conflicts(None if environment else scorer.columns_read):
         say(note, quiet=config.quiet)

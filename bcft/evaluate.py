@@ -17,7 +17,7 @@ from bcft.config.entries import Recipe
 from bcft.config.loader import Config, load
 from bcft.config.python import Rows, named_rows, rows_of, switches
 from bcft.data.loading import Splits, load_splits
-from bcft.environments.base import rollout_settings
+from bcft.environments.base import check_system_prompt, rollout_settings
 from bcft.errors import DataError, UsageError
 from bcft.evaluation.budget import samples_of
 from bcft.evaluation.results import Measured
@@ -65,6 +65,7 @@ def run_config(config: Config, *, rows: Rows | None = None) -> dict[str, Any]:
             _refuse_trained(config, splits, name, rows)
         rollouts = rollout_settings(config.sampling, config.environment, seed=config.training.seed)
         held_out, environment = [d.problem for d in splits.held_out], config.environment.environment
+        check_system_prompt(config.data.system_prompt, rollouts, held_out)
         scorer = Scorer.of(config.selection, held_out, environment=environment, own=splits.reward)
     if note := splits.note_conflicts(None if environment else scorer.columns_read):
         say(note, quiet=config.quiet)

@@ -17,7 +17,7 @@ from bcft.config.entries import Recipe
 from bcft.config.loader import Config, load
 from bcft.config.python import Rows, named_rows, rows_of, switches
 from bcft.data.loading import load_splits
-from bcft.environments.base import rollout_settings
+from bcft.environments.base import check_system_prompt, rollout_settings
 from bcft.reporting.report import Redraw, check_against
 from bcft.reporting.tables import say
 from bcft.rewards.base import Reward, described
@@ -102,6 +102,7 @@ def run_config(
         splits.require_dev(config.evaluation.eval_dev_problems)
         problems = splits.problems_to_attempt()
         rollouts = rollout_settings(config.sampling, config.environment, seed=config.training.seed, make=environment)
+        check_system_prompt(config.data.system_prompt, rollouts, problems.values())
         held_out = [d.problem for d in splits.held_out]
         name = config.environment.environment
         scorer = Scorer.of(config.selection, held_out, environment=name, reward_funcs=reward_funcs, own=splits.reward)

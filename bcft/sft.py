@@ -15,7 +15,7 @@ from bcft.config.entries import Recipe
 from bcft.config.loader import Config, load
 from bcft.config.python import Rows, named_rows, rows_of, switches
 from bcft.data.loading import load_splits
-from bcft.environments.base import rollout_settings
+from bcft.environments.base import check_system_prompt, rollout_settings
 from bcft.runs.progress import Progress
 from bcft.selection.scoring import Scorer
 
@@ -54,6 +54,7 @@ def run_config(config: Config, *, rows: Rows | None = None) -> dict[str, Any]:
         splits = load_splits(config.data, config.evaluation, train=rows)
         rollouts = rollout_settings(config.sampling, config.environment, seed=config.training.seed)
         held_out = [d.problem for d in splits.held_out]
+        check_system_prompt(config.data.system_prompt, rollouts, held_out)
         scorer = Scorer.of(config.selection, held_out, environment=config.environment.environment, own=splits.reward)
 
     def work(session: Session) -> dict[str, Any]:

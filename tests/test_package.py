@@ -26,7 +26,8 @@ LIGHT = [
     *("config.effects", "config.entries", "config.python", "reporting.costs", "reporting.dry_run"),
     *("evaluation.budget", "runs.disk", "data.files", "data.sources", "policy.hub_errors", "policy.text_ids"),
     *("integrations.reasoning_gym", "integrations.trl_environment"),
-    *("policy.template", "selection.functions", "selection.store", "rewards.signature", "rewards.awaiting"),
+    *("policy.template", "policy.template_kwargs", "selection.functions", "selection.store"),
+    *("rewards.signature", "rewards.awaiting"),
     *("policy.gguf", "runs.progress", "sft", "filtered", "evaluate", "collect", "refilter", "preview"),
 ]
 BROAD_EXCEPT = {"rollout/threads.py", "rewards/base.py", "environments/tools.py"}

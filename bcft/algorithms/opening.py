@@ -106,8 +106,8 @@ def discard_stale(history: History, drift: Collection[str]) -> None:
     if remeasures(drift):
         stale += [history.path(0), *history.directory.glob("round_*/test")]
         (history.path(0) / REFERENCE).unlink(missing_ok=True)
-        for scaled in history.directory.glob("round_*/scale_*"):
-            shutil.rmtree(scaled)
+        for measured in history.directory.glob("round_*/scale_*"):
+            shutil.rmtree(measured)
     for file in [file for directory in stale for file in directory.glob("evaluation.json*")]:
         file.unlink()
 

@@ -18,14 +18,13 @@ from bcft.algorithms.session import Session
 from bcft.config.loader import Config
 from bcft.data.checks import check_prompts, without_special_tokens
 from bcft.data.counts import ExampleCounts
-from bcft.data.examples import make_examples
+from bcft.data.examples import held_out_examples, make_examples
 from bcft.data.loading import Splits
 from bcft.data.weights import scaled
 from bcft.errors import UsageError
 from bcft.evaluation.budget import samples_of, test_attempts
 from bcft.evaluation.held_out import measure
 from bcft.evaluation.results import Measured, stored
-from bcft.policy.chat_template import Renderer
 from bcft.policy.loading import (
     Policy,
     check_disk,
@@ -56,7 +55,7 @@ from bcft.runs.storage import (
 )
 from bcft.selection.scoring import Scorer
 from bcft.training.checks import check_training
-from bcft.types import Demonstration, RolloutSettings, TrainingExample
+from bcft.types import RolloutSettings, TrainingExample
 
 if TYPE_CHECKING:
     from bcft.training.trainer import Fit
@@ -165,23 +164,16 @@ def _rows(config: Config, splits: Splits, session: Session) -> Rows:
         train_on=config.data.train_on,
     )
     weighted, weights_note = scaled(examples, config.training)
-    dev, test = (_held_out_examples(config, renderer, part, limit) for part in (splits.dev, splits.test))
+    dev, test = (
+        held_out_examples(part, renderer, special_tokens=special, max_length=limit, train_on=config.data.train_on)
+        for part in (splits.dev, splits.test)
+    )
     check_disk(session.path, name, config.model, config.training, copies=copies_of_sft(config.training))
     others = sum(d.sampled is not None and d.tokenizer != renderer.fingerprint for d in splits.train)
     if others:
         others_note = f"rows: {others:,} were sampled with another tokenizer, and are tokenized from their text"
         return Rows(weighted, dev, test, counts, (note, weights_note, others_note))
     return Rows(weighted, dev, test, counts, (note, weights_note))
-
-
-def _held_out_examples(
-    config: Config, renderer: Renderer, demonstrations: Sequence[Demonstration], limit: int
-) -> Sequence[TrainingExample]:
-    """Return examples to take a loss on, of those problems that come with a solution."""
-    bare, _ = without_special_tokens(
-        [d for d in demonstrations if d.answered], renderer, special_tokens=config.data.special_tokens
-    )
-    return make_examples(bare, renderer, max_length=limit, train_on=config.data.train_on, may_be_empty=True)[0]
 
 
 def _discard_stale(session: Session) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from hashlib import blake2b
 from itertools import pairwise
 
 from bcft.errors import DataError
@@ -32,18 +33,20 @@ def check_prompts(problems: Iterable[Problem], renderer: Renderer, *, special_to
     Also renders the first prompt of each kind (its roles and template arguments), so that what the template refuses is
     reported with its place. special_tokens: `raise`, `strip` or `text`, as in the recipe.
     """
-    kinds: dict[str, Problem] = {}
+    kinds: set[bytes] = set()
     first: tuple[Problem, str] | None = None
     rendered = given = 0
     for problem in problems:
         given += 1
         roles = [message["role"] for message in as_messages(problem.prompt)]
-        kinds.setdefault(f"{roles} {problem.template_kwargs}", problem)
+        # A hash: where every row has tools of its own there are as many kinds as rows.
+        kind = blake2b(f"{roles} {problem.template_kwargs}".encode(), digest_size=8).digest()
+        if kind not in kinds:
+            kinds.add(kind)
+            with placed(problem.where):
+                renderer.prompts([problem.prompt], [problem.template_kwargs])
         if special_tokens != "text" and (mark := renderer.rendered_mark(problem.prompt)):
             first, rendered = first or (problem, mark), rendered + 1
-    for problem in kinds.values():
-        with placed(problem.where):
-            renderer.prompts([problem.prompt], [problem.template_kwargs])
     if first:
         problem, mark = first
         where = "begins with" if as_messages(problem.prompt)[0]["content"].lstrip().startswith(mark) else "ends with"

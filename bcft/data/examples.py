@@ -6,12 +6,14 @@ refused.
 
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from itertools import accumulate, islice, pairwise
 from typing import Any
 
-from bcft.data.checks import check_labels, is_usable, placed
+import numpy as np
+
+from bcft.data.checks import check_labels, is_usable, placed, without_special_tokens
 from bcft.data.counts import ExampleCounts
 from bcft.data.weights import check_marks, marked_turns, trained_turns, unmarked
 from bcft.errors import DataError
@@ -57,50 +59,95 @@ def make_examples(
     if not may_be_empty:
         check_marks(demonstrations, train_on)
     # Other marks make other labels of the same ids.
-    tokens, origins, as_sampled = Tokens(by_labels=train_on == "marked"), array("q"), bytearray()
-    too_long: TrainingExample | None = None
-    longest = overlong = unsupervised = weightless = 0
-    weighted = False
+    collected = _Collected(Tokens(by_labels=train_on == "marked"), max_length)
     for number, (demonstration, made) in enumerate(_tokenized(demonstrations, renderer, train_on)):
-        weighted = weighted or demonstration.weight != 1.0
-        if made is None:
-            weightless += 1
-            continue
-        longest = max([longest, *(len(example.input_ids) for example in made)])
-        unsupervised += not made
-        for example in made:
-            if len(example.input_ids) > max_length:
-                too_long, overlong = too_long or example, overlong + 1
-            else:
-                check_labels(example, renderer)
-                tokens.append(example)
-                origins.append(number)
-                as_sampled.append(example is demonstration.sampled)
-    if too_long and overlength == "raise":
-        raise DataError(_too_long(too_long, overlong, max_length))
-    kept, weights = tokens.distinct(add_weights=weighted)
-    counts = ExampleCounts(
-        given=len(tokens) + overlong + unsupervised + weightless,
-        kept=len(kept),
-        overlong=overlong,
-        duplicate=len(tokens) - len(kept),
-        unsupervised=unsupervised,
-        tokens=int(tokens.lengths[kept].sum()),
-        tokens_supervised=int(tokens.supervised[kept].sum()),
-        longest=longest,
-        bos=renderer.bos_count,
-        stop=repr(renderer.tokenizer.convert_ids_to_tokens(renderer.tail_ids[-1])),
-        sampled=sum(as_sampled[row] for row in kept),
-        weightless=weightless,
-    )
+        collected.add(number, demonstration, made, renderer)
+    if collected.too_long and overlength == "raise":
+        raise DataError(_too_long(collected.too_long, collected.overlong, max_length))
+    kept, weights = collected.tokens.distinct(add_weights=collected.weighted)
+    counts = collected.counts(kept, renderer)
     if not counts.kept and not may_be_empty:
         raise DataError(_nothing_left(demonstrations, counts, max_length))
 
     def text_of(row: int, input_ids: tuple[int, ...], labels: tuple[int, ...]) -> TrainingExample:
-        given = demonstrations[origins[row]]
-        return given.sampled if as_sampled[row] and given.sampled else _example(given, input_ids, labels)
+        given = demonstrations[collected.origins[row]]
+        return given.sampled if collected.as_sampled[row] and given.sampled else _example(given, input_ids, labels)
 
-    return Examples(tokens, kept, weights, text_of), counts
+    return Examples(collected.tokens, kept, weights, text_of), counts
+
+
+@dataclass
+class _Collected:
+    """The tokens of the examples so far, what each is made from, and what was counted of those left out."""
+
+    tokens: Tokens
+    limit: int
+    """Most tokens of an example."""
+    origins: "array[int]" = field(default_factory=lambda: array("q"))
+    """The number of the demonstration that each example is made from."""
+    as_sampled: bytearray = field(default_factory=bytearray)
+    """Whether each has the ids that were sampled."""
+    weighted: bool = False
+    """Whether rows have weights. One of weight 0 is not there, so it does not count."""
+    too_long: TrainingExample | None = None
+    longest: int = 0
+    overlong: int = 0
+    unsupervised: int = 0
+    weightless: int = 0
+
+    def add(
+        self, number: int, demonstration: Demonstration, made: list[TrainingExample] | None, renderer: Renderer
+    ) -> None:
+        """Add the examples of the demonstration with this number, as `_tokenized` makes them."""
+        if made is None:
+            self.weightless += 1
+            return
+        self.weighted = self.weighted or demonstration.weight != 1.0
+        self.longest = max([self.longest, *(len(example.input_ids) for example in made)])
+        self.unsupervised += not made
+        for example in made:
+            if len(example.input_ids) > self.limit:
+                self.too_long, self.overlong = self.too_long or example, self.overlong + 1
+            else:
+                check_labels(example, renderer)
+                self.tokens.append(example)
+                self.origins.append(number)
+                self.as_sampled.append(example is demonstration.sampled)
+
+    def counts(self, kept: np.ndarray, renderer: Renderer) -> ExampleCounts:
+        """Return the counts; kept: the examples that repeat no other."""
+        tokens = self.tokens
+        return ExampleCounts(
+            given=len(tokens) + self.overlong + self.unsupervised + self.weightless,
+            kept=len(kept),
+            overlong=self.overlong,
+            duplicate=len(tokens) - len(kept),
+            unsupervised=self.unsupervised,
+            tokens=int(tokens.lengths[kept].sum()),
+            tokens_supervised=int(tokens.supervised[kept].sum()),
+            longest=self.longest,
+            bos=renderer.bos_count,
+            stop=repr(renderer.tokenizer.convert_ids_to_tokens(renderer.tail_ids[-1])),
+            sampled=sum(self.as_sampled[row] for row in kept),
+            weightless=self.weightless,
+        )
+
+
+def held_out_examples(
+    demonstrations: Sequence[Demonstration],
+    renderer: Renderer,
+    *,
+    special_tokens: str,
+    max_length: int,
+    train_on: str,
+) -> Examples:
+    """Return the examples to take a loss on, of those held-out problems that come with a solution.
+
+    A held-out loss is that of the tokens, whatever a row would weigh in training.
+    """
+    answered = [replace(d, weight=1.0) for d in demonstrations if d.answered]
+    bare, _ = without_special_tokens(answered, renderer, special_tokens=special_tokens)
+    return make_examples(bare, renderer, max_length=max_length, train_on=train_on, may_be_empty=True)[0]
 
 
 def _example(demonstration: Demonstration, input_ids: tuple[int, ...], labels: tuple[int, ...]) -> TrainingExample:

@@ -186,6 +186,11 @@ def _lines(row: Mapping[str, Any], where: str, form: RowFormat) -> dict[str, Any
         raise DataError(f"{where}: dataset_format: lines needs system_prompt and prompt_column")
     if not isinstance(row.get(form.prompt_column), str):
         raise DataError(f"{where}: prompt_column: there is no text in the column {form.prompt_column!r}: {names(row)}")
+    if form.prompt_column != "prompt" and not is_empty(row.get("prompt")):
+        raise DataError(
+            f"{where}: column 'prompt': prompt_column is {form.prompt_column}, and nothing else reads it: rename or "
+            f"remove it"
+        )
     made = {key: value for key, value in row.items() if key not in ("conversation", "prompt")}
     talk = [{"role": "user", "content": form.system_prompt}]
     for number, line in enumerate(row["conversation"]):

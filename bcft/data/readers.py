@@ -14,7 +14,7 @@ from bcft.errors import DataError
 from bcft.rewards.base import REFERENCE_COLUMNS
 from bcft.rewards.signature import TRL_ARGUMENTS
 from bcft.types import Demonstration, Message, Problem, Prompt, TrainingExample, messages, problem_id, show
-from bcft.types.calls import tools
+from bcft.types.calls import texts, tools
 from bcft.types.plain import is_empty, says_no, says_yes, valid_text
 
 SAMPLED_COLUMNS = {"prompt", "completion", "input_ids", "labels", "problem_id"}
@@ -69,6 +69,9 @@ def demonstration(
     given = _stated(row)
     if given.keys() >= SAMPLED_COLUMNS:
         return _sampled(given, where, form)
+    column, talks = form.completion_column, row.get("messages") is not None
+    if column is not None and column not in row and not talks and not problem_only:
+        raise DataError(f"{where}: completion_column: there is no column {column!r}; the row has {names(row)}")
     if (named := in_trl_columns(row, where, form)) is not row:
         given = _stated(named)
     made = _read(given, where, problem_only=problem_only)
@@ -156,7 +159,10 @@ def _weight(value: Any, where: str) -> float:
 
 
 def _check_columns(columns: dict[str, Any], where: str) -> None:
-    """Raise DataError for a reference that is null, and for tools or arguments of the template of another form."""
+    """Raise DataError for a null reference, text that no file can hold, and tools or arguments of another form."""
+    for key, value in columns.items():
+        if any(isinstance(text, str) and not _is_text(text) for text in texts(value)):
+            raise DataError(f"{where}: {key}: {show(value)} has half of a surrogate pair: not valid text")
     for key in REFERENCE_COLUMNS:
         if key in columns and columns[key] is None:
             raise DataError(f"{where}: {key}: null: give every row its reference answer, or remove the column")
@@ -266,6 +272,14 @@ def _messages(value: Any, where: str) -> list[Message]:
         return messages(value)
     except ValueError as error:
         raise DataError(f"{where}: {error}") from error
+
+
+def _is_text(text: str) -> bool:
+    """Return whether a file can hold a text."""
+    try:
+        return text.isascii() or bool(text.encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def _text(value: str, where: str) -> str:

@@ -195,14 +195,16 @@ def files_of(patterns: Sequence[str]) -> list[Path]:
             if not found:
                 raise DataError(f"dataset_name: {single} does not exist")
             files += found
-    for place, path in enumerate(files):
+    seen: set[Path] = set()
+    for path in files:
         if path.is_dir():
             raise DataError(f"dataset_name: {path} is a directory: name the files in it, such as {path}/*.jsonl")
         if not suffix_of(path):
             known = ", ".join(SUFFIXES)
             raise DataError(f"dataset_name: {path} is there, but not a format that can be read: {known}")
-        if path in files[:place]:
+        if (place := path.resolve()) in seen:
             raise DataError(f"dataset_name: {path} is meant twice: name each file once")
+        seen.add(place)
         if path.name == KEPT and len(files) > 1:
             raise DataError(f"dataset_name: {path} has the kept rows of a run: give it alone")
     return files

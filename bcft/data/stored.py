@@ -10,15 +10,14 @@ import json
 import os
 import tempfile
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from hashlib import blake2b
 from typing import Any
 
 import numpy as np
 
 from bcft.environments.base import SHARES, Split
-from bcft.errors import StorageError
+from bcft.runs.storage import temporary_storage
 from bcft.types import Demonstration, Lazy, Problem, Prompt, TrainingExample
 
 IN_MEMORY = 64 << 20
@@ -52,7 +51,7 @@ class Store:
             self._objects[number] = row
             self._room -= len(content)
         else:
-            with _storage():
+            with temporary_storage("the rows"):
                 if self._file is None:
                     self._file = tempfile.TemporaryFile(prefix="bcft-", buffering=1 << 16)  # noqa: SIM115 - stays open
                 self._file.write(content)
@@ -72,7 +71,7 @@ class Store:
         if (row := self._objects.get(number)) is not None:
             return row
         if not self._written:
-            with _storage():
+            with temporary_storage("the rows"):
                 self._file.flush()
             self._written = True
         start, end = self._ends[number], self._ends[number + 1]
@@ -205,14 +204,3 @@ def _is_plain(value: object) -> bool:
     if kind is dict:
         return all(type(key) is str and _is_plain(item) for key, item in value.items())  # type: ignore[attr-defined]
     return kind in (str, float, bool, type(None))
-
-
-@contextmanager
-def _storage() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise StorageError(
-            f"cannot write the rows to a temporary file in {tempfile.gettempdir()}: {error.strerror or error}: make "
-            f"room there, or set TMPDIR to a directory on a disk with room"
-        ) from error

@@ -3,11 +3,16 @@
 import math
 from collections.abc import Sequence
 
+import numpy as np
+
 from bcft.config.schema import TrainingSettings
 from bcft.errors import DataError, UsageError
 from bcft.training.tokens import weighing, weights_of
 from bcft.types import Demonstration, Message, TrainingExample
 from bcft.types import messages as as_messages
+
+_LARGE = 1e100
+"""Weights above it are divided first: the sum of some near the largest float is not finite."""
 
 
 # Turns
@@ -77,6 +82,18 @@ def check_marks(demonstrations: Sequence[Demonstration], train_on: str) -> None:
 
 
 # Rows
+def to_mean_1(weights: np.ndarray, rows: np.ndarray | None = None) -> np.ndarray:
+    """Return weights (N,), not all 0, times the factor that makes 1 their mean over all rows; equal ones are exactly 1.
+
+    rows: how many rows have each weight (N,); None: one.
+    """
+    counts = np.ones(len(weights)) if rows is None else rows
+    most = float(weights.max())
+    shares = weights / most if most > _LARGE else weights
+    made: np.ndarray = shares * float(counts.sum()) / math.fsum(shares * counts)
+    return made
+
+
 def scaled(examples: Sequence[TrainingExample], training: TrainingSettings) -> tuple[Sequence[TrainingExample], str]:
     """Return the examples with weights of mean 1, and a note; with the weights as given under `loss_reduction: sum`.
 
@@ -91,15 +108,13 @@ def scaled(examples: Sequence[TrainingExample], training: TrainingSettings) -> t
         raise UsageError(f"loss_type: {training.loss_type} takes no weights of rows: give nll, or remove the weights")
     if training.passed_through.get("label_smoothing_factor"):
         raise UsageError("label_smoothing_factor: it takes no weights of rows: leave it out, or remove the weights")
-    most, least = float(weights.max()), float(weights.min())
-    # Divided first: the sum of weights near the largest float is not finite.
-    mean = most * (math.fsum(weights / most) / len(weights))
+    made, most, least = to_mean_1(weights), float(weights.max()), float(weights.min())
+    mean = most / float(made.max())
     note = f"weights: rows weigh {least:.4g} to {most:.4g} in the loss"
     if training.loss_reduction == "sum":
         return examples, f"{note}, not scaled: loss_reduction is sum"
     if math.isclose(mean, 1.0, rel_tol=1e-9):
         return examples, f"{note}, 1 in the mean"
-    made = weights / mean
     if not (made != 1.0).any():
         words = f"weights: every row has the weight {most:.4g}, which is as if there were none"
         return weighing(examples, made), words

@@ -7,7 +7,7 @@ a mapping `DATASETS` from their `bcft:` names to an `EmbeddedDataset`.
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
@@ -21,7 +21,7 @@ from bcft.environments.tools import toolbox
 from bcft.errors import UsageError
 from bcft.integrations.trl_environment import Pool, TRLEnvironment, is_trl_environment
 from bcft.rewards.base import import_function, name_of, users_code
-from bcft.types import Environment, RolloutSettings
+from bcft.types import Environment, Problem, RolloutSettings, messages, show
 
 Split = Literal["train", "dev", "test"]
 SHARES: dict[Split, tuple[float, float]] = {"test": (0.0, 0.05), "dev": (0.05, 0.1), "train": (0.1, 1.0)}
@@ -128,6 +128,27 @@ def environment_factory(
         with users_code(f"environment: {name}: close raised", UsageError):
             first.close()
     return make
+
+
+def check_system_prompt(text: str | None, rollouts: RolloutSettings, problems: Iterable[Problem]) -> None:
+    """Raise UsageError if the policy would not read the recipe's `system_prompt` first, at the first of the problems.
+
+    An environment may begin with a message of its own: then it has to give the system message itself.
+    """
+    problem = next(iter(problems), None)
+    if text is None or problem is None:
+        return
+    environment = rollouts.make_environment()
+    with users_code("environment: reset raised", UsageError):
+        first = messages(environment.reset(problem, seed=0))
+        if isinstance(environment, Closing):
+            environment.close()
+    if first[0]["content"] != text:
+        own = "the environment" if rollouts.make_environment is not SingleTurn else "the row's own prompt"
+        raise UsageError(
+            f"system_prompt: the policy would not read it: {own} begins with {show(first[0]['content'])} "
+            f"({problem.where}): begin it with a system message, or remove system_prompt"
+        )
 
 
 def rollout_settings(

@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
-from bcft.errors import UsageError
+from bcft.errors import BcftError, UsageError
 from bcft.rewards.awaiting import start
 from bcft.rewards.base import name_of, users_code
 from bcft.types import Message, show
@@ -58,7 +58,7 @@ class Toolbox:
             value = self.functions[name](**called["arguments"])
             return start(value) if inspect.isawaitable(value) else value
         except Exception as error:  # what a tool raises is for the policy to read
-            return _error(error)
+            return _read(error)
 
 
 def toolbox(environment: object, name: str) -> Toolbox | None:
@@ -114,11 +114,21 @@ def _settled(value: Any) -> Any:
     try:
         return value.result()
     except Exception as error:  # as of a plain function
-        return _error(error)
+        return _read(error)
 
 
-def _error(error: Exception | str) -> dict[str, str]:
-    return {"error": str(error)}
+def _read(error: Exception) -> dict[str, str]:
+    """Return what the policy reads of an exception. Raises it where it is no answer to a call.
+
+    That is a request to stop the run, which arrives within any call, and memory that has run out.
+    """
+    if isinstance(error, BcftError | MemoryError):
+        raise error
+    return _error(str(error))
+
+
+def _error(text: str) -> dict[str, str]:
+    return {"error": text}
 
 
 def _message(call: ToolCall, value: Any) -> Message:

@@ -35,7 +35,7 @@ POSITIONS = 32_768
 """No further attempt is read after so many own tokens."""
 TOP = 128
 """The likeliest tokens, whose probabilities are kept at each position; all others count as one."""
-_CHUNK = 256
+CHUNK = 256
 """Positions whose logits are in fp32 at once."""
 _Row = tuple[list[int], list[bool]]
 """Token ids, and which of them are the base's own."""
@@ -143,7 +143,7 @@ def _read(
             first = own.index(True)
             read = torch.tensor([ids], device=model.device)
             logits = model(input_ids=read, use_cache=False, logits_to_keep=len(ids) - first + 1).logits[0, :-1]
-            for part in logits[torch.tensor(own[first:], device=logits.device)].split(_CHUNK):
+            for part in logits[torch.tensor(own[first:], device=logits.device)].split(CHUNK):
                 logprobs = part.float().log_softmax(-1)
                 if tokens is None:
                     mine = logprobs.topk(min(TOP, logprobs.shape[1])).indices

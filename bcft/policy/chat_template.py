@@ -12,7 +12,8 @@ from functools import cached_property
 from typing import Any
 
 from bcft.errors import DataError, UsageError
-from bcft.policy.template import CONTENT, DATE, NOT_TO_SET, Template, as_messages, kwargs_key
+from bcft.policy.template import CONTENT, DATE, Template, as_messages
+from bcft.policy.template_kwargs import NOT_TO_SET, kwargs_key
 from bcft.policy.text_ids import TextIds
 from bcft.types import Message, Prompt, messages
 
@@ -209,6 +210,11 @@ class Renderer:
     def words(self, said: Message, ids: Sequence[int]) -> str:
         """Return the text of an action; with tool calls that of its ids, which is what a policy would have said."""
         return self.decode(ids) if "tool_calls" in said else said["content"]
+
+    @property
+    def ends_calls(self) -> bool:
+        """Whether a stop token follows a tool call. Raises DataError where the template renders none."""
+        return self._template is not None and self._template.ends_calls
 
     @property
     def opening_text(self) -> str:

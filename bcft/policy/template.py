@@ -15,6 +15,7 @@ from typing import Any, cast
 from jinja2 import TemplateError
 
 from bcft.errors import DataError
+from bcft.policy.template_kwargs import checked_kwargs, kwargs_key
 from bcft.policy.text_ids import BREAK, TextIds
 from bcft.types import Message, Prompt, show
 from bcft.types.calls import ToolCall, texts, tool_name
@@ -27,15 +28,6 @@ _DAY = date(2024, 7, 26)
 
 CONTENT = "\ufdd1"
 """Stands for a message's text in a rendering; a Unicode noncharacter."""
-NOT_TO_SET = frozenset(
-    {
-        *("messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt"),
-        *("tokenize", "tokenizer_kwargs", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
-        *("return_assistant_tokens_mask", "sanitize_control_tokens", "continue_final_message", "strftime_now"),
-        *("bos_token", "eos_token", "pad_token", "unk_token"),
-    }
-)
-"""Arguments of `apply_chat_template` that decide what a row is, and are not a recipe's."""
 _ERRORS = (TemplateError, TypeError, ValueError, AttributeError, LookupError)
 """What a template raises for messages that it is not made for."""
 _TAG = re.compile(r"<[^<>\s]+>|\[/?[A-Z_]+\]")
@@ -45,6 +37,10 @@ _TEXT_TEMPLATE = "set chat_template_path to a template that takes messages of te
 _THOUGHT_KEYS = (THOUGHT, "thinking", "reasoning")
 """What templates call a thought that is apart from the content."""
 _TOOLS = "set chat_template_path to a template that does"
+END_OF_CALL = "add what ends a call to eos_token_id in the model's generation_config.json"
+"""What to do about a template that ends calls in a token that is no stop token."""
+_RECENT = 256
+"""Generation prompts that are remembered: rows may all have tools of their own."""
 
 
 class Template:
@@ -116,7 +112,7 @@ class Template:
         elif "tool_calls" in said and stop:
             body, tail = body.rstrip().removesuffix(stop), stop
         else:
-            remedy = ": leave rows with tool calls out, or set chat_template_path" if "tool_calls" in said else ""
+            remedy = f": leave rows with tool calls out, or {END_OF_CALL}" if "tool_calls" in said else ""
             raise DataError(
                 f"the chat template emits no stop token after this completion: it ends in {_plain(body[-40:])}{remedy}"
             )
@@ -176,15 +172,22 @@ class Template:
     @cached_property
     def _call_refused(self) -> str:
         """'' if the template renders a tool call; else why not, behind a colon if there is a reason."""
-        call = ToolCall(type="function", function={"name": CONTENT, "arguments": {}}, id="call00000")
         try:
-            shown = self.render(
-                [{"role": "user", "content": "?"}, {"role": "assistant", "content": "", "tool_calls": [call]}],
-                generate=False,
-            )
+            return "" if CONTENT in self._rendered_call() else ", and would drop them"
         except DataError as error:
             return f": {error}"
-        return "" if CONTENT in shown else ", and would drop them"
+
+    @cached_property
+    def ends_calls(self) -> bool:
+        """Whether a stop token follows a call: without one, a policy that calls a tool is sampled on and on."""
+        end = self._rendered_call().rpartition(CONTENT)[2]
+        return any(stop in end for stop in self.stops)
+
+    def _rendered_call(self) -> str:
+        """Return a question and a call of the tool `CONTENT`. Raises DataError as `render` does."""
+        call = ToolCall(type="function", function={"name": CONTENT, "arguments": {}}, id="call00000")
+        said: Message = {"role": "assistant", "content": "", "tool_calls": [call]}
+        return self.render([{"role": "user", "content": "?"}, said], generate=False)
 
     def _check_content(self, body: str, written: str, template_kwargs: Mapping[str, Any] | None) -> None:
         """Raise DataError unless an answer stands at the end of its rendering, with no tag of its own before it."""
@@ -227,6 +230,8 @@ class Template:
         """Return what the template writes after a user's message for the policy to continue."""
         key = kwargs_key(template_kwargs)
         if key not in self._generation:
+            if len(self._generation) >= _RECENT:
+                del self._generation[next(iter(self._generation))]
             asked: list[Message] = [{"role": "user", "content": "?"}]
             with_prompt, without = (self.render(asked, template_kwargs, generate=g) for g in (True, False))
             self._generation[key] = with_prompt[_alike(with_prompt, without) :]
@@ -335,24 +340,6 @@ def _with_date(template: str) -> str | None:
     dates = json.dumps(forms, ensure_ascii=False)
     pinned = f"{{%- macro strftime_now(form) -%}}{{{{- {dates}.get(form, '{DATE}') -}}}}{{%- endmacro -%}}"
     return pinned + "{{ '' }}" + template  # behind a block, the template's first line break would be lost
-
-
-def checked_kwargs(template_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return a problem's arguments for the template. Raises DataError for those that are not a row's to set."""
-    if not template_kwargs:
-        return {}
-    if not isinstance(template_kwargs, Mapping):
-        raise DataError(f"chat_template_kwargs: expected names and values, not {show(template_kwargs)}")
-    set_by_row = {"tools"} if isinstance(template_kwargs.get("tools"), list) else set()  # it has a column of its own
-    if taken := sorted(template_kwargs.keys() & NOT_TO_SET - set_by_row):
-        raise DataError(f"chat_template_kwargs: {', '.join(taken)}: set by the program, not by a row: remove it")
-    # A table's rows all have the same names: None stands for a name that the row does not have.
-    return {name: value for name, value in template_kwargs.items() if value is not None}
-
-
-def kwargs_key(template_kwargs: Mapping[str, Any] | None) -> str:
-    """Return arguments for the template as text, the same for equal ones."""
-    return repr(sorted(checked_kwargs(template_kwargs).items())) if template_kwargs else ""
 
 
 def as_messages(prompt: Prompt, *, escape: Callable[[str], str] = str) -> list[Message]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from bcft.errors import DataError, UsageError
 from bcft.policy.chat_template import Renderer
+from bcft.policy.template import END_OF_CALL
 from bcft.types import Message, messages
 from bcft.types.calls import tool_calls
 
@@ -44,7 +45,7 @@ class CallReader:
     def check(self) -> None:
         """Raise UsageError unless the chat template renders calls and results, and its calls can be read."""
         if self._refused:
-            raise UsageError(f"environment: it has tools, {self._refused}: {_REMEDY}")
+            raise UsageError(f"environment: it has tools, {self._refused}")
 
     def read(self, context_ids: Sequence[int], ids: Sequence[int], tools: Sequence[dict[str, Any]]) -> Said:
         """Return what an action says behind a context; tools: the schemas that its arguments are cast by."""
@@ -72,8 +73,10 @@ class CallReader:
         from trl.chat_template_utils import supports_tool_calling  # noqa: PLC0415 - seconds, and few need it
 
         if not supports_tool_calling(self._tokenizer):
-            return "and the chat template renders no tool calls"
-        return "" if self._response_template else "and how the chat template writes calls is not known"
+            return f"and the chat template renders no tool calls: {_REMEDY}"
+        if not self._response_template:
+            return f"and how the chat template writes calls is not known: {_REMEDY}"
+        return "" if self._renderer.ends_calls else f"and the chat template ends a call in no stop token: {END_OF_CALL}"
 
     @cached_property
     def _response_template(self) -> Any:

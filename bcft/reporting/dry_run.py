@@ -27,11 +27,11 @@ from bcft.config.schema import (
     TrainingSettings,
 )
 from bcft.data.checks import check_prompts, without_special_tokens
-from bcft.data.examples import make_examples, replay_examples
+from bcft.data.examples import held_out_examples, make_examples, replay_examples
 from bcft.data.loading import Splits, load_splits
 from bcft.data.sources import BUILDERS
 from bcft.data.weights import scaled
-from bcft.environments.base import rollout_settings
+from bcft.environments.base import check_system_prompt, rollout_settings
 from bcft.errors import UsageError
 from bcft.reporting.costs import Line, batch, before_and_after, evaluations, round_steps, sft_steps, weight_lines
 from bcft.reporting.hub import Missing, available, work_offline_if_unreachable
@@ -182,16 +182,16 @@ def _examples(parts: _Parts, plan: Plan) -> tuple[str, int, Lengths | None]:
     examples, counts = make_examples(
         demonstrations, renderer, max_length=limit, overlength=data.overlength, train_on=train_on
     )
-    _, weights_note = scaled(examples, plan.training)
-    for part in (splits.dev, splits.test):  # the run takes a loss on those that have a solution
-        answered = [d for d in part if d.answered]
-        bare, _ = without_special_tokens(answered, renderer, special_tokens=data.special_tokens)
-        make_examples(bare, renderer, max_length=limit, train_on=train_on, may_be_empty=True)
+    words = "; ".join(filter(None, [str(counts), note, scaled(examples, plan.training)[1]]))
+    for part in (splits.dev, splits.test):
+        held_out_examples(part, renderer, special_tokens=data.special_tokens, max_length=limit, train_on=train_on)
+    longest = longest_example(examples)
+    if plan.environment.environment:  # what it shows beside the prompt, such as tools, is not known here
+        return words, len(examples), Lengths(longest, limit)
     attempted = [d.problem for d in (*splits.test, *splits.harder)]
     prompts = renderer.prompts([p.prompt for p in attempted], [p.template_kwargs for p in attempted])
     sampled = max(map(len, prompts), default=0) + plan.sampling.max_completion_length
-    longest = Lengths(longest_example(examples), sampled)
-    return "; ".join(filter(None, [str(counts), note, weights_note])), len(examples), longest
+    return words, len(examples), Lengths(longest, sampled)
 
 
 def _replay(parts: _Parts, plan: Plan) -> str:
@@ -342,10 +342,12 @@ def _check_disk(parts: _Parts, plan: Plan, *, plays: bool) -> None:
 
 def _functions(plan: Plan, splits: Splits | Missing, *, plays: bool) -> tuple[tuple[str, ...], bool]:
     """Import and check environment and rewards; return notes, and whether evaluations can measure anything."""
-    rollout_settings(plan.sampling, plan.environment, seed=plan.training.seed, make=plan.make_environment)
+    rollouts = rollout_settings(plan.sampling, plan.environment, seed=plan.training.seed, make=plan.make_environment)
     environment, held_out, own = plan.environment.environment, [], None
     if isinstance(splits, Splits):
         held_out, own = [d.problem for d in splits.held_out], splits.reward
+        trained = (d.problem for d in splits.train)
+        check_system_prompt(plan.data.system_prompt, rollouts, trained if plays else held_out)
     scorer = Scorer.of(plan.selection, held_out, environment=environment, reward_funcs=plan.reward_funcs, own=own)
     if isinstance(splits, Missing):
         return (), True

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from bcft.config.schema import ModelSettings, TrainingSettings
+from bcft.evaluation.divergence import CHUNK, ROW_TOKENS
 from bcft.evaluation.held_out import LOSS_TOKENS
 from bcft.generation.kv_cache import cached_numbers_per_token, rows_that_fit
 from bcft.policy.adapters import trained_parameters
@@ -100,7 +101,9 @@ def memory(
     held_out_loss: bool,
     room: int | None,
 ) -> dict[str, list[Item]]:
-    """Estimate what one process holds: `always`, and in addition `training`, `sampling` and `loss`, one at a time.
+    """Estimate what one process holds: `always`, and in addition one of the other parts at a time.
+
+    These are `training`, `sampling`, and `loss` or `divergence`, whichever of the two the run measures.
 
     Trained weights and gradients are fp32. Other weights are `precision.weights`, or have 4 bits: 64 of these share an
     fp32 scale, or an 8-bit scale that shares its own fp32 scale with 255 others. Autocast makes 16-bit copies of fp32
@@ -110,10 +113,11 @@ def memory(
     norms and activation functions.) With gradient checkpointing the saved tensors are those of one block, the inputs of
     all blocks, and the last block's output and norm. Logits are held in tiles, without autocast with four more tensors
     of their size. Sampling holds keys and values twice while they grow, and six fp32 rows of logits for each attempt.
+    For the divergence from the base, the logits of a row are held twice, and four fp32 tensors of a part of them.
 
     trained, sampled: tokens of the longest example, and of the longest attempt with its prompt; held_out_loss: whether
-    the run measures it (`loss`); room: free bytes of the GPU, where attempts take half of what `always` leaves; None on
-    a CPU, where attempts take 1 GiB.
+    the run measures it, as `sft` does, or the divergence from the base, as `filtered` does; room: free bytes of the
+    GPU, where attempts take half of what `always` leaves; None on a CPU, where attempts take 1 GiB.
 
     Not counted: allocator and driver, attention scores (sdpa keeps none), workspaces.
     """
@@ -138,17 +142,28 @@ def memory(
     width = min(sampled, shape.context)
     free = 2**30 if room is None else int(max(room - sum(item.size for item in always), 0)) // 2
     rows = rows_that_fit(cached=shape.cached, vocabulary=shape.vocabulary, tokens=width, free=free)
-    each, wide = 2 * shape.cached * stored, f"{shape.vocabulary:,}"
+    each = 2 * shape.cached * stored
     cache = f"{rows} rows x {width:,} tokens x {each:,} bytes; more rows if there is room"
     parts["sampling"] = [
         Item("cache", rows * width * each, cache),
-        Item("logits", 24 * rows * shape.vocabulary, f"{rows} rows x {wide} of vocabulary x 24 bytes"),
+        Item("logits", 24 * rows * shape.vocabulary, f"{rows} rows x {shape.vocabulary:,} of vocabulary x 24 bytes"),
     ]
-    if held_out_loss:
-        size = compute + 8
-        logits = f"{LOSS_TOKENS:,} tokens x {wide} of vocabulary x {size} bytes"
-        parts["loss"] = [Item("logits", LOSS_TOKENS * shape.vocabulary * size, logits)]
-    return parts
+    return parts | (_loss(shape, compute) if held_out_loss else _divergence(shape, compute, width))
+
+
+def _loss(shape: Outline, compute: int) -> dict[str, list[Item]]:
+    return {"loss": [_logits("logits", LOSS_TOKENS, shape, compute + 8)]}
+
+
+def _divergence(shape: Outline, compute: int, width: int) -> dict[str, list[Item]]:
+    read = min(ROW_TOKENS, width)
+    whole, part = _logits("logits", read, shape, 2 * compute), _logits("log-probabilities", min(CHUNK, read), shape, 16)
+    return {"divergence": [whole, part]}
+
+
+def _logits(name: str, tokens: int, shape: Outline, size: int) -> Item:
+    formula = f"{tokens:,} tokens x {shape.vocabulary:,} of vocabulary x {size} bytes"
+    return Item(name, tokens * shape.vocabulary * size, formula)
 
 
 def free_memory(precision: Precision) -> int | None:

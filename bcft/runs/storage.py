@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,18 @@ def storage(path: Path) -> Iterator[None]:
         place = path if path.is_absolute() else Path(os.path.relpath(path))
         raise StorageError(
             f"cannot write {place}: {getattr(error, 'strerror', None) or error}: make room or give another output_dir"
+        ) from error
+
+
+@contextmanager
+def temporary_storage(what: str) -> Iterator[None]:
+    """Turn an OSError while writing to a temporary file into a StorageError that says what to do; what: is written."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"cannot write {what} to a temporary file in {tempfile.gettempdir()}: {error.strerror or error}: make room "
+            f"there, or set TMPDIR to a directory on a disk with room"
         ) from error
 
 

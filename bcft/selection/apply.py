@@ -14,7 +14,7 @@ from bcft.selection.brief import Scored, score_line
 from bcft.selection.filter import Rule, Selection, select
 from bcft.selection.foreign import TextRow
 from bcft.selection.scoring import Score
-from bcft.selection.weights import scaled, weigh
+from bcft.selection.weights import of_rows, weigh
 from bcft.types import Problem, Source, TrainingExample
 
 R = TypeVar("R", TrainingExample, TextRow)
@@ -32,6 +32,8 @@ class Filtered:
     """How many examples there are."""
     silent: int
     """Kept trajectories that are empty and make no example."""
+    weightless: int
+    """Kept trajectories whose weight is 0 beside the others; they make no example either."""
     wrong_steps: int | None
     """Kept solutions with a wrong step; None if steps cannot be checked."""
     weights: Mapping[str, float]
@@ -45,6 +47,9 @@ class Filtered:
         if self.silent:  # labels of a stop token alone would teach the policy to say nothing
             empty = "trajectory is empty and is" if self.silent == 1 else "trajectories are empty and are"
             note = f"{note} {self.silent} kept {empty} not used for training.".strip()
+        if self.weightless:
+            light = "trajectory weighs" if self.weightless == 1 else "trajectories weigh"
+            note = f"{note} {self.weightless} kept {light} 0 beside the others: not used for training.".strip()
         metrics: dict[str, Any] = {
             "requested_fraction": selection.requested_fraction,
             "cutoff": selection.cutoff,
@@ -132,14 +137,18 @@ def stream_filter(
     if rule.row_weight != "none":
         made = {candidates[number].id: len(rows(number)) for number in kept}
         empty = {identity for identity, n in made.items() if not n}
-        weights = scaled(weigh(candidates, selection.decisions, rule, empty=empty), made)
+        weights = of_rows(weigh(candidates, selection.decisions, rule, empty=empty), made)
     count = Counter[str]()
     carried: list[float] = []
 
     def examples() -> Iterator[R]:
+        """Yield the rows to train, counting on the way what becomes of each kept trajectory."""
         for number in kept:
             made = rows(number)
             count["silent"] += not made
+            if made and weights and candidates[number].id not in weights:
+                count["weightless"] += 1
+                continue
             count["rows"] += len(made)
             for example in made:
                 if check_steps is not None:
@@ -160,6 +169,7 @@ def stream_filter(
         examples=(),
         rows=count["rows"],
         silent=count["silent"],
+        weightless=count["weightless"],
         wrong_steps=None if check_steps is None else count["wrong"],
         weights=figures,
     )

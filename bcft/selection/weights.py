@@ -8,7 +8,10 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from math import exp, fsum
 
+import numpy as np
+
 from bcft.config.schema import RuleSettings
+from bcft.data.weights import to_mean_1
 from bcft.selection.filter import Candidate, Decision, Reason
 
 _NOT_RIGHT: tuple[Reason, ...] = ("errored", "ungraded", "truncated", "failed")
@@ -21,16 +24,16 @@ def weigh(
     *,
     empty: Collection[str] = (),
 ) -> dict[str, float]:
-    """Return the weight of each kept trajectory, by id, before `scaled`. The order of the candidates does not matter.
+    """Return the weight of each kept trajectory, by id, before `of_rows`. The order of the candidates does not matter.
 
     maxrl: of N attempts at a problem K are right, and each of these weighs 1/K. With all of them kept and one step on
     the policy that made them, the sum of weight x score over a problem's attempts has as its expectation the gradient
     of the likelihood of being right, truncated at order N: sum over k = 1 ... N of (1 - p)^(k - 1) grad p, where p is
-    the chance to be right (Tajwar et al. 2026, https://arxiv.org/abs/2602.02710, section 4). K counts before duplicates
+    the chance to be right (Tajwar et al. 2026, https://arxiv.org/abs/2602.02710). K counts before duplicates
     are merged and before `max_per_problem`. A truncated attempt is never trained, so it does not count as right.
 
     reward: exp(reward / weight_temperature), the weights of reward-weighted regression (Peters and Schaal 2007; Peng et
-    al. 2019, https://arxiv.org/abs/1910.00177, section 2), up to a factor.
+    al. 2019, https://arxiv.org/abs/1910.00177), up to a factor.
 
     With both, the duplicates of a kept trajectory add their weights to it. none: 1, whatever repeats it. empty: kept
     trajectories that make no row, which get no weight.
@@ -54,11 +57,14 @@ def weigh(
     }
 
 
-def scaled(weights: Mapping[str, float], rows: Mapping[str, int]) -> dict[str, float]:
-    """Return the weights times the factor that makes 1 their mean over all rows; rows: how many each trajectory makes.
+def of_rows(weights: Mapping[str, float], rows: Mapping[str, int]) -> dict[str, float]:
+    """Return what each row of a trajectory weighs, 1 in the mean over all rows; rows: how many each trajectory makes.
 
-    A weight is 0 where it is too small for a float beside the others.
+    A trajectory is left out that weighs 0, because its weight is too small for a float beside the others: such rows are
+    not trained, and so they are not in the mean.
     """
-    total = fsum(weight * rows[identity] for identity, weight in weights.items())
-    n = sum(rows[identity] for identity in weights)
-    return {identity: weight * n / total for identity, weight in weights.items()}
+    given = {identity: weight for identity, weight in weights.items() if weight}
+    if not given:
+        return {}
+    values, counts = np.array([*given.values()]), np.array([rows[identity] for identity in given])
+    return dict(zip(given, to_mean_1(values, counts).tolist(), strict=True))

@@ -3,15 +3,14 @@
 import mmap
 import tempfile
 from array import array
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from hashlib import blake2b
 from typing import Any
 
 import numpy as np
 
-from bcft.errors import StorageError
+from bcft.runs.storage import temporary_storage
 from bcft.types import IGNORED, Lazy, TrainingExample
 
 IN_MEMORY = 64 << 20
@@ -106,7 +105,7 @@ class Tokens:
             if self._writer is None:
                 self._table = pa.Table.from_batches(self._batches)
             else:
-                with _storage():
+                with temporary_storage("the tokens"):
                     self._writer.close()
                     self._file.flush()
                 mapped = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -124,7 +123,7 @@ class Tokens:
         self._size += self._batches[-1].nbytes
         self._ids, self._labels, self._open = array("i"), array("i"), 0
         if self._size > IN_MEMORY:
-            with _storage():
+            with temporary_storage("the tokens"):
                 if self._writer is None:
                     self._file = tempfile.TemporaryFile(prefix="bcft-")  # noqa: SIM115 - stays open
                     self._writer = pa.ipc.new_stream(pa.PythonFile(self._file, "w"), self._batches[0].schema)
@@ -195,14 +194,3 @@ def supervised_tokens(examples: Sequence[TrainingExample]) -> int:
 def longest_example(examples: Examples) -> int:
     """Return the tokens of the longest example."""
     return int(examples.tokens.lengths[examples.numbers].max())
-
-
-@contextmanager
-def _storage() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise StorageError(
-            f"cannot write the tokens to a temporary file in {tempfile.gettempdir()}: {error.strerror or error}: make "
-            f"room there, or set TMPDIR to a directory on a disk with room"
-        ) from error

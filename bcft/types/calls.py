@@ -83,7 +83,7 @@ def stored(call: ToolCall) -> dict[str, Any]:
 
 def tools(value: object) -> list[dict[str, Any]]:
     """Return the tools of a row, a list of JSON schemas or such a list as JSON text. Raises ValueError for another."""
-    given = _read(value, "tools") if isinstance(value, str) else without_null(value)
+    given = _read(value, "the list") if isinstance(value, str) else without_null(value)
     if not isinstance(given, list) or not all(isinstance(tool, dict) for tool in given):
         raise ValueError(f"expected a list of JSON schemas, not {with_type(value)}")
     for tool in given:

@@ -172,6 +172,7 @@ def test_a_row_of_another_format_is_refused_with_the_name_of_the_one_that_fits(g
         ("lines", LINES | {"conversation": [["Big?"]]}, "line 0: a line is a question"),
         ("lines", LINES | {"conversation": []}, "expected a string or a list of messages, not list []"),
         ("lines", LINES | {"word": None}, "there is no text in the column 'word'"),
+        ("lines", LINES | {"prompt": "Guess"}, "column 'prompt': prompt_column is word, and nothing else reads it"),
     ],
 )
 def test_a_row_that_is_not_as_its_format_says_is_refused(name, row, reason):
@@ -211,7 +212,7 @@ def test_the_reference_of_any_format_may_have_another_name(name):
         ({"q": "a", "completion": "b"}, {"prompt_column": "p"}, "prompt_column: there is no column 'p'; the row has "),
         ({"prompt": "a", "completion": "b"}, {"answer_column": "gold"}, "answer_column: there is no column 'gold'"),
         ({"prompt": "a", "q": "c", "completion": "b"}, {"prompt_column": "q"}, "the row has a column prompt too"),
-        ({"prompt": "a"}, {"completion_column": "c"}, "no completion"),
+        ({"prompt": "a"}, {"completion_column": "c"}, "completion_column: there is no column 'c'; the row has prompt"),
     ],
 )
 def test_a_column_that_is_not_there_or_there_twice_is_refused(row, keys, reason):

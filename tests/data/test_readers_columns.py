@@ -76,6 +76,14 @@ def test_a_column_that_says_how_to_train_a_row_is_obeyed_or_refused(column, refu
             assert demonstration({**shape, column: value}, "").completion == (REPLY,)
 
 
+@pytest.mark.parametrize("value", ["a\ud800", ["b", {"c": "\udfff"}], {"\ud800": 1}])
+def test_a_column_that_no_file_can_hold_is_refused_before_a_run_would_write_it(value):
+    for shape in SHAPES:
+        for problem_only in (False, True):
+            with pytest.raises(DataError, match=r"^file:7: note: .* has half of a surrogate pair: not valid text"):
+                demonstration({**shape, "note": value}, "file:7", problem_only=problem_only)
+
+
 @pytest.mark.parametrize("given", [{"enable_thinking": False}, {"a": 1, "b": [2]}, {"a": {"b": None}, "c": ""}])
 def test_arguments_of_the_template_are_the_problems(given):
     for shape in SHAPES:

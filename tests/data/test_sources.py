@@ -146,6 +146,7 @@ def test_a_dataset_that_is_rows_alone_has_no_split_of_another_name(tmp_path):
         ("{a,c}.jsonl", "c.jsonl does not exist"),
         ("*", "notes.txt is there, but not a format that can be read: .jsonl, "),
         ("a.jsonl,a.*l", "a.jsonl is meant twice: name each file once"),
+        ("a.jsonl,same.jsonl", "same.jsonl is meant twice: name each file once"),
         ("a.jsonl,folder", "folder is a directory: name the files in it, such as"),
         ("a.jsonl,folder/kept.jsonl", "folder/kept.jsonl has the kept rows of a run: give it alone"),
     ],
@@ -156,6 +157,7 @@ def test_files_that_cannot_be_meant_are_one_line(name, reason, tmp_path, monkeyp
     write_jsonl(tmp_path / "a.jsonl", ROWS)
     write_jsonl(tmp_path / "folder" / "kept.jsonl", ROWS)
     (tmp_path / "notes.txt").write_text("x")
+    (tmp_path / "same.jsonl").symlink_to("a.jsonl")
     with pytest.raises(DataError) as caught:
         splits(name)
     assert str(caught.value).startswith("dataset_name: ")
@@ -370,7 +372,7 @@ def test_values_that_are_none_of_jsons_come_back_as_they_were(monkeypatch):
 
     monkeypatch.setattr(stored, "IN_MEMORY", 0)
     values = [date(2026, 11, 27), (1, [2]), {3: "x"}, Text("a"), b"\x00", 2**200, [math.inf, -0.0, 1e-300], {"a": None},
-              "half \ud83d", np.float32(0.1), True, 1.0, 1]  # fmt: skip
+              "caf\u00e9", np.float32(0.1), True, 1.0, 1]  # fmt: skip
     columns = [{"value": value, "nested": [value], "last": "z"} for value in values]
     rows = [{**row, **more} for row, more in zip(many(len(values)), columns, strict=True)]
     rows[0] |= {"completion": Text("two")}

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bcft.config.schema import TrainingSettings
-from bcft.data.examples import make_examples, replay_examples
+from bcft.data.examples import held_out_examples, make_examples, replay_examples
 from bcft.data.readers import demonstration
 from bcft.data.weights import marked_turns, scaled, trained_turns
 from bcft.errors import DataError, UsageError
@@ -159,6 +159,13 @@ def test_a_row_has_its_weight_in_its_example_and_a_row_of_weight_0_is_not_there(
     assert "(dropped: 2 of weight 0)" in str(counts)
 
 
+def test_a_held_out_loss_is_of_all_rows_and_none_weighs_more(renderer):
+    held_out = held_out_examples(
+        pairs([0, 3, 1]), renderer, special_tokens="raise", max_length=512, train_on="all_turns"
+    )
+    assert [example.weight for example in held_out] == [1.0, 1.0, 1.0]
+
+
 def test_nothing_but_rows_of_weight_0_is_an_error_that_says_so(renderer):
     with pytest.raises(DataError, match=r"^file:1: nothing to train on in 2 rows: .* 2 of weight 0"):
         make_examples(pairs([0, 0]), renderer, max_length=512)
@@ -171,7 +178,8 @@ def test_a_row_of_weight_0_may_be_too_long(renderer):
 
 
 def test_a_duplicate_adds_its_weight_where_rows_have_weights_and_is_dropped_where_they_have_none(renderer):
-    for weights, total in (([1, 1, 1], 1.0), ([2, 1, 0.5], 3.5), ([2, 0, 2], 4.0)):
+    """A row of weight 0 is not there, so it does not make the others rows with weights."""
+    for weights, total in (([1, 1, 1], 1.0), ([2, 1, 0.5], 3.5), ([2, 0, 2], 4.0), ([1, 0, 1], 1.0)):
         same = [
             replace(d, completion=({"role": "assistant", "content": "one"},), prompt="what") for d in pairs(weights)
         ]

@@ -2,6 +2,8 @@
 
 import sys
 from collections import OrderedDict
+from dataclasses import replace
+from functools import partial
 
 import pytest
 from helpers.environments import ALL, Sized, problem_of
@@ -11,6 +13,7 @@ from bcft.data.loading import load_splits
 from bcft.environments.arithmetic import check_steps
 from bcft.environments.base import (
     EmbeddedDataset,
+    check_system_prompt,
     embedded_datasets,
     environment_factory,
     is_instant,
@@ -21,7 +24,7 @@ from bcft.environments.base import (
 from bcft.environments.grid_walk import GridWalk
 from bcft.environments.single_turn import SingleTurn
 from bcft.errors import UsageError
-from bcft.types import Sampling
+from bcft.types import Problem, Sampling
 
 EMBEDDED = {
     "bcft:arithmetic",
@@ -164,6 +167,39 @@ def test_rollouts_have_the_settings_of_the_recipe_and_one_turn_without_an_enviro
     made = given.make_environment()
     assert isinstance(made, Sized)
     assert (made.size, is_instant(given.make_environment), given.max_turns) == (5, True, 4)
+
+
+def test_a_system_prompt_that_the_policy_would_not_read_is_refused():
+    """An environment may begin with a message of its own."""
+
+    class Own:
+        closed = 0
+
+        def __init__(self, *said):
+            self.said = said
+
+        def reset(self, problem, *, seed):  # noqa: ARG002
+            return list(self.said) or problem.prompt
+
+        def step(self, action):  # noqa: ARG002
+            raise AssertionError
+
+        def close(self):
+            type(self).closed += 1
+
+    system, asked = ({"role": role, "content": text} for role, text in (("system", "Be brief."), ("user", "2 + 2?")))
+    problem = Problem("p", [system, asked], {}, "rows.jsonl:7")
+    given = rollout_settings(SamplingSettings(), EnvironmentSettings(), seed=0)
+    check_system_prompt("Be brief.", given, [problem])
+    check_system_prompt("Be brief.", given, [])
+    check_system_prompt(None, given, [Problem("p", "2 + 2?")])
+    for said in ((), (system, asked)):
+        check_system_prompt("Be brief.", replace(given, make_environment=partial(Own, *said)), [problem])
+    with pytest.raises(UsageError, match=r"^system_prompt: .*the environment begins with '2 \+ 2\?' \(rows\.jsonl:7\)"):
+        check_system_prompt("Be brief.", replace(given, make_environment=partial(Own, asked)), [problem])
+    assert Own.closed == 3
+    with pytest.raises(UsageError, match=r"^system_prompt: .*the row's own prompt begins with 'the secret'"):
+        check_system_prompt("Be brief.", given, [Problem("p", "the secret", {}, "rows.jsonl:7")])
 
 
 def test_every_embedded_dataset_has_items_and_only_arithmetic_has_harder_ones_and_steps():

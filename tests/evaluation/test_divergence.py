@@ -104,7 +104,7 @@ def test_it_is_the_mean_over_own_tokens_of_the_whole_distributions(base, tmp_pat
     other, trajectories = changed(base), attempted(base, tmp_path, 1)
     (one, _), (two, _) = (says(policy.model, trajectories) for policy in (base, other))
     exact = float((one.exp() * (one - two)).sum(1).mean())
-    monkeypatch.setattr(module, "_CHUNK", 5)
+    monkeypatch.setattr(module, "CHUNK", 5)
     some = divergence(other, record(base, tmp_path), label="")
     monkeypatch.setattr(module, "TOP", 1000)
     every = divergence(other, record(base, tmp_path), label="")

@@ -1,5 +1,6 @@
 """Rows where templates, tokenizers and data meet: thoughts, channels, spaces, control tokens, arguments, lost text."""
 
+import weakref
 from datetime import date
 
 import pytest
@@ -439,3 +440,25 @@ def test_letters_of_the_generation_prompt_before_a_completion_are_counted_and_ta
     bare, note = without_special_tokens(rows, renderer, special_tokens="strip")
     assert [d.completion[0]["content"].strip() for d in bare] == ["43", "44"]
     assert "1 of 2 rows" in note
+
+
+def test_rows_that_all_have_arguments_of_their_own_are_not_held():
+    """Where each has its own tools, each is a kind of prompt, with a generation prompt of its own."""
+
+    class Columns(dict):
+        """That can be referred to weakly."""
+
+    renderer, alive = renderer_of("qwen3", "bytes"), []
+
+    def problems():
+        for number in range(300):
+            columns = Columns(tools=[{"type": "function", "function": {"name": f"add_{number}"}}])
+            alive.append(weakref.ref(columns))
+            renderer.texts([ASKED], "43", {**columns})
+            yield Problem("p", [ASKED], columns, f"rows.jsonl:{number}")
+            del columns
+            assert sum(reference() is not None for reference in alive) <= 2
+
+    check_prompts(problems(), renderer, special_tokens="raise")
+    assert len(alive) == 300
+    assert len(renderer._template._generation) <= 256

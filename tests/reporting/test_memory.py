@@ -186,6 +186,14 @@ def test_checkpointing_an_8_bit_optimizer_and_shorter_rows_take_less():
     assert training(512) < most
 
 
-def test_only_a_run_that_measures_a_held_out_loss_has_memory_for_it():
-    assert "loss" in estimate(load("sft", None, TINY))
-    assert "loss" not in estimate(load("filtered", None, TINY))
+def test_what_a_run_measures_with_the_logits_of_whole_rows_has_memory_of_its_own():
+    """What a policy forgets takes a row's logits in bf16 twice, and four fp32 tensors of a part of them."""
+    assert estimate(load("sft", None, TINY)).keys() == {"always", "training", "sampling", "loss"}
+    llama = load("filtered", RECIPES / "llama-3.2-3b" / "filtered_bc.yaml", {"model_name_or_path": SHAPE})
+    parts = estimate(llama)
+    assert parts.keys() == {"always", "training", "sampling", "divergence"}
+    assert sizes(parts, "divergence") == {
+        "logits": 1024 * 128_256 * 4,
+        "log-probabilities": 256 * 128_256 * 16,
+    }
+    assert sizes(estimate(llama, sampled=100), "divergence")["logits"] == 100 * 128_256 * 4

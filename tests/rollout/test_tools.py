@@ -13,7 +13,7 @@ from bcft.data.examples import make_examples, trajectory_examples
 from bcft.data.readers import demonstration
 from bcft.environments.base import environment_factory
 from bcft.environments.tools import toolbox
-from bcft.errors import UsageError
+from bcft.errors import Preempted, UsageError
 from bcft.policy.chat_template import Renderer
 from bcft.policy.tool_calls import CallReader
 from bcft.rollout.episode import Attempt
@@ -253,6 +253,36 @@ def test_the_snippet_of_the_documentation_plays_and_passes_the_check():
 def test_a_template_that_cannot_play_with_tools_is_refused_before_anything_is_played(name, expected):
     with pytest.raises(UsageError, match=f"it has tools, .*{expected}.*: set chat_template_path"):
         play_with(renderer_of(name, "bytes"), "It is 42.")
+
+
+def test_a_template_whose_calls_end_in_no_stop_token_of_the_model_is_refused_by_name():
+    """The policy would be sampled on and on behind its call."""
+    with pytest.raises(UsageError, match="ends a call in no stop token: add what ends a call to eos_token_id"):
+        play_with(renderer_of("gptoss", "bytes"), "It is 42.")
+
+
+@pytest.mark.parametrize("raised", [Preempted("asked to stop"), KeyboardInterrupt(), MemoryError("none left")])
+def test_what_is_meant_for_the_run_is_no_result_of_a_tool(raised):
+    """A signal arrives in the main thread, so also in a tool of an instant environment."""
+
+    class Struck(Calculator):
+        instant = True
+
+        def add(self, a: int, b: int = 1) -> int:  # noqa: ARG002
+            """Add.
+
+            Args:
+                a: A number.
+                b: A number.
+            """
+            raise raised
+
+    if isinstance(raised, MemoryError):
+        trajectory = play_with(qwen(), calling(ADD), "It is 42.", make=Struck)
+        assert (trajectory.ended, trajectory.error) == ("error", "step raised MemoryError: none left")
+        return
+    with pytest.raises(type(raised)):
+        play_with(qwen(), calling(ADD), "It is 42.", make=Struck)
 
 
 def test_a_tokenizers_own_response_template_is_used():

@@ -79,6 +79,16 @@ def test_a_row_of_every_part_of_a_conversation_weighs_as_its_trajectory():
     assert [example.weight for example in filtered.examples] == pytest.approx([0.8, 0.8, 0.8, 1.6])
 
 
+def test_what_weighs_0_beside_the_others_makes_no_row_and_is_counted():
+    """Its tokens would still be counted in the loss, and `sft` on the same file would leave it out."""
+    rule = Rule(keep_quantile=0.0, require_success="false", row_weight="reward", weight_temperature=1e-3)
+    scores = (scored(0, 1.0), scored(1, 0.0), scored(2, 1.0, problem="q"))
+    filtered = applied(scores, rule)
+    assert {example.id: example.weight for example in filtered.examples} == {"1-p-0": 1.0, "1-q-2": 1.0}
+    assert (filtered.rows, filtered.metrics["kept"]) == (2, 3)
+    assert filtered.metrics["note"] == "1 kept trajectory weighs 0 beside the others: not used for training."
+
+
 def test_with_nothing_kept_there_is_nothing_to_weigh():
     filtered = applied(SCORES[1:2], WEIGHING)
     assert (filtered.examples, filtered.rows, filtered.metrics.get("weights")) == ((), 0, None)

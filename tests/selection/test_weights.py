@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from bcft.config.declare import SettingError
 from bcft.selection.filter import Candidate, Rule, select
-from bcft.selection.weights import scaled, weigh
+from bcft.selection.weights import of_rows, weigh
 
 LAW = settings(max_examples=40, deadline=None)
 MAXRL = Rule(keep_quantile=0.0, require_success="true", row_weight="maxrl")
@@ -156,7 +156,7 @@ def test_scaled_weights_are_1_on_average_over_the_rows(scope: list[Candidate], r
     rows = {c.id: sizes[n] for n, c in enumerate(scope)}
     empty = {identity for identity, n in rows.items() if not n}
     before = weigh(scope, select(scope, rule).decisions, rule, empty=empty)
-    after = scaled(before, rows)
+    after = of_rows(before, rows)
     carried = [after[identity] for identity in after for _ in range(rows[identity])]
     assert not carried or np.mean(carried) == pytest.approx(1)
     factors = [after[identity] / before[identity] for identity in before]
@@ -164,7 +164,13 @@ def test_scaled_weights_are_1_on_average_over_the_rows(scope: list[Candidate], r
 
 
 def test_equal_weights_are_exactly_1() -> None:
-    assert scaled({"a": 0.25, "b": 0.25}, {"a": 1, "b": 3}) == {"a": 1.0, "b": 1.0}
+    assert of_rows({"a": 0.25, "b": 0.25}, {"a": 1, "b": 3}) == {"a": 1.0, "b": 1.0}
+
+
+def test_what_weighs_0_is_as_if_it_were_not_there() -> None:
+    rows = {"a": 1, "b": 3, "c": 2}
+    assert of_rows({"a": 0.5, "b": 0.0, "c": 2.0}, rows) == of_rows({"a": 0.5, "c": 2.0}, rows)
+    assert of_rows({"b": 0.0}, rows) == of_rows({}, {}) == {}
 
 
 # By hand
@@ -184,7 +190,7 @@ def test_one_of_each_kind() -> None:
     assert weights_of(scope, replace(MAXRL, max_per_problem=1)).keys() < {"a", "c", "f"}
     halved = replace(REWARD, weight_temperature=1 / math.log(2))
     assert weights_of(scope, halved) == pytest.approx({"a": 2.0, "c": 1.0, "e": 0.5, "f": 1.0})
-    assert scaled({"a": 2 / 3, "c": 1 / 3, "f": 1.0}, {"a": 1, "c": 1, "f": 1}) == pytest.approx(
+    assert of_rows({"a": 2 / 3, "c": 1 / 3, "f": 1.0}, {"a": 1, "c": 1, "f": 1}) == pytest.approx(
         {"a": 1.0, "c": 0.5, "f": 1.5}
     )
 
