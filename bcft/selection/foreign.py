@@ -26,9 +26,11 @@ from bcft.types.text import in_file
 
 OUTCOME = (
     "reward", "graded", "success", "decision", "stop_condition", "is_truncated", "truncated", "has_error", "error",
-    "round", "pass_rate", "problem_id", "id",
+    "round", "pass_rate", "problem_id", "id", "episode_id",
 )  # fmt: skip
 """Columns about the attempt; all others are its problem's."""
+_IDS = ("id", "episode_id")
+"""Columns that name the attempt, here and in OpenEnv."""
 _LIMITS = ("max_tokens", "context_full", "length", "max_length", "max_total_completion_tokens_reached")
 """Values of `stop_condition` that say that the last message is not whole."""
 
@@ -152,7 +154,7 @@ def _score(row: Mapping[str, Any], where: str, attempts: Counter[tuple[int, str]
     graded = reward is not None and not errored and not says_no(row.get("graded", True))
     said = json.dumps(in_file(made.completion), sort_keys=True)
     candidate = Candidate(
-        id=str(row["id"]) if not is_empty(row.get("id")) else f"{number}-{problem}-{attempt}",
+        id=next((str(row[key]) for key in _IDS if not is_empty(row.get(key))), f"{number}-{problem}-{attempt}"),
         problem_id=problem,
         reward=reward if graded and reward is not None else 0.0,
         graded=graded,

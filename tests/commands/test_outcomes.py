@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -257,6 +258,22 @@ def test_ids_twice_and_rows_beside_runs_and_mostly_errors_are_refused(tmp_path):
         select(tmp_path / "nothing.parquet", tmp_path / "out")
     with pytest.raises(FaultError):
         select(broken, tmp_path / "out")
+
+
+def test_what_openenv_collected_is_selected_by_its_reward(tmp_path):
+    """The file is OpenEnv's own: tests/data/openenv/make.py wrote it with its CollectRunner."""
+    file = Path(__file__).parents[1] / "data" / "openenv" / "results.jsonl"
+    metrics = select(file, tmp_path / "out")
+    assert (metrics["rollout"]["played"], metrics["selection"]["kept"]) == (12, 4)
+    kept = read_jsonl(tmp_path / "out" / "kept.jsonl")
+    assert [row["prompt"][0]["content"] for row in kept] == [f"Guess my number. It is {n} plus 1." for n in range(1, 5)]
+    calls = [[m["role"], m.get("tool_calls", [{}])[0].get("function")] for m in kept[0]["completion"]]
+    assert calls == [
+        ["assistant", {"name": "guess", "arguments": {"number": 3}}],
+        ["tool", None],
+        ["assistant", {"name": "guess", "arguments": {"number": 2}}],
+    ]
+    assert read_jsonl(tmp_path / "out" / SCORES)[0]["id"] == "kind0-000000"
 
 
 def test_the_command_line_writes_both(tmp_path):
