@@ -42,6 +42,9 @@ def join(outputs: list[nbformat.NotebookNode], runs: str) -> list[nbformat.Noteb
     for output in outputs:
         if "text" in output:
             output.text = output.text.replace(runs, "runs/notebook")
+        for kind, content in output.get("data", {}).items():
+            if kind.startswith("text/"):
+                output.data[kind] = content.replace(runs, "runs/notebook")
         if "text" in output and joined and joined[-1].get("name") == output.name:
             joined[-1].text += output.text
         else:

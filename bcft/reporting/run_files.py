@@ -185,7 +185,7 @@ def read(file: Path, reader: Callable[[Path], T], default: T) -> T:
         return default
     try:
         return reader(file)
-    except (ValueError, CheckpointError) as error:
+    except (ValueError, KeyError, TypeError, CheckpointError) as error:
         raise UsageError(f"{file} is damaged: restore it, or give another run directory") from error
 
 

@@ -29,9 +29,8 @@ _PROJECT = "bcft"
 def losses(history: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     """Yield the lines of `losses.jsonl`: what the trainer logged at each step, of `LOGGED`."""
     for entry in history:
-        figures = {name: entry[name] for name in LOGGED if isinstance(entry.get(name), int | float)}
-        if figures:
-            yield {"step": entry["step"], **figures}
+        if {"loss", "eval_loss"} & entry.keys():  # the summary at the end has other figures
+            yield {"step": entry["step"], **{name: entry[name] for name in LOGGED if name in entry}}
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:

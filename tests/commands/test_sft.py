@@ -10,13 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.pages import figure, read_page, section
 from helpers.tiny import llama_tokenizer, save_llama, write_jsonl
 
 from bcft import evaluate, preview, sft
+from bcft.config.keys import KEYS
 from bcft.config.loader import load
 from bcft.errors import BcftError, CheckpointError, DataError, DivergedError, LockedError, UsageError
 from bcft.policy.loading import load_policy
-from bcft.runs.storage import committed, read_json
+from bcft.runs.storage import committed, read_json, read_jsonl
 
 SMALL = {
     "dataset_train_split": "train[:64]", "max_steps": 3, "per_device_train_batch_size": 8, "eval_test_problems": 6,
@@ -63,6 +65,22 @@ def test_the_files_of_a_run_are_those_of_the_design(finished):
     assert read_json(path / "status.json")["state"] == "done"
     assert not (path / "training_args.bin").exists()
     assert all(file.stat().st_mode & 0o044 for file in path.iterdir() if file.name != ".lock")
+
+
+def test_a_run_leaves_its_losses_its_first_rows_and_a_report_of_both(finished):
+    path, metrics = finished
+    losses = read_jsonl(path / "losses.jsonl")
+    assert [losses[0]["loss"], losses[-1]["loss"]] == [metrics["train"]["loss_first"], metrics["train"]["loss_last"]]
+    rows = read_json(path / "rows.json")
+    assert rows["counts"]["kept"] == metrics["train"]["rows"]
+    assert rows["examples"] == preview.run(None, preview_rows=3, **_previewed())
+    page = read_page((path / "report.html").read_text())
+    assert [row["loss"] for row in figure(page, "loss")] == [line["loss"] for line in losses]
+    assert len(section(page, "tokens").all("pre")) == 3
+
+
+def _previewed():
+    return {key: value for key, value in TINY.items() if "preview" in KEYS[key].commands}
 
 
 def test_rows_of_an_evaluation_load_with_datasets_and_hold_no_null(finished):

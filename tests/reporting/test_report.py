@@ -1,7 +1,9 @@
 """`report.html` says what the files say, and nothing else, for a run of any command at any stage."""
 
+import ast
 import re
 from html import unescape
+from pathlib import Path
 
 import pytest
 from helpers.pages import figure, read_page, rows_of, section
@@ -18,6 +20,7 @@ from helpers.report_runs import (
     write_problems,
 )
 
+import bcft.reporting
 from bcft import report as command
 from bcft.errors import StorageError, UsageError
 from bcft.evaluation.results import Evaluation, Measured
@@ -281,6 +284,18 @@ def test_sft_shows_loss_counts_tokens_and_the_problems_before_and_after(tmp_path
     assert values["after, sampled"] == (final["pass@1"], *final["ci95"])
 
 
+def test_unfinished_runs_of_other_commands_have_a_page(tmp_path):
+    for made, name in ((cloned_run(tmp_path / "a"), "metrics.json"), (evaluated_run(tmp_path / "b"), "metrics.json")):
+        (made / name).unlink()
+        assert drawn(made).one("header").one("p", **{"class": "lead"}).text == "Not finished."
+
+
+def test_without_dev_problems_the_rollouts_say_what_was_solved(tmp_path):
+    path = filtered_run(tmp_path / "run", rounds=[line(1), line(2)])
+    write_json(path / "round_000/evaluation.json", {})
+    assert "Solved attempts of the rollouts" in drawn(path).text
+
+
 def test_an_evaluation_shows_its_figures_and_rows(tmp_path):
     page = drawn(evaluated_run(tmp_path / "run" / "evaluate", against=measured(1)))
     assert page.one("h1").text == "run/evaluate"
@@ -374,6 +389,15 @@ def test_colors_are_those_of_the_style_sheet_in_every_drawing(run):
     assert not re.findall(r"#[0-9a-f]{6}|font-family", drawings)
 
 
+def test_only_drawing_imports_what_draws():
+    """Commands that draw once, at their end, load it there."""
+    package = Path(bcft.reporting.__file__).parent
+    for file in package.rglob("*.py"):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        loaded = [ast.unparse(node) for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+        assert not [one for one in loaded if re.search("matplotlib|jinja2|markupsafe", one)], file
+
+
 def test_every_decision_has_a_color_of_its_own():
     assert set(COLORS) == {"kept", *REASONS}
     assert len(set(COLORS.values())) == len(COLORS)
@@ -444,6 +468,7 @@ def test_a_run_with_python_objects_promises_no_command(tmp_path):
         ("config.yaml", "a: [1,"), ("config.yaml", "- a list"), ("metrics.jsonl", '{"round": 1, "roll'),
         ("metrics.jsonl", '{"round": 1}'), ("metrics.jsonl", "[1]"), ("metrics.json", "{"),
         ("metrics.json", '{"best_round": 3}'), ("round_000/evaluation.json", "\ufffe"), ("status.json", "{"),
+        ("round_001/scores.jsonl", '{"id": "1-a-0"}'),
         ("versions.json", "{}"), ("round_001/scores.jsonl", "{"), ("round_001/rollouts.jsonl", '{"id": "1-a-0", {'),
     ],
 )  # fmt: skip

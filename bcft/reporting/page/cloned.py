@@ -11,9 +11,12 @@ from bcft.reporting.page.parts import Cell, Figure, Note, Page, Part, Rows, Sect
 from bcft.reporting.page.rollouts import problems_of
 from bcft.reporting.page.rows import held_out_rows, limit_of
 from bcft.reporting.run_files import ClonedFiles, evaluated
+from bcft.types import IGNORED
 
 PROBLEMS = 1000
 """The most problems whose attempts a page has."""
+TOKENS = 2000
+"""The most tokens of a row that a page has."""
 POINTS = 400
 """The most points of a curve."""
 
@@ -102,8 +105,9 @@ def _tokens(run: ClonedFiles) -> list[Part]:
     parts: list[Part] = [
         Tokens(
             f"{row['where'] or row['problem_id']}: {len(row['tokens'])} tokens, "
-            f"{sum(token['label'] != -100 for token in row['tokens'])} with loss",
-            [(token["text"], token["label"] != -100) for token in row["tokens"]],
+            f"{sum(token['label'] != IGNORED for token in row['tokens'])} with loss"
+            + (f"; the first {TOKENS:,} of them" if len(row["tokens"]) > TOKENS else ""),
+            [(token["text"], token["label"] != IGNORED) for token in row["tokens"][:TOKENS]],
         )
         for row in run.rows.get("examples", ())
     ]

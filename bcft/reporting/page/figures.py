@@ -73,7 +73,8 @@ def curves(
                 continue
             if one.intervals:
                 low, high = zip(*one.intervals, strict=True)
-                canvas.area(one.xs, low, high, one.color)
+                if one.mark == "line":
+                    canvas.area(one.xs, low, high, one.color)
                 ends = [(x, a, x, b) for x, (a, b) in zip(one.xs, one.intervals, strict=True)]
                 canvas.segments(ends, one.color, linewidth=1, alpha=0.55)
         for one in sorted(drawn, key=lambda one: one.mark == "line"):  # main lines above the others

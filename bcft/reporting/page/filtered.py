@@ -106,9 +106,8 @@ def _dev_panels(run: RunFiles, other: RunFiles | None) -> list[Panel]:
     series = [_curve(run, main, "accent", main if by_rate else f"mean {main}")]
     if main == "sampled":
         wide = [(r["round"], r["eval"]["sampled"]["pass@k"]) for r in run.records if "sampled" in r.get("eval", {})]
-        greedy = [(number, value) for number, value, _ in run.curve("greedy")]
         series.append(_series(f"pass@{run.base['sampled']['k']}", "accent-2", wide, mark="square"))
-        series.append(_series("greedy", "accent-2", greedy, mark="ring"))
+        series.append(_curve(run, "greedy", "accent-2", "greedy", mark="ring"))
     value_of = {number: value for number, value, _ in run.curve(main)}
     chosen = run.metrics.get("best_round", 0)
     ring = (chosen, value_of[chosen], f"chosen: round {chosen}") if run.metrics and chosen in value_of else None
@@ -121,21 +120,28 @@ def _dev_panels(run: RunFiles, other: RunFiles | None) -> list[Panel]:
 
 
 def _reward_panels(run: RunFiles, other: RunFiles | None) -> list[Panel]:
+    """Return the success of the rollouts, or their mean reward, where dev problems say nothing of either."""
+    known = any(record["rollout"]["unknown"] < record["rollout"]["played"] for record in run.rounds)
+    figure, label = ("success", "solved attempts") if known else ("reward_mean", "mean reward")
     drawn = [
-        _series(name, color, [(r["round"], r["rollout"]["reward_mean"]) for r in one.rounds])
-        for one, color, name in ((run, "accent", "mean reward"), (other, "other", "mean reward, other run"))
+        _series(name, color, [(r["round"], r["rollout"][figure]) for r in one.rounds])
+        for one, color, name in ((run, "accent", label), (other, "other", f"{label}, {_other_name(other)}"))
         if one and one.rounds
     ]
-    return [curves("success-dev", "Mean reward of the rollouts; success is unknown", drawn)] if drawn else []
+    if not drawn:
+        return []
+    if known:
+        return [curves("success-dev", "Solved attempts of the rollouts", drawn, form=percent_text, limits=(0.0, 1.0))]
+    return [curves("success-dev", "Mean reward of the rollouts; success is unknown", drawn)]
 
 
 def _other_name(other: RunFiles | None) -> str:
     return "control" if other and other.config["control"] == "random" else "other"
 
 
-def _curve(run: RunFiles, kind: str, color: str, label: str) -> Series:
-    points = run.curve(kind)
-    return Series(label, color, [p[0] for p in points], [p[1] for p in points], [p[2] for p in points])
+def _curve(run: RunFiles, kind: str, color: str, label: str, *, mark: str = "line") -> Series:
+    rounds, values, intervals = zip(*run.curve(kind), strict=True)
+    return Series(label, color, rounds, values, intervals, mark)
 
 
 def _series(label: str, color: str, points: Sequence[tuple[float, float]], *, mark: str = "line") -> Series:
@@ -149,7 +155,7 @@ def _success_table(run: RunFiles) -> Table:
         measured += [("test, base", run.metrics["base"]), (f"test, {run.chosen}", tested)]
     head = ["evaluated", "n", "greedy", "low", "high", "sampled", "low", "high", "pass@k", "maj@k"]
     head += [*(word for average in AVERAGES for word in (f"mean {average}", "low", "high")), "stopped by itself"]
-    head += ["against base", "low", "high", "p"]
+    head += ["against base", "low", "high", "p", "pass@k against base", "low", "high"]
     rows = []
     for name, summary in measured:
         row = [Cell(name), numbers(summary.get("n"), "d")]
@@ -162,7 +168,9 @@ def _success_table(run: RunFiles) -> Table:
         delta = next((part for part in ("delta", *(f"{average}_delta" for average in AVERAGES)) if part in versus), "")
         low, high = versus.get(delta.replace("delta", "ci95"), (None, None))
         row += [share(summary.get("stop_rate")), *(numbers(v, "+.3f") for v in (versus.get(delta), low, high))]
-        rows.append([*row, numbers(versus.get("p_value"), ".3g")])
+        wide = versus.get("pass@k_ci95", (None, None))
+        row += [numbers(versus.get("p_value"), ".3g")]
+        rows.append([*row, *(numbers(v, "+.3f") for v in (versus.get("pass@k_delta"), *wide))])
     return compact(head, rows)
 
 
