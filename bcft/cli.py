@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from bcft import __version__
-from bcft.config.keys import COMMANDS
+from bcft.config.keys import COMMANDS, ON_DIRECTORIES
 from bcft.config.loader import Config, parse
 from bcft.config.reference import help_text
 from bcft.errors import BcftError, Preempted
@@ -30,10 +30,15 @@ def execute(command: str, action: Callable[[Config], object], argv: Sequence[str
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if "--debug" not in arguments:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when transformers is loaded
+    return guarded(lambda: action(parse(command, arguments)), debug="--debug" in arguments)
+
+
+def guarded(action: Callable[[], object], *, debug: bool) -> int:
+    """Act and return the exit code: a foreseen error becomes one line, unless `debug`."""
     try:
-        action(parse(command, arguments))
+        action()
     except BcftError as error:
-        if "--debug" in arguments:
+        if debug:
             raise
         _print_error(*(f"bcft: error: {line}" for line in str(error).splitlines()))
         return error.exit_code
@@ -54,12 +59,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("usage: bcft COMMAND RECIPE [--key value | key=value ...]\n")
         for name, command in COMMANDS.items():
             print(f"  {name:<9} {' '.join(command.summary.split())}")
+        for name, summary in ON_DIRECTORIES.items():
+            print(f"  {name:<9} {summary}")
         print(
             "\nbcft COMMAND --help lists the keys; bcft sft recipes/bc_math.yaml runs without network or accelerator."
         )
         return 0 if arguments else 2
-    if arguments[0] not in COMMANDS:
-        names = ", ".join(COMMANDS)
+    if arguments[0] not in (*COMMANDS, *ON_DIRECTORIES):
+        names = ", ".join((*COMMANDS, *ON_DIRECTORIES))
         print(f"bcft: error: {arguments[0]!r} is not a command; the commands are {names}", file=sys.stderr)
         return 2
     entry: Callable[[Sequence[str]], int] = importlib.import_module(f"bcft.{arguments[0]}").main

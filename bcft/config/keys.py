@@ -47,6 +47,12 @@ COMMANDS = {
 }
 
 
+ON_DIRECTORIES = {
+    "export": "Write a run, a round or an adapter as one ordinary model directory: bcft export DIR --output_dir OUT.",
+}
+"""Commands that take directories in place of a recipe, and what they do."""
+
+
 class Flag(NamedTuple):
     """A switch of the command line; never a key of a recipe."""
 

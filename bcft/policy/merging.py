@@ -1,0 +1,60 @@
+"""An adapter merged into its base: one ordinary model. A 4-bit base is dequantized first, never merged into."""
+
+from typing import Any
+
+import torch
+
+from bcft.config.schema import ModelSettings
+from bcft.errors import CheckpointError, UsageError
+from bcft.policy.adapters import is_tied
+from bcft.policy.loading import load_adapter, load_model
+from bcft.policy.precision import Precision
+from bcft.policy.sources import adapter_base, locate
+
+
+def load_dequantized(name: str, settings: ModelSettings, precision: Precision) -> Any:
+    """Load a model in 4 bits and turn its weights into those that its layers multiply with; with its adapter, if any.
+
+    The adapter is added afterwards: on a 4-bit layer, merging would round the sum to 4 bits again.
+    """
+    source = locate(name, settings)
+    base = adapter_base(source)
+    model = load_model(base or source, settings, precision, trainable=False).dequantize(torch.float32)
+    return load_adapter(model, source, trainable=False) if base else model
+
+
+def merge(model: Any, name: str) -> Any:
+    """Return the base of an adapter with the adapter in its weights; the model changes in place. name: for errors.
+
+    Raises UsageError for an adapter that cannot be merged, CheckpointError when a weight would not be finite.
+    """
+    if not hasattr(model, "peft_config"):
+        return model
+    kinds = sorted({str(getattr(config.peft_type, "value", config.peft_type)) for config in model.peft_config.values()})
+    if not hasattr(model.base_model, "merge_and_unload"):
+        raise UsageError(
+            f"{name}: an adapter of the kind {', '.join(kinds)} cannot be merged"
+        )
+    try:
+        merged = model.merge_and_unload(safe_merge=True)
+    except ValueError as error:
+        raise CheckpointError(f"{name}: {' '.join(str(error).split())}") from error
+    for parameter in merged.parameters():
+        parameter.requires_grad_(True)  # as of a model that was never frozen
+    _tie(merged)
+    return merged
+
+
+def _tie(model: Any) -> None:
+    """Make embeddings and head one again where the configuration says so, or say there that they differ.
+
+    Whole modules that train beside an adapter may be copies of tied weights.
+    """
+    config = model.config.get_text_config()
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or not config.tie_word_embeddings or is_tied(model):
+        return
+    if torch.equal(head.weight, embeddings.weight):
+        head.weight = embeddings.weight
+    else:
+        config.tie_word_embeddings = model.config.tie_word_embeddings = False
