@@ -32,9 +32,7 @@ def merge(model: Any, name: str) -> Any:
         return model
     kinds = sorted({str(getattr(config.peft_type, "value", config.peft_type)) for config in model.peft_config.values()})
     if not hasattr(model.base_model, "merge_and_unload"):
-        raise UsageError(
-            f"{name}: an adapter of the kind {', '.join(kinds)} cannot be merged"
-        )
+        raise UsageError(f"{name}: an adapter of the kind {', '.join(kinds)} cannot be merged")
     try:
         merged = model.merge_and_unload(safe_merge=True)
     except ValueError as error:
