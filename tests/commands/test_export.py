@@ -42,7 +42,7 @@ def bases(tmp_path_factory):
     tokenizer, paths = llama_tokenizer(["a b"], vocabulary=300), {}
     for tied in (False, True):
         paths[tied] = path = save_llama(tmp_path_factory.mktemp("base") / "m", tokenizer, hidden=64)
-        config = LlamaConfig.from_pretrained(path, tie_word_embeddings=tied, initializer_range=0.2)
+        config = LlamaConfig.from_pretrained(path, tie_word_embeddings=tied, initializer_range=0.1)
         torch.manual_seed(0)
         LlamaForCausalLM(config).save_pretrained(path)
     return paths
@@ -54,7 +54,7 @@ def adapted(base, settings, directory, *, scale=1.0):
     with torch.no_grad():
         for parameter in policy.model.parameters():
             if parameter.requires_grad:
-                parameter += 0.1 * torch.randn_like(parameter)
+                parameter += 0.03 * torch.randn_like(parameter)
     if scale != 1:
         interpolate(policy, base, scale, settings)
     directory.mkdir()
@@ -82,7 +82,7 @@ def test_an_exported_adapter_is_one_plain_model_with_the_same_logits(bases, tmp_
     model = loaded(tmp_path / "out")
     bound = 1e-3 if settings.load_in_4bit else 1e-5
     assert (logits(model) - logits(policy.model)).abs().max() <= bound
-    assert (logits(loaded(bases[tied])) - logits(model)).abs().max() > 0.1  # the adapter is in there
+    assert (logits(loaded(bases[tied])) - logits(model)).abs().max() > 0.01  # the adapter is in there
     assert {path.suffix for path in (tmp_path / "out").iterdir()} <= {".json", ".safetensors", ".jinja"}
     assert not (tmp_path / "out" / "adapter_config.json").exists()
     config = read_json(tmp_path / "out" / "config.json")

@@ -88,7 +88,7 @@ def test_a_lora_adapter_in_the_file_is_added_to_the_weights(base, tmp_path):
     assert (logits(model) - logits(exported(path, base, tmp_path, lora_alpha=32.0))).abs().max() <= 1e-6
 
 
-def test_tied_weights_and_buffers_of_an_older_transformers_load(base, tmp_path):
+def test_tied_weights_and_buffers_of_an_older_transformers_load(tmp_path):
     config = GPT2Config(vocab_size=300, n_embd=16, n_layer=1, n_head=2, n_positions=64, eos_token_id=4, bos_token_id=0)
     gpt2 = tmp_path / "gpt2"
     GPT2LMHeadModel(config).save_pretrained(gpt2)
