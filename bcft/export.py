@@ -113,7 +113,6 @@ def run_options(options: Options) -> Path:
         top = run_of(Path(options.source))
         if top != Path(options.source):
             raise UsageError(f"{options.source}: give the directory of a run of filtered or collect")
-        # A sibling of this command in its layer's neighbor, loaded when it is asked for.
         outcomes = importlib.import_module("bcft.selection.outcomes")
         outcomes.export_dataset(top, output, pairs=options.to == "pairs")
         return output
@@ -248,14 +247,21 @@ def parser() -> argparse.ArgumentParser:
         "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
         help="the numbers to write; auto, the default: as they are stored, float32 for what is merged",
     )  # fmt: skip
+    switch: dict[str, Any] = {"nargs": "?", "const": True, "type": _switch, "metavar": "true|false"}
     why = "; of a run its recipe says so"
-    add("--load_in_4bit", nargs="?", const=True, type=_switch, help=f"the adapter's base was in 4 bits{why}")
+    add("--load_in_4bit", **switch, help=f"the adapter's base was in 4 bits{why}")
     kinds = KEYS["bnb_4bit_quant_type"].choices or ("fp4", "nf4")
     add("--bnb_4bit_quant_type", choices=kinds, help=f"the kind of these bits{why}")
-    add("--use_bnb_nested_quant", nargs="?", const=True, type=_switch, help=f"their scales were quantized too{why}")
-    add("--use_cpu", nargs="?", const=True, type=_switch, help="compute on the CPU, whatever there is beside it")
+    add("--use_bnb_nested_quant", **switch, help=f"their scales were quantized too{why}")
+    add("--use_cpu", **switch, help="compute on the CPU, whatever there is beside it")
     add("--model_name_or_path", metavar="BASE", help="for a .pt file: the model that it was trained from")
-    add("--lora_alpha", type=float, default=0.0, help="for a .pt file with a LoRA adapter: as its run had it")
+    add(
+        "--lora_alpha",
+        type=float,
+        default=0.0,
+        metavar="ALPHA",
+        help="for a .pt file with a LoRA adapter: as its run had it",
+    )
     add("--allow-remote-code", action="store_true", help="allow a model that runs its author's code, as its run did")
     add("--quiet", action="store_true", help="print the conclusion only")
     add("--debug", action="store_true", help="show the traceback of an error")

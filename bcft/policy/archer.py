@@ -20,7 +20,7 @@ from bcft.policy.checks import check_model
 from bcft.policy.loading import Policy, stopping
 from bcft.policy.precision import choose_precision
 from bcft.policy.shape import build_without_storage
-from bcft.policy.sources import base_config, first_line
+from bcft.policy.sources import base_config
 
 KEY = "model_state_dict"
 _WRAPPERS = {"module", "model", "base_model", "_orig_mod"}
@@ -57,8 +57,7 @@ def _read(file: Path) -> dict[str, torch.Tensor]:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except (OSError, RuntimeError, ValueError, EOFError, UnpicklingError) as error:
         raise DataError(
-            f"{file}: not a file of weights that torch.save wrote, or one with more than tensors, which could run "
-            f"code: {first_line(error)}"
+            f"{file}: not a file of weights that torch.save wrote, or one with more than tensors, which could run code"
         ) from error
     weights = content.get(KEY) if isinstance(content, Mapping) else None
     if not isinstance(weights, Mapping) or not all(isinstance(w, torch.Tensor) for w in weights.values()):
