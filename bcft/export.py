@@ -260,7 +260,7 @@ def parser() -> argparse.ArgumentParser:
         type=float,
         default=0.0,
         metavar="ALPHA",
-        help="for a .pt file with a LoRA adapter: as its run had it",
+        help="for a .pt file with a LoRA adapter: its run's",
     )
     add("--allow-remote-code", action="store_true", help="allow a model that runs its author's code, as its run did")
     add("--quiet", action="store_true", help="print the conclusion only")

@@ -19,6 +19,7 @@ from bcft.config.schema import ModelSettings
 from bcft.errors import CheckpointError
 from bcft.generation.mode import sampling_mode
 from bcft.policy.archer import load_archer
+from bcft.policy.chat_template import Renderer
 from bcft.policy.checks import check_room
 from bcft.policy.loading import Policy, base_config, load_policy, load_renderer, save_policy
 from bcft.policy.merging import load_dequantized, merge
@@ -65,8 +66,7 @@ class _Written:
     ids: Sequence[Sequence[int]]
     logits: Sequence[torch.Tensor]
     """(positions, vocabulary) of each prompt."""
-    fingerprint: str
-    """Of the tokenizer and the template."""
+    stop_ids: tuple[int, ...]
     device: torch.device
     so_far: Exported
 
@@ -84,7 +84,7 @@ def export_model(
     settings = replace(settings, dtype="float32", bf16=False, fp16=False)
     with _aside(output) as aside:
         written = _merged(source, aside, settings, dtype=dtype, problems=problems)
-        return _moved(written, output, settings)
+        return _moved(written, output, settings, problems)
 
 
 def export_archer(file: Path, output: Path, settings: ModelSettings, *, dtype: str, lora_alpha: float) -> Exported:
@@ -96,7 +96,7 @@ def export_archer(file: Path, output: Path, settings: ModelSettings, *, dtype: s
     settings = replace(settings, dtype="float32", bf16=False, fp16=False)
     with _aside(output) as aside:
         written = _imported(file, aside, settings, dtype=dtype, lora_alpha=lora_alpha)
-        return _moved(written, output, settings)
+        return _moved(written, output, settings, ())
 
 
 @contextmanager
@@ -120,7 +120,7 @@ def _merged(source: str, aside: Path, settings: ModelSettings, *, dtype: str, pr
     merging = policy.adapter or settings.load_in_4bit
     numbers = _numbers(dtype, torch.float32 if merging else stored.dtype)
     check_room(aside.parent, planned.num_parameters() * numbers.itemsize)
-    ids = _prompt_ids(policy, problems)
+    ids = _prompt_ids(policy.renderer, problems)
     before = _logits(policy.model, ids)
     if settings.load_in_4bit:
         generation = _base(policy.model).generation_config
@@ -136,7 +136,7 @@ def _imported(file: Path, aside: Path, settings: ModelSettings, *, dtype: str, l
     policy, stored = load_archer(file, settings, lora_alpha=lora_alpha)
     numbers = _numbers(dtype, stored)
     check_room(aside.parent, policy.model.num_parameters() * numbers.itemsize)
-    ids = _prompt_ids(policy, ())
+    ids = _prompt_ids(policy.renderer, ())
     return _write(policy, aside, numbers, ids, _logits(policy.model, ids), bound=BOUND)
 
 
@@ -151,12 +151,12 @@ def _numbers(dtype: str, stored: torch.dtype | None) -> torch.dtype:
     return stored if stored in (torch.bfloat16, torch.float16) else torch.float32
 
 
-def _prompt_ids(policy: Policy, problems: Sequence[Problem]) -> list[list[int]]:
+def _prompt_ids(renderer: Renderer, problems: Sequence[Problem]) -> list[list[int]]:
     """Return the ids of the problems' prompts, of `PROMPTS` where there are none."""
     asked = [problem for problem in problems if problem.prompt]
     prompts = [problem.prompt for problem in asked] or list(PROMPTS)
     given = [problem.template_kwargs for problem in asked] or None
-    return [ids[-POSITIONS:] for ids in policy.renderer.prompts(prompts, given)]
+    return [ids[-POSITIONS:] for ids in renderer.prompts(prompts, given)]
 
 
 @torch.no_grad()
@@ -207,10 +207,10 @@ def _write(
         save_policy(policy, aside)
     name, rounding = str(numbers).removeprefix("torch."), _difference(exact, rounded)
     so_far = Exported(aside, name, model.num_parameters(), len(ids), difference, largest, allowed, rounding)
-    return _Written(aside, ids, rounded, policy.renderer.fingerprint, model.device, so_far)
+    return _Written(aside, ids, rounded, policy.renderer.stop_ids, model.device, so_far)
 
 
-def _moved(written: _Written, output: Path, settings: ModelSettings) -> Exported:
+def _moved(written: _Written, output: Path, settings: ModelSettings, problems: Sequence[Problem]) -> Exported:
     """Load what was written with plain transformers, compare it, and put it in place."""
     aside, so_far = written.aside, written.so_far
     trust = settings.trust_remote_code
@@ -218,8 +218,11 @@ def _moved(written: _Written, output: Path, settings: ModelSettings) -> Exported
     difference = _difference(written.logits, _logits(model.to(written.device), written.ids))
     _refuse(difference, so_far.bound, so_far.largest, "written and loaded")
     here = ModelSettings(str(aside), trust_remote_code=trust, chat_template_kwargs=settings.chat_template_kwargs)
-    if load_renderer(str(aside), here).fingerprint != written.fingerprint:
-        raise CheckpointError("export: the written tokenizer makes other ids than the model's own: nothing was written")
+    renderer = load_renderer(str(aside), here)
+    if renderer.stop_ids != written.stop_ids or _prompt_ids(renderer, problems) != written.ids:
+        raise CheckpointError(
+            "export: the written tokenizer makes other ids than the model's own, or stops elsewhere: nothing was written"
+        )
     with storage(output):
         aside.replace(output)
     return replace(so_far, directory=output, difference=max(difference, so_far.difference))
