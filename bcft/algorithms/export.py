@@ -21,7 +21,15 @@ from bcft.generation.mode import sampling_mode
 from bcft.policy.archer import load_archer
 from bcft.policy.chat_template import Renderer
 from bcft.policy.checks import check_room
-from bcft.policy.loading import Policy, base_config, load_policy, load_renderer, save_policy
+from bcft.policy.loading import (
+    Policy,
+    adapter_base,
+    base_config,
+    load_policy,
+    load_renderer,
+    locate,
+    save_policy,
+)
 from bcft.policy.merging import load_dequantized, merge
 from bcft.policy.shape import build_without_storage
 from bcft.runs.storage import storage
@@ -115,11 +123,11 @@ def _aside(output: Path) -> Iterator[Path]:
 def _merged(source: str, aside: Path, settings: ModelSettings, *, dtype: str, problems: Sequence[Problem]) -> _Written:
     """Load, merge and write a model."""
     stored = base_config(source, settings)
-    planned = build_without_storage(source, stored, settings)
-    policy = load_policy(source, settings, trainable=False)
-    merging = policy.adapter or settings.load_in_4bit
+    merging = settings.load_in_4bit or adapter_base(locate(source, settings))
     numbers = _numbers(dtype, torch.float32 if merging else stored.dtype)
+    planned = build_without_storage(source, stored, settings)
     check_room(aside.parent, planned.num_parameters() * numbers.itemsize)
+    policy = load_policy(source, settings, trainable=False)
     ids = _prompt_ids(policy.renderer, problems)
     before = _logits(policy.model, ids)
     if settings.load_in_4bit:
