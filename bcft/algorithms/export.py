@@ -32,6 +32,7 @@ from bcft.policy.loading import (
 )
 from bcft.policy.merging import load_dequantized, merge
 from bcft.policy.shape import build_without_storage
+from bcft.policy.sources import check_base
 from bcft.runs.storage import storage
 from bcft.types import Problem
 
@@ -122,6 +123,7 @@ def _aside(output: Path) -> Iterator[Path]:
 
 def _merged(source: str, aside: Path, settings: ModelSettings, *, dtype: str, problems: Sequence[Problem]) -> _Written:
     """Load, merge and write a model."""
+    check_base(locate(source, settings))
     stored = base_config(source, settings)
     merging = settings.load_in_4bit or adapter_base(locate(source, settings))
     numbers = _numbers(dtype, torch.float32 if merging else stored.dtype)
@@ -229,7 +231,7 @@ def _moved(written: _Written, output: Path, settings: ModelSettings, problems: S
     renderer = load_renderer(str(aside), here)
     if renderer.stop_ids != written.stop_ids or _prompt_ids(renderer, problems) != written.ids:
         raise CheckpointError(
-            "export: the written tokenizer makes other ids than the model's own, or stops elsewhere: nothing was written"
+            "export: the written tokenizer makes other ids than the model's own, or stops elsewhere; nothing is left of it"
         )
     with storage(output):
         aside.replace(output)
