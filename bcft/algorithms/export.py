@@ -231,7 +231,7 @@ def _moved(written: _Written, output: Path, settings: ModelSettings, problems: S
     renderer = load_renderer(str(aside), here)
     if renderer.stop_ids != written.stop_ids or _prompt_ids(renderer, problems) != written.ids:
         raise CheckpointError(
-            "export: the written tokenizer makes other ids than the model's own, or stops elsewhere; nothing is left of it"
+            "export: the written tokenizer makes other ids than the model's own, or stops elsewhere: it was removed"
         )
     with storage(output):
         aside.replace(output)
