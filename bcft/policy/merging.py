@@ -33,14 +33,26 @@ def merge(model: Any, name: str) -> Any:
     kinds = sorted({str(getattr(config.peft_type, "value", config.peft_type)) for config in model.peft_config.values()})
     if not hasattr(model.base_model, "merge_and_unload"):
         raise UsageError(f"{name}: an adapter of the kind {', '.join(kinds)} cannot be merged")
+    _untie(model.get_base_model())
     try:
         merged = model.merge_and_unload(safe_merge=True)
     except ValueError as error:
         raise CheckpointError(f"{name}: {' '.join(str(error).split())}") from error
-    for parameter in merged.parameters():
-        parameter.requires_grad_(True)  # as of a model that was never frozen
     _tie(merged)
     return merged
+
+
+def _untie(base: Any) -> None:
+    """Give the head weights of its own if an adapter is on it or on the embeddings that it shares them with.
+
+    The adapter acts at its own place; merged into weights that both have, it would act at the other as well.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer  # noqa: PLC0415 - peft takes seconds to import
+
+    head, embeddings = base.get_output_embeddings(), base.get_input_embeddings()
+    if is_tied(base) and (isinstance(head, BaseTunerLayer) or isinstance(embeddings, BaseTunerLayer)):
+        own = head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
+        own.weight = torch.nn.Parameter(own.weight.detach().clone())
 
 
 def _tie(model: Any) -> None:
