@@ -33,12 +33,15 @@ def merge(model: Any, name: str) -> Any:
     kinds = sorted({str(getattr(config.peft_type, "value", config.peft_type)) for config in model.peft_config.values()})
     if not hasattr(model.base_model, "merge_and_unload"):
         raise UsageError(f"{name}: an adapter of the kind {', '.join(kinds)} cannot be merged")
-    _untie(model.get_base_model())
+    base = model.get_base_model()
+    tied = base.config.get_text_config().tie_word_embeddings
+    _untie(base)
     try:
         merged = model.merge_and_unload(safe_merge=True)
     except ValueError as error:
         raise CheckpointError(f"{name}: {' '.join(str(error).split())}") from error
-    _tie(merged)
+    if tied:
+        _tie(merged)
     return merged
 
 
@@ -56,15 +59,12 @@ def _untie(base: Any) -> None:
 
 
 def _tie(model: Any) -> None:
-    """Make embeddings and head one again where the configuration says so, or say there that they differ.
+    """Make embeddings and head of a tied model one again, or say in its configuration that they differ.
 
     Whole modules that train beside an adapter may be copies of tied weights.
     """
-    config = model.config.get_text_config()
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
-    if head is None or not config.tie_word_embeddings or is_tied(model):
-        return
-    if torch.equal(head.weight, embeddings.weight):
+    same = torch.equal(head.weight, embeddings.weight)
+    if same:
         head.weight = embeddings.weight
-    else:
-        config.tie_word_embeddings = model.config.tie_word_embeddings = False
+    model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = same
