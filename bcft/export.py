@@ -173,17 +173,17 @@ def model_of(name: str) -> str:
     if not path.is_dir():
         raise UsageError(f"{name}: there is no such directory")
     places = (path, path / "best", path / "model")
-    found = next((place for place in places if _has_model(place)), None)
-    if found is None:
+    model = next((place for place in places if _has_model(place)), None)
+    if model is None:
         rounds = sorted(str(model.parent) for model in path.glob("round_*/model") if _has_model(model))
         instead = f": its run is not finished; give a round, such as {rounds[-1]}" if rounds else ": give a directory "
         raise UsageError(f"{name}: has no model{instead if rounds else f'{instead}of a run, a model or an adapter'}")
-    top = run_of(found)
-    result = top is not None and found in (top, top / "best")
-    holder = found if (found / MANIFEST).is_file() else top if result else None
+    top = run_of(model)
+    result = top is not None and model in (top, top / "best")
+    holder = model if (model / MANIFEST).is_file() else top if result else None
     if holder is not None and not finished(holder) and result:
         raise UsageError(f"{name}: its run is not finished: re-run its command, or give a round")
-    return str(found)
+    return str(model)
 
 
 def _has_model(path: Path) -> bool:

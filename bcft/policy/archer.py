@@ -110,10 +110,10 @@ def _merged(file: Path, weights: Mapping[str, torch.Tensor], model: Any, lora_al
     factors: dict[str, dict[str, torch.Tensor]] = {}
     saved: dict[str, torch.Tensor] = {}
     for key, weight in weights.items():
-        if found := _ADAPTER.fullmatch(key):
-            factors.setdefault(found[1], {})[found[2]] = weight
-        elif found := _SAVED_MODULE.fullmatch(key):
-            saved[f"{found[1]}.{found[2]}"] = weight
+        if match := _ADAPTER.fullmatch(key):
+            factors.setdefault(match[1], {})[match[2]] = weight
+        elif match := _SAVED_MODULE.fullmatch(key):
+            saved[f"{match[1]}.{match[2]}"] = weight
         elif not _ORIGINAL.fullmatch(key):
             own[_BASE_LAYER.sub(r"\1.\2", key)] = weight
     if factors and not lora_alpha:
