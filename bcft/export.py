@@ -24,7 +24,7 @@ from bcft.reporting.tables import say
 from bcft.runs.directory import quiet_libraries
 from bcft.runs.distributed import rank
 from bcft.runs.progress import Progress
-from bcft.runs.storage import MANIFEST, finished, jsonl_rows, read_yaml
+from bcft.runs.storage import finished, jsonl_rows, read_yaml
 from bcft.types import Problem
 
 USAGE = "bcft export DIR --output_dir OUT [--key value | --key=value | key=value ...]"
@@ -175,14 +175,18 @@ def model_of(name: str) -> str:
     places = (path, path / "best", path / "model")
     model = next((place for place in places if _has_model(place)), None)
     if model is None:
-        rounds = sorted(str(model.parent) for model in path.glob("round_*/model") if _has_model(model))
-        instead = f": its run is not finished; give a round, such as {rounds[-1]}" if rounds else ": give a directory "
-        raise UsageError(f"{name}: has no model{instead if rounds else f'{instead}of a run, a model or an adapter'}")
+        rounds = sorted(str(saved.parent) for saved in path.glob("round_*/model") if _has_model(saved))
+        if rounds:
+            raise UsageError(f"{name}: has no model: its run is not finished; give a round, such as {rounds[-1]}")
+        raise UsageError(f"{name}: has no model: give the directory of a run, a round, a model or an adapter")
     top = run_of(model)
     result = top is not None and model in (top, top / "best")
-    holder = model if (model / MANIFEST).is_file() else top if result else None
-    if holder is not None and not finished(holder) and result:
-        raise UsageError(f"{name}: its run is not finished: re-run its command, or give a round")
+    of_round = top is not None and model.name == "model"
+    holder = top if result else model  # whose manifest commits the weights
+    if holder is not None and not finished(holder) and (result or of_round):
+        raise UsageError(
+            f"{name}: its {'run' if result else 'round'} is not finished: re-run its command, or give a round"
+        )
     return str(model)
 
 

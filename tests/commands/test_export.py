@@ -191,13 +191,16 @@ def test_an_unfinished_run_and_changed_weights_are_refused(a_run):
     (a_run / "round_001" / "model" / "config.json").write_text("{}")
     with pytest.raises(CheckpointError, match="differs from its hash"):
         export.model_of(str(a_run / "round_001"))
+    (a_run / "round_002" / "model" / "manifest.json").unlink()
+    with pytest.raises(UsageError, match="its round is not finished"):
+        export.model_of(str(a_run / "round_002"))
     (a_run / "manifest.json").unlink()
-    with pytest.raises(UsageError, match="is not finished: re-run its command, or give a round"):
+    with pytest.raises(UsageError, match="is not finished: re-run its command"):
         export.model_of(str(a_run))
     shutil.rmtree(a_run / "best")
     with pytest.raises(UsageError, match=r"is not finished; give a round, such as .*round_002"):
         export.model_of(str(a_run))
-    with pytest.raises(UsageError, match="has no model: give a directory"):
+    with pytest.raises(UsageError, match="has no model: give the directory of a run"):
         export.model_of(str(a_run.parent))
 
 
