@@ -29,10 +29,13 @@ LIGHT = [
     *("policy.template", "policy.template_kwargs", "selection.functions", "selection.store"),
     *("rewards.signature", "rewards.awaiting"),
     *("policy.gguf", "runs.progress", "sft", "filtered", "evaluate", "collect", "refilter", "preview"),
+    "export",
 ]
 BROAD_EXCEPT = {"rollout/threads.py", "rewards/base.py", "environments/tools.py"}
 BROAD_EXCEPT |= {"integrations/reasoning_gym.py", "integrations/reasoning_gym_items.py", "reporting/trackers.py"}
 """Files that may catch everything: users' code and other projects' generators and scorers may raise anything."""
+READS_TORCH_FILES = "policy/archer.py"
+"""The one file that may call `torch.load`, with `weights_only=True`, and import what it raises from `pickle`."""
 FORBIDDEN = {"pickle", "dill", "eval", "exec", "sympify", "parse_expr"}
 
 
@@ -87,14 +90,17 @@ def test_nothing_runs_text_as_code(path):
     tree = ast.parse(path.read_text(encoding="utf-8"))
     names = {node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
     names |= {module.split(".")[-1] for module in imports(path)}
+    reader = path.relative_to(PACKAGE).as_posix() == READS_TORCH_FILES
+    if reader:
+        names -= {"pickle"}
+        assert "from pickle import UnpicklingError\n" in path.read_text(encoding="utf-8")
+        assert path.read_text(encoding="utf-8").count("pickle") == 1
     assert not FORBIDDEN & names
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
             called = ast.unparse(node.func)
-            assert called != "yaml.load", f"{path.name}:{node.lineno} calls {called}"
-            if called == "torch.load":  # one place reads other programs' weights, and only tensors
-                assert path.name == "state_dict.py"
-                assert "weights_only=True" in ast.unparse(node)
+            safe = reader and called == "torch.load" and "weights_only=True" in map(ast.unparse, node.keywords)
+            assert safe or called not in ("yaml.load", "torch.load"), f"{path.name}:{node.lineno} calls {called}"
             assert not any(k.arg == "shell" and ast.unparse(k.value) == "True" for k in node.keywords)
 
 
@@ -117,7 +123,7 @@ def test_no_broad_except_and_every_public_function_says_what_it_does(path):
 
 def test_no_recipe_is_passed_whole_or_looked_up_by_string():
     """Only commands, `cli` and `algorithms` receive the configuration; every other function takes the part it needs."""
-    commands = {"sft", "filtered", "evaluate", "collect", "refilter", "preview", "cli"}
+    commands = {"sft", "filtered", "evaluate", "collect", "refilter", "preview", "export", "cli"}
     for path in files():
         parts = path.relative_to(PACKAGE).parts
         if parts[0].removesuffix(".py") in commands or parts[0] in ("algorithms", "config"):

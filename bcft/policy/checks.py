@@ -107,14 +107,28 @@ def check_disk(
     moments = 0 if training.optim in ("sgd", "adafactor") else 2 if "8bit" in training.optim else 8
     needed = 4 * parameters * copies + (moments * parameters if saves else 0)
     written = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file()) if directory.is_dir() else 0
-    place = next(parent for parent in (directory.absolute(), *directory.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(place).free
+    free = _free(directory)
     if needed - written > free:
         raise StorageError(
             f"output_dir: {str(directory)!r} needs about {_gigabytes(needed - written)} ({copies} x "
             f"{_gigabytes(4 * parameters)} of weights{' and the optimizer' if saves and moments else ''}), and its "
             f"disk has {_gigabytes(free)} free: make room or give another output_dir"
         )
+
+
+def check_room(directory: Path, needed: int) -> None:
+    """Raise StorageError when the disk of a directory, which need not be there yet, has fewer bytes free."""
+    free = _free(directory)
+    if needed > free:
+        raise StorageError(
+            f"output_dir: {str(directory)!r} needs about {_gigabytes(needed)} of weights, and its disk has "
+            f"{_gigabytes(free)} free: make room or give another output_dir"
+        )
+
+
+def _free(directory: Path) -> int:
+    place = next(parent for parent in (directory.absolute(), *directory.absolute().parents) if parent.exists())
+    return shutil.disk_usage(place).free
 
 
 def _check_bitsandbytes() -> None:

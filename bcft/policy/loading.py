@@ -18,7 +18,7 @@ from bcft.errors import UsageError
 from bcft.policy import cpu
 from bcft.policy.adapters import add_adapter, lora_config, saved_modules_in_fp32
 from bcft.policy.chat_template import Renderer
-from bcft.policy.checks import check_disk, check_four_bits, check_model
+from bcft.policy.checks import Checked, check_disk, check_four_bits, check_model
 from bcft.policy.gguf import PACKAGE, is_gguf
 from bcft.policy.precision import AUTOCAST_DTYPES, Precision, choose_precision, cpu_threads
 from bcft.policy.shape import context_length
@@ -39,9 +39,9 @@ from bcft.runs.distributed import connect, local_rank
 
 __all__ = [
     "ASSETS", "AUTOCAST_DTYPES", "Policy", "Precision", "adapter_base", "base_config", "check_disk", "check_four_bits",
-    "check_model", "choose_precision", "cpu_threads", "interpolate", "load_model", "load_policy", "load_renderer",
-    "load_served", "load_tokenizer", "locate", "longest_row", "lora_config", "refuse_pickles", "restore",
-    "save_policy", "with_adapter",
+    "check_model", "choose_precision", "cpu_threads", "interpolate", "load_adapter", "load_model", "load_policy",
+    "load_renderer", "load_served", "load_tokenizer", "locate", "longest_row", "lora_config", "refuse_pickles",
+    "restore", "save_policy", "stopping", "with_adapter",
 ]  # fmt: skip
 
 
@@ -89,17 +89,23 @@ def load_policy(name: str, settings: ModelSettings, *, trainable: bool = True) -
         torch.set_num_threads(1)
         precision = dataclasses.replace(precision, why="cpu, float32, one thread (more would slow a model this small)")
     base = model.get_base_model() if hasattr(model, "peft_config") else model
-    base.generation_config = GenerationConfig(
-        eos_token_id=list(checked.renderer.stop_ids),
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id if checked.generation.bos_id is None else checked.generation.bos_id,
-    )
+    base.generation_config = stopping(checked)
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     notes = [_dequantized(name, settings, base), checked.generation.note]
     if trainable and (settings.use_peft or base is not model):
         stop = checked.renderer.tail_ids[-1]
         notes.append(untrained_stop(model, stop, tokenizer.convert_ids_to_tokens(stop), settings))
     return Policy(model, checked.renderer, precision, "\n".join(filter(None, notes)))
+
+
+def stopping(checked: Checked) -> GenerationConfig:
+    """Return the generation config of a model that stops where its template does; it holds token ids only."""
+    tokenizer = checked.renderer.tokenizer
+    return GenerationConfig(
+        eos_token_id=list(checked.renderer.stop_ids),
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id if checked.generation.bos_id is None else checked.generation.bos_id,
+    )
 
 
 def load_served(name: str, settings: ModelSettings, *, served: str) -> Policy:
@@ -172,14 +178,20 @@ def load_model(name: str, settings: ModelSettings, precision: Precision, *, trai
     if precision.device == "cpu":
         cpu.prepare(model)
     if base:
-        from peft import PeftModel  # noqa: PLC0415 - peft takes seconds to import, and most runs have no adapter
-
-        refuse_pickles(source, stem="adapter_model")
-        with adapter_errors(source):
-            model = PeftModel.from_pretrained(model, source, is_trainable=trainable)
-            if saved_modules_in_fp32(model):  # they were rounded to the base's numbers
-                _load_adapter_weights(model, source)
+        model = load_adapter(model, source, trainable=trainable)
     return model if settings.load_in_4bit or precision.device == "cuda" else model.to(precision.device)
+
+
+def load_adapter(model: Any, source: str, *, trainable: bool = True) -> Any:
+    """Add the adapter of a directory to its base, which changes in place; return the whole."""
+    from peft import PeftModel  # noqa: PLC0415 - peft takes seconds to import, and most runs have no adapter
+
+    refuse_pickles(source, stem="adapter_model")
+    with adapter_errors(source):
+        model = PeftModel.from_pretrained(model, source, is_trainable=trainable)
+        if saved_modules_in_fp32(model):  # they were rounded to the base's numbers
+            _load_adapter_weights(model, source)
+    return model
 
 
 def _recorded(name: str, where: str) -> str:
