@@ -1,12 +1,15 @@
 """A command at work in its run directory: opened, resumed, reported."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bcft.config.declare import TRAINING
 from bcft.config.loader import Config
 from bcft.data.loading import Splits
+from bcft.reporting.sharing import check_push, push, write_card
 from bcft.reporting.tables import say
 from bcft.runs.directory import RunDirectory, open_run
 from bcft.runs.distributed import rank
@@ -62,6 +65,9 @@ def run_or_report(
         session = Session(directory, config.quiet)
         directory.check_recipe()
         directory.check_data(splits.digest)
+        if rank() == 0:
+            over = directory.finished and not directory.prolonged
+            check_push(config.sharing, config.model, directory.path, finished=over)
         # Around all phases, so that what is between two of them is not silent either.
         with Progress(session.label(f"{config.command}, other work"), around=True):
             if directory.finished and not directory.prolonged:
@@ -76,6 +82,19 @@ def run_or_report(
                 with Progress(session.label("writing the report")):
                     page = report(directory.path)
                 session.say(f"Report with the learning curve: {page}")
+            if config.command in TRAINING and rank() == 0:
+                _share(config, session)
         finally:  # the run is finished, whatever becomes of its report
             say(metrics["conclusion"], quiet=False)
     return metrics
+
+
+def _share(config: Config, session: Session) -> None:
+    """Write the card of a finished run's model, and upload what the recipe asks for and the Hub does not have."""
+    named = config.evaluation.against if config.command == "filtered" else None
+    against = Path(named) if named else None
+    write_card(session.path, against=against)
+    # On a terminal the Hub's own library shows how much is uploaded.
+    with Progress("" if sys.stderr.isatty() else session.label("uploading")):
+        for line in push(config.sharing, session.path, command_line=config.command_line, against=against):
+            session.say(line)
