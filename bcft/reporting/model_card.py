@@ -90,7 +90,7 @@ def _metadata(
     return ModelCardData(
         library_name="peft" if base else "transformers",
         pipeline_tag="text-generation",
-        base_model=(hub_ids(base or str(config["model_name_or_path"])) or [None])[0],
+        base_model=hub_ids(base or str(config["model_name_or_path"])),
         datasets=hub_ids(*sources),
         tags=["bcft", "behavior-cloning", command],
         model_name=title if results else None,

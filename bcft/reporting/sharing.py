@@ -6,7 +6,7 @@ run is committed before: an upload that fails loses nothing.
 """
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,13 +52,13 @@ def check_push(sharing: SharingSettings, model: ModelSettings, run: Path, *, fin
     if "model" in sharing.repositories:
         _check_base(model)
     api = HfApi()
-    with _failing(lambda why: UsageError(f"push_to_hub: {why}, {later}")):
+    with _failing(UsageError, "push_to_hub", f", {later}"):
         account = api.whoami()
     if account.get("auth", {}).get("accessToken", {}).get("role") == "read":
         raise UsageError(f"push_to_hub: the token may only read: set HF_TOKEN to one that may write, {later}")
     owners = {str(account["name"]), *(str(organization["name"]) for organization in account.get("orgs", ()))}
     for kind, name in sharing.repositories.items():
-        with _failing(lambda why, name=name: UsageError(f"push_to_hub: {name}: {why}, {later}")):
+        with _failing(UsageError, f"push_to_hub: {name}", f", {later}"):
             exists = _refuse_public(api, sharing, kind, name)
         if not exists and name.partition("/")[0] not in owners:
             raise UsageError(
@@ -81,18 +81,12 @@ def push(sharing: SharingSettings, run: Path, *, command_line: str, against: Pat
     """
     from huggingface_hub import HfApi  # noqa: PLC0415 - as in check_push
 
+    repeat = f". The run is finished and nothing is lost; the same command uploads it, and no more: {command_line}"
     for kind, name in _missing(sharing, run).items():
-
-        def failed(why: str, kind: str = kind, name: str = name) -> ServerError:
-            return ServerError(
-                f"push_to_hub: the {kind} was not uploaded to {name}: {why}. The run is finished and nothing is lost; "
-                f"the same command uploads it, and does nothing else: {command_line}"
-            )
-
         api, folder = HfApi(), run / _STAGE
         try:
             _stage(run, folder, kind, name, against=against)
-            with _failing(failed):
+            with _failing(ServerError, f"push_to_hub: the {kind} was not uploaded to {name}", repeat):
                 api.create_repo(name, repo_type=kind, private=sharing.hub_private_repo, exist_ok=True)
                 _refuse_public(api, sharing, kind, name)
                 commit = api.upload_folder(
@@ -171,14 +165,14 @@ def _refuse_public(api: "HfApi", sharing: SharingSettings, kind: str, name: str)
 
 
 @contextmanager
-def _failing(made: Callable[[str], BcftError]) -> Iterator[None]:
-    """Raise what `made` makes of the reason, in words, why the Hub did not take something."""
+def _failing(raised: type[BcftError], before: str, after: str) -> Iterator[None]:
+    """Raise an error with the reason why the Hub did not take something, between two texts."""
     from httpx2 import HTTPError  # noqa: PLC0415 - as in check_push
 
     try:
         yield
     except (HTTPError, OSError, ValueError, RuntimeError) as error:  # the last is of a large file
-        raise made(_why(error)) from error
+        raise raised(f"{before}: {_why(error)}{after}") from error
 
 
 def _why(error: Exception) -> str:
