@@ -65,12 +65,12 @@ def run_or_report(
         session = Session(directory, config.quiet)
         directory.check_recipe()
         directory.check_data(splits.digest)
+        over = directory.finished and not directory.prolonged
         if rank() == 0:
-            over = directory.finished and not directory.prolonged
             check_push(config.sharing, config.model, directory.path, finished=over)
         # Around all phases, so that what is between two of them is not silent either.
         with Progress(session.label(f"{config.command}, other work"), around=True):
-            if directory.finished and not directory.prolonged:
+            if over:
                 metrics = read_json(directory.path / "metrics.json")
                 session.say(f"{directory.path} is finished")
             else:
@@ -83,17 +83,20 @@ def run_or_report(
                     page = report(directory.path)
                 session.say(f"Report with the learning curve: {page}")
             if config.command in TRAINING and rank() == 0:
-                _share(config, session)
+                _share(config, session, worked=not over)
         finally:  # the run is finished, whatever becomes of its report
             say(metrics["conclusion"], quiet=False)
     return metrics
 
 
-def _share(config: Config, session: Session) -> None:
-    """Write the card of a finished run's model, and upload what the recipe asks for and the Hub does not have."""
+def _share(config: Config, session: Session, *, worked: bool) -> None:
+    """Write the card of a finished run's model, and upload what the recipe asks for and the Hub does not have.
+
+    worked: the run was finished now, rather than before.
+    """
     named = config.evaluation.against if config.command == "filtered" else None
     against = Path(named) if named else None
-    write_card(session.path, against=against)
+    write_card(session.path, against=against, anew=worked)
     # On a terminal the Hub's own library shows how much is uploaded.
     with Progress("" if sys.stderr.isatty() else session.label("uploading")):
         for line in push(config.sharing, session.path, command_line=config.command_line, against=against):

@@ -88,3 +88,8 @@ def as_yaml(values: Mapping[str, Any]) -> str:
 def configuration(run: Path) -> dict[str, Any]:
     """Return a run's `config.yaml`."""
     return read_yaml(run / "config.yaml")
+
+
+def model_of(run: Path) -> Path:
+    """Return the directory of a finished run that holds its model."""
+    return run / "best" if (run / "best").is_dir() else run

@@ -14,13 +14,13 @@ from bcft.reporting.cards import (
     configuration,
     functions_of,
     made_with,
+    model_of,
     public,
     quoted,
     recipe_of,
     rule_of,
     source_names,
 )
-from bcft.reporting.model_card import model_of
 from bcft.reporting.run_files import RunFiles
 from bcft.reporting.tables import markdown_table
 from bcft.runs.storage import KEPT, MANIFEST, SCORES, jsonl_rows, read_json

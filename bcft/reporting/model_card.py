@@ -14,6 +14,7 @@ from bcft.reporting.cards import (
     functions_of,
     hub_ids,
     made_with,
+    model_of,
     public,
     quoted,
     recipe_of,
@@ -37,11 +38,6 @@ from bcft.runs.storage import read_json
 from bcft.selection.filter import REASONS
 
 METHODS = {"sft": "behavior cloning", "filtered": "filtered behavior cloning"}
-
-
-def model_of(run: Path) -> Path:
-    """Return the directory of a finished run that holds its model."""
-    return run / "best" if (run / "best").is_dir() else run
 
 
 def model_card(run: Path, *, name: str = "", against: Path | None = None) -> str:

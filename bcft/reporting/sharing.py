@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from bcft.config.schema import ModelSettings
 from bcft.config.sharing import SharingSettings
 from bcft.errors import BcftError, ServerError, UsageError
+from bcft.reporting.cards import model_of
 from bcft.reporting.hub import base_of, is_embedded, is_local
 from bcft.runs.storage import MANIFEST, file_hash, read_json, storage, write_json, write_jsonl, write_text
 
@@ -67,11 +68,13 @@ def check_push(sharing: SharingSettings, model: ModelSettings, run: Path, *, fin
             )
 
 
-def write_card(run: Path, *, against: Path | None) -> None:
-    """Write the card of a finished run's model; against: as in `model_card`."""
-    from bcft.reporting.model_card import model_card, model_of  # noqa: PLC0415 - as in check_push
+def write_card(run: Path, *, against: Path | None, anew: bool) -> None:
+    """Write the card of a finished run's model; anew: also if it has one. against: as in `model_card`."""
+    card = model_of(run) / "README.md"
+    if anew or not card.is_file():
+        from bcft.reporting.model_card import model_card  # noqa: PLC0415 - as in check_push
 
-    write_text(model_of(run) / "README.md", model_card(run, against=against))
+        write_text(card, model_card(run, against=against))
 
 
 def push(sharing: SharingSettings, run: Path, *, command_line: str, against: Path | None) -> Iterator[str]:
@@ -79,10 +82,13 @@ def push(sharing: SharingSettings, run: Path, *, command_line: str, against: Pat
 
     Raises ServerError, which says how to repeat it, when the Hub does not take it.
     """
+    missing = _missing(sharing, run)
+    if not missing:
+        return
     from huggingface_hub import HfApi  # noqa: PLC0415 - as in check_push
 
     repeat = f". The run is finished and nothing is lost; the same command uploads it, and no more: {command_line}"
-    for kind, name in _missing(sharing, run).items():
+    for kind, name in missing.items():
         api, folder = HfApi(), run / _STAGE
         try:
             _stage(run, folder, kind, name, against=against)
@@ -115,7 +121,7 @@ def _pushed(run: Path) -> dict[str, Any]:
 def _stage(run: Path, folder: Path, kind: str, name: str, *, against: Path | None) -> None:
     """Make the folder that is uploaded: links to files of the run, and what has to be written for others."""
     from bcft.reporting.dataset_card import SPLIT, dataset_card, dataset_rows  # noqa: PLC0415 - as in check_push
-    from bcft.reporting.model_card import model_card, model_of  # noqa: PLC0415
+    from bcft.reporting.model_card import model_card  # noqa: PLC0415
 
     with storage(folder):
         shutil.rmtree(folder, ignore_errors=True)
