@@ -145,11 +145,14 @@ def _rounds(run: Path, config: Mapping[str, Any], metrics: Mapping[str, Any]) ->
     kept = sum(r["selection"]["kept"] for r in files.rounds)
     reasons = ", ".join(f"{n:,} {reason.replace('_', ' ')}" for reason, n in rejected.items() if n)
     functions = ", ".join(f"`{name}`" for name in functions_of(run)) or "the environment alone"
-    chosen = scaled_name(metrics["best_round"], metrics.get("scale", 1.0))
+    best = metrics["best_round"]
+    chosen = f"Problems held out as dev chose {scaled_name(best, metrics.get('scale', 1.0))}."
+    if not best:
+        chosen = "On problems held out as dev no round was better than the base, so this is the base."
     drawn = " This run is a random control: its rows were drawn without looking at rewards."
     return [
         f"The policy's own trajectories. In each of {metrics['rounds']} rounds it attempted problems of the training "
-        f"split, and was trained on the attempts that were kept. Problems held out as dev chose {chosen}."
+        f"split, and was trained on the attempts that were kept. {chosen}"
         f"{drawn if config['control'] == 'random' else ''}",
         markdown_table(
             ["round", "played", "success", "kept", "rows", "cutoff", "dev"], [_round(record) for record in files.rounds]

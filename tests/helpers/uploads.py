@@ -29,6 +29,7 @@ class TakingHub:
     faults: dict[str, int] = field(default_factory=dict)
     """Part of a path -> the status that it is answered with; 0: the connection is closed."""
     role: str = "write"
+    address: str = ""
 
     def answer(self, method, path, body):
         """Return status, headers and body; a status of 0 closes the connection."""
@@ -46,10 +47,11 @@ class TakingHub:
         if path == "/api/repos/create":
             asked = json.loads(body)
             name = f"{asked.get('type', 'model')}s/{asked['organization']}/{asked['name']}"
+            page = f"{self.address}/{name.removeprefix('models/')}"
             if name in self.private:
-                return 409, {}, {}
+                return 409, {}, {"url": page}
             self.private[name] = asked["visibility"] == "private"
-            return 200, {}, {"url": name, "name": name}
+            return 200, {}, {"url": page}
         kind, owner, name, *rest = path.removeprefix("/api/").split("/")
         repository = f"{kind}/{owner}/{name}"
         if repository not in self.private:
@@ -105,7 +107,8 @@ def taking_hub(monkeypatch, cache, **answers):
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-    ask(monkeypatch, f"http://127.0.0.1:{server.server_port}", cache)
+    hub.address = f"http://127.0.0.1:{server.server_port}"
+    ask(monkeypatch, hub.address, cache)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(cache / "token"))
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     try:
