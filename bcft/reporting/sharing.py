@@ -91,7 +91,9 @@ def push(sharing: SharingSettings, run: Path, *, command_line: str, against: Pat
     for kind, name in missing.items():
         api, folder = HfApi(), run / _STAGE
         try:
-            _stage(run, folder, kind, name, against=against)
+            if not _stage(run, folder, kind, name, against=against):
+                yield "No trajectory was kept, so there is no dataset to upload"
+                continue
             with _failing(ServerError, f"push_to_hub: the {kind} was not uploaded to {name}", repeat):
                 api.create_repo(name, repo_type=kind, private=sharing.hub_private_repo, exist_ok=True)
                 _refuse_public(api, sharing, kind, name)
@@ -118,8 +120,11 @@ def _pushed(run: Path) -> dict[str, Any]:
     return read_json(run / PUSHED) if (run / PUSHED).is_file() else {}
 
 
-def _stage(run: Path, folder: Path, kind: str, name: str, *, against: Path | None) -> None:
-    """Make the folder that is uploaded: links to files of the run, and what has to be written for others."""
+def _stage(run: Path, folder: Path, kind: str, name: str, *, against: Path | None) -> bool:
+    """Make the folder that is uploaded: links to files of the run, and what has to be written for others.
+
+    Returns whether there is anything in it.
+    """
     from bcft.reporting.dataset_card import SPLIT, dataset_card, dataset_rows  # noqa: PLC0415 - as in check_push
     from bcft.reporting.model_card import model_card  # noqa: PLC0415
 
@@ -131,7 +136,7 @@ def _stage(run: Path, folder: Path, kind: str, name: str, *, against: Path | Non
         with (folder / SPLIT).open("rb") as lines:
             rows = sum(1 for _ in lines)
         write_text(folder / "README.md", dataset_card(run, name=name, rows=rows))
-        return
+        return rows > 0
     model = model_of(run)
     files = [run / file for file in read_json(run / MANIFEST)["files"] if file not in _OWN]
     with storage(folder):
@@ -141,6 +146,7 @@ def _stage(run: Path, folder: Path, kind: str, name: str, *, against: Path | Non
     if config.exists() and is_embedded((values := read_json(config))["base_model_name_or_path"]):
         write_json(config, values | {"base_model_name_or_path": "bcft:tiny-math"})  # the path is of this machine
     write_text(folder / "README.md", model_card(run, name=name, against=against))
+    return True
 
 
 def _check_base(model: ModelSettings) -> None:

@@ -19,8 +19,8 @@ ATTEMPTS = {"1-aa-0": "yes", "1-aa-1": "no", "1-bb-0": "yes", "1-bb-1": "yes"}
 KEPT = ("1-aa-0", "1-bb-1")
 
 
-def finished_run(path, *, adapter=False, **keys):
-    """Write the files; adapter: as if an adapter was trained. Returns the configuration."""
+def finished_run(path, *, adapter=False, kept=KEPT, **keys):
+    """Write the files; adapter: as if one was trained; kept: the trajectories. Returns the configuration."""
     given = {"model_name_or_path": "bcft:tiny-math", "dataset_name": "bcft:arithmetic", "output_dir": str(path)}
     config = load("filtered", None, given | keys)
     directory, best = path / "round_001", path / "best"
@@ -30,11 +30,11 @@ def finished_run(path, *, adapter=False, **keys):
     write_json(path / "versions.json", versions | {"functions": ["bcft.rewards.math_answers.math_reward@0a1b2c3d"]})
     scores = [
         {"id": i, "graded": True, "reward": float(s == "yes"), "rewards": [], "success": s, "cutoff": 1.0,
-         "decision": "kept" if i in KEPT else "duplicate" if s == "yes" else "failed"}
+         "decision": "kept" if i in kept else "duplicate" if s == "yes" else "failed"}
         for i, s in ATTEMPTS.items()
     ]  # fmt: skip
     write_jsonl(directory / "scores.jsonl", scores)
-    write_jsonl(directory / "kept.jsonl", [*map(_row, KEPT), _row("demonstration-3")])
+    write_jsonl(directory / "kept.jsonl", [*map(_row, kept), _row("demonstration-3")])
     rejected = dict.fromkeys(REASONS, 0) | {"failed": 1, "duplicate": 1}
     record = {
         "round": 1, "rollout": {"played": 4, "success": 0.75, "unknown": 0, "reward_mean": 0.75}, "diversity": {},

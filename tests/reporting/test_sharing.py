@@ -67,6 +67,12 @@ def test_a_dataset_is_the_kept_trajectories_with_their_outcomes(hub, tmp_path):
     assert all(row.keys() <= FIELDS.keys() for row in rows)
 
 
+def test_a_run_that_kept_nothing_has_no_dataset(hub, tmp_path):
+    config = finished_run(tmp_path / "run", kept=(), **{**BOTH, "hub_model_id": None})
+    assert uploaded(config) == ["No trajectory was kept, so there is no dataset to upload"]
+    assert not hub.commits
+
+
 def test_an_adapter_is_uploaded_with_a_base_that_others_have(hub, tmp_path):
     uploaded(finished_run(tmp_path / "run", adapter=True, use_peft=True, **MODEL))
     files = hub.files["models/me/adder"]
