@@ -55,7 +55,7 @@ class StorageError(BcftError):
 
 
 class ServerError(BcftError):
-    """A server that samples is gone or does not answer; re-running the same command resumes the run."""
+    """A server that samples is gone, or the Hub takes no upload; re-running the same command resumes the run."""
 
     exit_code = 8
 

@@ -19,7 +19,6 @@ from bcft.environments.base import step_checker
 from bcft.errors import FaultError
 from bcft.evaluation.results import Measured, stored
 from bcft.policy.loading import save_policy
-from bcft.reporting.model_card import model_card
 from bcft.reporting.tables import conclusion, print_table, round_line, scaled_name
 from bcft.reporting.trackers import LOSSES, losses
 from bcft.rollout.sample import roll_out
@@ -39,7 +38,6 @@ from bcft.runs.storage import (
     write_json,
     write_jsonl,
     write_manifest,
-    write_text,
 )
 from bcft.selection.apply import Filtered, apply_filter, rule_of
 from bcft.selection.scoring import Score, stored_scores
@@ -251,23 +249,11 @@ def conclude(run: Run, learner: Learner, history: History, base_test: Measured, 
 
 
 def write_best(run: Run, learner: Learner, metrics: Mapping[str, Any]) -> None:
-    """Write `best/` with its card, `metrics.json`, and the manifest that commits the run."""
-    config, path = run.config, run.session.path
+    """Write `best/`, `metrics.json`, and the manifest that commits the run."""
+    path = run.session.path
     target = path / "best"
     with storage(target):
         target.mkdir(exist_ok=True)
         files = save_policy(learner.policy, target)
-    card = model_card(
-        metrics,
-        command=config.command,
-        base=config.model.model_name_or_path,
-        dataset=config.data.source_name,
-        split=config.data.dataset_train_split,
-        data=f"the policy's own trajectories, round {metrics['best_round']} of {metrics['rounds']}",
-        directory=target,
-        adapter=learner.policy.adapter,
-        recipe={key: config.values[key] for key in sorted(config.given)},
-    )
     write_json(path / "metrics.json", metrics)
-    write_text(target / "README.md", card)
     write_manifest(path, [*files, path / "metrics.json", path / "config.yaml"])

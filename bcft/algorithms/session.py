@@ -1,14 +1,17 @@
 """A command at work in its run directory: opened, resumed, reported."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from bcft.config.declare import TRAINING
 from bcft.config.loader import Config
 from bcft.data.loading import Splits
 from bcft.reporting.report import write_report
+from bcft.reporting.sharing import check_push, push, write_card
 from bcft.reporting.tables import say
 from bcft.reporting.trackers import Trackers
 from bcft.runs.directory import RunDirectory, open_run
@@ -67,9 +70,12 @@ def run_or_report(
         session = Session(directory, config.quiet, _trackers(config, directory.path))
         directory.check_recipe()
         directory.check_data(splits.digest)
+        over = directory.finished and not directory.prolonged
+        if rank() == 0:
+            check_push(config.sharing, config.model, directory.path, finished=over)
         # Around all phases, so that what is between two of them is not silent either.
         with Progress(session.label(f"{config.command}, other work"), around=True):
-            if directory.finished and not directory.prolonged:
+            if over:
                 metrics = read_json(directory.path / "metrics.json")
                 session.say(f"{directory.path} is finished")
             else:
@@ -82,6 +88,8 @@ def run_or_report(
                 with Progress(session.label("writing the report")):
                     page = write_report(directory.path, against=against)
                 session.say(f"Report: {page}")
+            if config.command in TRAINING and rank() == 0:
+                _share(config, session, worked=not over)
         finally:  # the run is finished, whatever becomes of its report
             say(metrics["conclusion"], quiet=False)
     return metrics
@@ -96,3 +104,17 @@ def _trackers(config: Config, directory: Path) -> Trackers:
         warn=partial(say, quiet=False),
         active=rank() == 0,
     )
+
+
+def _share(config: Config, session: Session, *, worked: bool) -> None:
+    """Write the card of a finished run's model, and upload what the recipe asks for and the Hub does not have.
+
+    worked: the run was finished now, rather than before.
+    """
+    named = config.evaluation.against if config.command == "filtered" else None
+    against = Path(named) if named else None
+    write_card(session.path, against=against, anew=worked)
+    # On a terminal the Hub's own library shows how much is uploaded.
+    with Progress("" if sys.stderr.isatty() else session.label("uploading")):
+        for line in push(config.sharing, session.path, command_line=config.command_line, against=against):
+            session.say(line)

@@ -35,7 +35,6 @@ from bcft.policy.loading import (
     save_policy,
     with_adapter,
 )
-from bcft.reporting.model_card import model_card
 from bcft.reporting.tables import before_and_after, conclusion, print_table
 from bcft.reporting.trackers import LOSSES, losses
 from bcft.reporting.training_rows import write_rows
@@ -43,16 +42,7 @@ from bcft.runs.disk import copies_of_sft
 from bcft.runs.distributed import barrier, broadcast, rank
 from bcft.runs.drift import remeasures, retrains
 from bcft.runs.progress import Progress, duration
-from bcft.runs.storage import (
-    SEAL,
-    read_json,
-    read_manifest,
-    storage,
-    write_json,
-    write_jsonl,
-    write_manifest,
-    write_text,
-)
+from bcft.runs.storage import SEAL, read_json, read_manifest, storage, write_json, write_jsonl, write_manifest
 from bcft.selection.scoring import Scorer
 from bcft.training.checks import check_training
 from bcft.types import RolloutSettings, TrainingExample
@@ -118,7 +108,7 @@ def sft(
     metrics = {"base": base.summary, "final": final.summary, "train": train}
     metrics |= conclusion(base, final)
     if rank() == 0:
-        _commit(config, session, policy, metrics, rows.counts)
+        _commit(session.path, metrics)
     if base.summary:
         print_table({"base": base.summary, "final": final.summary}, quiet=session.quiet)
         session.say(before_and_after(base.evaluation, final.evaluation, splits.test))
@@ -248,24 +238,9 @@ def _train(config: Config, session: Session, policy: Policy, rows: Rows, progres
     return trained(), fitted
 
 
-def _commit(
-    config: Config, session: Session, policy: Policy, metrics: Mapping[str, Any], counts: ExampleCounts
-) -> None:
-    """Write metrics and card; the manifest that commits them with the saved weights comes last."""
-    output = session.path
-    card = model_card(
-        metrics,
-        command=config.command,
-        base=config.model.model_name_or_path,
-        dataset=config.data.source_name,
-        split=config.data.dataset_train_split,
-        data=str(counts),
-        directory=output,
-        adapter=policy.adapter,
-        recipe={key: config.values[key] for key in sorted(config.given)},
-    )
+def _commit(output: Path, metrics: Mapping[str, Any]) -> None:
+    """Write the metrics; the manifest that commits them with the saved weights comes last."""
     write_json(output / "metrics.json", metrics)
-    write_text(output / "README.md", card)
     weights = [output / name for name in read_json(output / SEAL)["files"]]
     write_manifest(output, [*weights, output / "metrics.json", output / "config.yaml"])
     (output / SEAL).unlink()

@@ -39,6 +39,7 @@ _GIVEN = {
     "load_in_4bit": (("bnb_4bit_quant_type", "use_bnb_nested_quant"), "load_in_4bit: true"),
     "environment": (("environment_args", "max_turns", "step_timeout"), "an environment"),
     "gradient_checkpointing": (("gradient_checkpointing_kwargs",), "gradient_checkpointing: true"),
+    "push_to_hub": (("hub_model_id", "hub_dataset_id", "hub_private_repo"), "push_to_hub: true"),
 }  # fmt: skip
 """A key -> those that act only where it is given, and what they need."""
 

@@ -119,7 +119,7 @@ _LAUNCHER = "give it to the launcher: accelerate launch --config_file FILE"
 _LABELS = "bcft makes and checks the labels: loss is on completions only; `train_on` chooses the turns"
 _TOKEN = "set HF_TOKEN in the environment instead; tokens never go into recipes"
 _COMMAND = "the command decides it, such as `bcft sft`"
-_UPLOAD = "a run uploads nothing; upload its finished directory with `hf upload`"
+_UPLOAD = "a finished run is uploaded once, with push_to_hub: true"
 _TOKENIZER = "a model brings its own tokenizer"
 _SERVER = "give the whole address: vllm_server_base_url"
 
@@ -129,7 +129,7 @@ REFUSED = {
     **dict.fromkeys(("hub_token", "push_to_hub_token", "hf_token", "use_auth_token"), _TOKEN),
     **dict.fromkeys(("do_train", "do_eval", "do_predict", "agent_type"), _COMMAND),
     "critic_lm": "behavior cloning has no critic",
-    **dict.fromkeys(("push_to_hub", "hub_model_id"), _UPLOAD),
+    **dict.fromkeys(("hub_strategy", "hub_always_push", "hub_revision"), _UPLOAD),
     **dict.fromkeys(("tokenizer", "tokenizer_name", "tokenizer_name_or_path"), _TOKENIZER),
     **dict.fromkeys(("vllm_server_host", "vllm_server_port"), _SERVER),
     **dict.fromkeys(

@@ -29,6 +29,7 @@ from bcft.config.schema import (
     RoundSettings,
     SamplingSettings,
     SelectionSettings,
+    SharingSettings,
     TrainingSettings,
 )
 from bcft.config.values import Plain, convert, nearest, wanted
@@ -76,6 +77,7 @@ class Config:
     rounds: RoundSettings
     training: TrainingSettings
     evaluation: EvaluationSettings
+    sharing: SharingSettings
     python_objects: frozenset[str] = frozenset()
     """The keys whose value only names a Python object, such as `m.reward@0a1b2c3d`."""
 
@@ -104,7 +106,8 @@ class Config:
             key.name for key in KEYS.values() if self.command in key.commands and key.name not in PASSED_THROUGH
         )
         names = {*declared, *self.given} - ({"dataset_name"} if self.data.datasets else set())
-        return {name: copy.deepcopy(self.values[name]) for name in sorted(names)}
+        decide = (name for name in sorted(names) if KEYS[name].section != "sharing")
+        return {name: copy.deepcopy(self.values[name]) for name in decide}
 
     @property
     def command_line(self) -> str:

@@ -29,6 +29,7 @@ from bcft.config.rounds import (
     SelectionSettings,
     of_rounds,
 )
+from bcft.config.sharing import SharingSettings
 from bcft.types import Sampling
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "RuleSettings",
     "SamplingSettings",
     "SelectionSettings",
+    "SharingSettings",
     "TrainingSettings",
 ]
 
@@ -365,5 +367,6 @@ SECTIONS = {
     "rounds": RoundSettings,
     "training": TrainingSettings,
     "evaluation": EvaluationSettings,
+    "sharing": SharingSettings,
 }
 """Section of `Config` -> its class."""

@@ -24,6 +24,7 @@ from bcft.config.schema import (
     RoundSettings,
     SamplingSettings,
     SelectionSettings,
+    SharingSettings,
     TrainingSettings,
 )
 from bcft.data.checks import check_prompts, without_special_tokens
@@ -36,6 +37,7 @@ from bcft.errors import UsageError
 from bcft.reporting.costs import Line, batch, before_and_after, evaluations, round_steps, sft_steps, weight_lines
 from bcft.reporting.hub import Missing, available, work_offline_if_unreachable
 from bcft.reporting.report import check_against
+from bcft.reporting.sharing import check_push
 from bcft.reporting.tables import say
 from bcft.rewards.base import Reward
 from bcft.runs.directory import quiet_libraries
@@ -67,6 +69,7 @@ class Plan:
     rounds: RoundSettings
     training: TrainingSettings
     evaluation: EvaluationSettings
+    sharing: SharingSettings
     command_line: str
     debug: bool = False
     rows: Sequence[Mapping[str, Any]] | None = None
@@ -107,6 +110,7 @@ def dry_run_sft(plan: Plan) -> None:
     """
     if rank() > 0:
         return
+    _check_push(plan)
     work_offline_if_unreachable(_names(plan))
     with quiet_libraries(debug=plan.debug):
         parts = _parts(plan, plays=False)
@@ -132,6 +136,7 @@ def dry_run_filtered(plan: Plan) -> None:
         return
     if plan.evaluation.against:
         check_against(Path(plan.evaluation.against))
+    _check_push(plan)
     work_offline_if_unreachable(_names(plan))
     with quiet_libraries(debug=plan.debug):
         parts = _parts(plan, plays=True)
@@ -157,6 +162,10 @@ def dry_run_filtered(plan: Plan) -> None:
             *_model_lines(parts, plan, lengths=lengths, held_out_loss=False),
         ]  # fmt: skip
     _print(lines, plan.command_line)
+
+
+def _check_push(plan: Plan) -> None:
+    check_push(plan.sharing, plan.model, Path(plan.training.output_dir), finished=False)
 
 
 def _print(lines: Sequence[Line], command_line: str) -> None:

@@ -28,17 +28,26 @@ def work_offline_if_unreachable(names: Iterable[str]) -> None:
     Call it before the libraries are imported, because they read the variable then.
     """
     names = list(names)
-    local = all(
-        name.startswith(("bcft:", "reasoning-gym:", PACKAGE))
+    local = all(map(is_local, (*names, *filter(None, map(base_of, names)))))
+    if not local and "HF_HUB_OFFLINE" not in os.environ and not _answers():
+        os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def is_local(name: str) -> bool:
+    """Return whether a model or a dataset of this name comes from this machine; otherwise it may be a Hub id."""
+    return (
+        name.startswith(("bcft:", "reasoning-gym:", PACKAGE, "/", ".", "~"))
         or name.endswith(SUFFIXES)
         or is_function(name)
         or any(sign in name for sign in ",*?[{")  # several files
         or (name.endswith(".gguf") and ":" not in name)  # owner/name:FILE.gguf is on the Hub
         or Path(name).exists()
-        for name in (*names, *filter(None, map(_base, names)))
     )
-    if not local and "HF_HUB_OFFLINE" not in os.environ and not _answers():
-        os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def is_embedded(name: str) -> bool:
+    """Return whether a path is that of the embedded model, in the package of whatever machine."""
+    return Path(name).parts[-3:] == ("bcft", "assets", "tiny-math")
 
 
 def available(load: Callable[[], T], name: str) -> T | Missing:
@@ -59,7 +68,7 @@ def available(load: Callable[[], T], name: str) -> T | Missing:
         raise
 
 
-def _base(name: str) -> str:
+def base_of(name: str) -> str:
     """Return the base that an adapter directory names; '' for any other name. Damage is reported later."""
     try:
         values = json.loads((Path(name) / "adapter_config.json").read_text(encoding="utf-8"))

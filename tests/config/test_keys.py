@@ -23,9 +23,18 @@ OTHER_TYPES = {
     "num_generations": "int",
     "dataset_test_split": "str | null",  # null: a share of the problems where there is no split
     "logging_steps": "float | null",  # null: the command decides
+    "hub_private_repo": "bool",  # private unless the recipe says otherwise, whatever an organization's default is
 }
 """Library fields whose type here is another one, each with the reason."""
-OTHER_DEFAULTS = {"dataset_test_split", "dtype", "fp16", "gradient_checkpointing", "logging_steps", "min_p"}
+OTHER_DEFAULTS = {
+    "dataset_test_split",
+    "dtype",
+    "fp16",
+    "gradient_checkpointing",
+    "hub_private_repo",
+    "logging_steps",
+    "min_p",
+}
 """Library fields whose default here is another one, beside those whose default depends on the recipe."""
 
 

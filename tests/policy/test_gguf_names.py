@@ -17,7 +17,7 @@ from bcft.policy.gguf import in_package, is_gguf, joined, split
 from bcft.policy.loading import adapter_base, check_model
 from bcft.policy.sources import locate
 from bcft.reporting import hub
-from bcft.reporting.model_card import model_card
+from bcft.reporting.model_card import _loading
 from bcft.runs.drift import MODEL
 
 FILE = "model.Q4_1.gguf"
@@ -280,12 +280,7 @@ def test_a_file_on_the_hub_makes_the_libraries_work_offline_where_the_hub_does_n
     ],
 )
 def test_the_card_of_an_adapter_loads_its_base_from_the_file(tmp_path, base, line):
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
-    card = model_card(
-        {"conclusion": ""}, command="sft", base=base, dataset="d", split="train", data="9 rows", directory=tmp_path,
-        adapter=True, recipe={},
-    )  # fmt: skip
-    snippet = card.split("```python\n")[1].split("```")[0]
+    snippet = f"{_loading(str(tmp_path), base, adapter=True)}\n"
     compile(snippet, "card", "exec")
     assert line in snippet
     assert ("find_spec" in snippet) == base.startswith("package:")

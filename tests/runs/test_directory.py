@@ -143,7 +143,7 @@ def test_every_key_touches_what_its_section_says():
         "model": {"replays", "retrains", "remeasures"}, "data": {"replays", "retrains", "remeasures"},
         "sampling": {"replays", "remeasures"}, "engine": {"replays", "remeasures"},
         "environment": {"replays", "remeasures"}, "selection": set(),
-        "rounds": {"retrains"}, "training": {"retrains"}, "evaluation": {"remeasures"},
+        "rounds": {"retrains"}, "training": {"retrains"}, "evaluation": {"remeasures"}, "sharing": set(),
     }  # fmt: skip
     more = {"seed": {"replays", "remeasures"}, "init_from": {"replays"}} | {key: {"remeasures"} for key in GRADING}
     for key in KEYS:
