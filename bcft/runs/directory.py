@@ -40,7 +40,8 @@ from bcft.types import Problem
 PACKAGES = ("bcft", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "math-verify")
 MAY_DIFFER = frozenset(
     {
-        *("output_dir", "against", "report_to", "run_name", "disable_tqdm", "dataloader_num_workers"),
+        *("output_dir", "against", "report_to", "run_name", "project", "disable_tqdm", "dataloader_num_workers"),
+        *("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
         *("per_device_eval_batch_size", "logging_steps", "logging_strategy", "logging_first_step"),
         *("save_steps", "save_strategy", "save_total_limit"),
         *("vllm_server_base_url", "vllm_server_timeout", "vllm_command", "vllm_gpu_memory_utilization"),
