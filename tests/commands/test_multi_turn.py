@@ -96,7 +96,7 @@ def test_an_environment_given_from_python_is_on_record_and_its_turns_are_limited
 
 
 def test_environment_args_reach_the_environment(tmp_path):
-    few = {"prompts_per_round": 2, "eval_dev_problems": 1, "eval_test_problems": 1, "eval_test_samples": 1}
+    few = {"prompts_per_round": 6, "eval_dev_problems": 1, "eval_test_problems": 1, "eval_test_samples": 1}
     given = {"environment_args": KEYS["environment_args"] | {"review": "Sure?"}}
     filtered.run(None, output_dir=str(tmp_path), require_success="false", **KEYS | few | given)
     (line, *_) = read_jsonl(tmp_path / "round_001" / "rollouts.jsonl")
