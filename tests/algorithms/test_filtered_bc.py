@@ -86,6 +86,7 @@ def test_a_resumed_run_with_history_reads_what_earlier_rounds_scored(tmp_path, m
     assert equal(weights(tmp_path / "cut", 2), weights(tmp_path / "whole", 2))
 
 
+@pytest.mark.slow
 def test_a_round_from_base_is_the_base_trained_on_its_rows_alone(tmp_path):
     """One trainer for all rounds does what a new one would do from the same weights."""
     run(tmp_path, init_from="base")
@@ -111,6 +112,7 @@ def test_a_round_from_base_is_the_base_trained_on_its_rows_alone(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_from_best_a_round_that_made_things_worse_is_undone(tmp_path, by_base, plain):
     metrics = run(tmp_path, init_from="best", **RUIN)
     assert record(tmp_path, 1)["eval"]["sampled"]["pass@1"] < record(plain, 1)["eval"]["sampled"]["pass@1"]

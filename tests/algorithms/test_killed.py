@@ -17,12 +17,28 @@ TINY = {
     "per_device_train_batch_size": 4, "max_completion_length": 72, "eval_dev_problems": 8, "eval_dev_samples": 2,
     "eval_test_problems": 6, "eval_test_samples": 2, "eval_every": 1,
 }  # fmt: skip
+FEW = [
+    "in a chunk", "in storing answers", "in saving", "between two files of an evaluation", "in writing the best round",
+]  # fmt: skip
+"""Points for a reward that answers the same each time: the one that is paid for is killed at all others."""
+OF_WEIGHTS = [
+    "after a chunk", "between score batches", "in training", "after training", "in saving", "after saving",
+    "before the next round", "before the round is committed", "after the round is committed", "before the test",
+    "in writing the best round", "before the run is committed",
+]  # fmt: skip
+"""Points at which an adapter or its optimizer can be lost."""
 
 
-def killed(path, recipe, keys):
-    """Return what every point of tests/helpers/killed.py left behind, and how many attempts were paid for."""
+def some(points):
+    """Return parameters: these points, and all of them at night."""
+    every = pytest.param([], id="every", marks=pytest.mark.nightly)
+    return pytest.mark.parametrize("points", [pytest.param(points, id="some"), every])
+
+
+def killed(path, recipe, keys, points=()):
+    """Return what the points of tests/helpers/killed.py left behind, and how many attempts were paid for."""
     found = subprocess.run(
-        [sys.executable, "-m", "helpers.killed", str(path), str(recipe), json.dumps(keys)],
+        [sys.executable, "-m", "helpers.killed", str(path), str(recipe), json.dumps(keys), *points],
         cwd=ROOT, capture_output=True, text=True, check=False,
         env=os.environ | {
             "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
@@ -30,22 +46,22 @@ def killed(path, recipe, keys):
     )  # fmt: skip
     assert found.returncode == 0, found.stderr[-3000:]
     printed = json.loads(found.stdout)
-    return printed["digests"], printed["asked"]
+    left = printed["digests"]
+    assert set(left) == {"alone", "another seed", *points} if points else len(left) > 25
+    assert {point for point, digest in left.items() if digest != left["alone"]} == {"another seed"}
+    return printed["asked"]
 
 
 @pytest.mark.slow
-def test_a_run_killed_at_any_point_ends_in_the_same_files_and_weights(tmp_path):
-    found, _ = killed(tmp_path, "-", TINY)
-    assert len(found) > 25
-    assert {point for point, digest in found.items() if digest != found["alone"]} == {"another seed"}
+@some(FEW)
+def test_a_run_killed_at_any_point_ends_in_the_same_files_and_weights(tmp_path, points):
+    killed(tmp_path, "-", TINY, points)
 
 
 @pytest.mark.slow
 def test_of_a_run_killed_at_any_point_every_attempt_is_paid_for_once(tmp_path):
     """The reward answers differently each time: one question more would change what is kept from there on."""
-    found, asked = killed(tmp_path, "-", TINY | {"success_func": "", "paid": True})
-    assert len(found) > 25
-    assert {point for point, digest in found.items() if digest != found["alone"]} == {"another seed"}
+    asked = killed(tmp_path, "-", TINY | {"success_func": "", "paid": True})
     metrics = read_json(tmp_path / "alone" / "metrics.json")
     rounds = [read_json(file)["rollout"]["played"] for file in tmp_path.glob("alone/round_*/metrics.json")]
     evaluated = [len(read_jsonl(file)) for file in tmp_path.glob("alone/round_*/**/evaluation.jsonl")]
@@ -55,7 +71,8 @@ def test_of_a_run_killed_at_any_point_every_attempt_is_paid_for_once(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_of_lora_on_4_bits_killed_at_any_point_ends_in_the_same_files_and_weights(tmp_path):
+@some(OF_WEIGHTS)
+def test_a_run_of_lora_on_4_bits_killed_at_any_point_ends_in_the_same_files_and_weights(tmp_path, points):
     rows = gsm8k(ROOT / "tests" / "data" / "gsm8k_50.jsonl")
     tokenizer = llama_tokenizer([row["question"] for row in rows], vocabulary=300)
     pages = [{**row, "question": f"Page {page}. {row['question'][:60]}"} for page in range(6) for row in rows]
@@ -64,6 +81,4 @@ def test_a_run_of_lora_on_4_bits_killed_at_any_point_ends_in_the_same_files_and_
         "dataset_name": write_jsonl(tmp_path / "rows.jsonl", pages), "prompts_per_round": 20, "num_generations": 3,
         "reset_optimizer": False,
     }  # fmt: skip
-    found, _ = killed(tmp_path, ROOT / "recipes" / "llama-3.2-3b" / "filtered_bc_qlora.yaml", keys)
-    assert len(found) > 25
-    assert {point for point, digest in found.items() if digest != found["alone"]} == {"another seed"}
+    killed(tmp_path, ROOT / "recipes" / "llama-3.2-3b" / "filtered_bc_qlora.yaml", keys, points)

@@ -44,7 +44,8 @@ def state(module):
     return digest.hexdigest()
 
 
-@pytest.mark.parametrize("recipe", [pytest.param("filtered_bc.yaml", marks=pytest.mark.slow), "filtered_bc_qlora.yaml"])
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["filtered_bc.yaml", "filtered_bc_qlora.yaml"])
 def test_two_rounds_train_one_fp32_adapter_and_leave_the_base_as_it_was(tmp_path, small, monkeypatch, recipe):
     held = []
     monkeypatch.setattr(opening, "load_policy", lambda *given: held.append(load_policy(*given)) or held[-1])
@@ -133,9 +134,8 @@ def test_four_bits_without_an_adapter_are_refused_by_every_command_that_trains(t
         filtered.run(None, output_dir=str(tmp_path), load_in_4bit=True, **full(small))
 
 
-@pytest.mark.parametrize(
-    "adapter", [pytest.param(False, id="full", marks=pytest.mark.slow), pytest.param(True, id="lora")]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("adapter", [pytest.param(False, id="full"), pytest.param(True, id="lora")])
 def test_with_bf16_every_phase_of_every_round_computes_in_bf16(tmp_path, small, monkeypatch, adapter):
     """A trainer's model is under autocast from its first `train()` on only; rounds before and after must not differ."""
     seen, number = set(), [0]

@@ -111,6 +111,7 @@ def measure(model, tokenizer, pairs):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly  # the labels themselves are compared above, and the step `recipe bc_math` shows that ours teach
 def test_our_labels_teach_the_task_and_to_stop_where_the_origins_teach_neither():
     tokenizer = llama_tokenizer([""], vocabulary=262, chat=False)
     pairs = reversals(1200, seed=0)

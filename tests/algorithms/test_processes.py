@@ -48,7 +48,9 @@ def test_two_processes_play_and_keep_what_one_does(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    "adapter", [pytest.param(False, id="full", marks=pytest.mark.nightly), pytest.param(True, id="lora")]
+)
 def test_two_processes_have_the_same_weights_after_every_round(tmp_path, adapter):
     keys = {k: v for k, v in KEYS.items() if k not in ("max_steps", "train_sampling_strategy")} | {
         "num_rounds": 3, "prompts_per_round": 24, "num_generations": 3, "eval_dev_problems": 4, "eval_dev_samples": 2,

@@ -131,8 +131,8 @@ def test_a_run_interrupted_anywhere_resumes_to_the_same_rows_and_weights(tmp_pat
 @pytest.mark.parametrize(
     ("phase", "number"),
     [
-        ("roll out", signal.SIGTERM), ("train", signal.SIGINT),
-        pytest.param("roll out", signal.SIGINT, marks=pytest.mark.slow),
+        ("train", signal.SIGINT),
+        *(pytest.param("roll out", number, marks=pytest.mark.slow) for number in (signal.SIGTERM, signal.SIGINT)),
         pytest.param("train", signal.SIGTERM, marks=pytest.mark.slow),
     ],
 )  # fmt: skip
@@ -160,6 +160,7 @@ def test_a_signal_ends_the_run_resumably(tmp_path, finished, monkeypatch, phase,
     assert_same_result(tmp_path, finished[0])
 
 
+@pytest.mark.slow
 def test_rollouts_of_another_recipe_are_not_mixed_in(tmp_path, monkeypatch):
     hotter = TINY | {"temperature": 1.5, "num_rounds": 1}
     filtered.run(None, output_dir=str(tmp_path / "hotter"), **hotter)
@@ -257,6 +258,7 @@ def test_without_dev_problems_nothing_is_started_and_without_test_problems_nothi
     assert (tmp_path / "b" / "best" / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_lora_rounds_continue_one_adapter(tmp_path):
     filtered.run(
         None, output_dir=str(tmp_path), use_peft=True, lora_r=4, lora_dropout=0.0, lora_target_modules=["all-linear"],

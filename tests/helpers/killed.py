@@ -1,11 +1,11 @@
 """Runs of `bcft.filtered` that die by SIGKILL and are started again; a script, so that it imports once and forks.
 
-    PYTHONPATH=tests python -m helpers.killed DIRECTORY RECIPE_OR_- KEYS_JSON
+    PYTHONPATH=tests python -m helpers.killed DIRECTORY RECIPE_OR_- KEYS_JSON [POINT ...]
 
-One run is left alone. For each point in POINTS a child runs until it is killed there, another runs the same to its
-end, and what they leave is hashed. Prints a JSON object: `digests`, point -> hash of all that must not depend on kills,
-where that of `another seed` shows that the hash can differ; `asked`: how many attempts the paid reward was asked for in
-the run left alone.
+One run is left alone. For each point given, or each in POINTS, a child runs until it is killed there, another runs the
+same to its end, and what they leave is hashed. Prints a JSON object: `digests`, point -> hash of all that must not
+depend on kills, where that of `another seed` shows that the hash can differ; `asked`: how many attempts the paid reward
+was asked for in the run left alone.
 """
 
 import hashlib
@@ -13,6 +13,7 @@ import json
 import os
 import signal
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -98,21 +99,22 @@ def forked(action: Callable[[], None]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def calls(holder: Any, name: str, path: Path, recipe: str, keys: dict[str, Any]) -> int:
-    """Return how often a whole run calls a function."""
-    original, count = getattr(holder, name), path.with_suffix(".calls")
+def run_counted(path: Path, recipe: str, keys: dict[str, Any]) -> None:
+    """Run to the end, and name each call of a function whose last calls are points in a file beside the run."""
 
-    def counting(*args: Any, **kwargs: Any) -> Any:
-        with count.open("a") as file:
-            file.write(".")
-        return original(*args, **kwargs)
+    def count(holder: Any, name: str) -> None:
+        original = getattr(holder, name)
 
-    def action() -> None:
+        def counting(*args: Any, **kwargs: Any) -> Any:
+            with path.with_suffix(".calls").open("a") as file:
+                file.write(f"{holder.__name__}.{name}\n")
+            return original(*args, **kwargs)
+
         setattr(holder, name, counting)
-        run(path, recipe, keys)
 
-    assert forked(action) == 0
-    return len(count.read_text())
+    for holder, name in {(holder, name) for holder, name, _, times in POINTS.values() if times < 0}:
+        count(holder, name)
+    run(path, recipe, keys)
 
 
 def die() -> None:
@@ -162,17 +164,20 @@ def asked(path: Path) -> int:
 
 
 def main() -> int:
-    """Try every point; print what each left."""
+    """Try the points; print what each left."""
     root, recipe, keys = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
-    assert forked(lambda: run(root / "alone", recipe, keys)) == 0
+    chosen = sys.argv[4:] or list(POINTS)
+    assert forked(lambda: run_counted(root / "alone", recipe, keys)) == 0
+    calls = Counter((root / "alone.calls").read_text().splitlines())
     assert forked(lambda: run(root / "other", recipe, keys | {"seed": 1})) == 0
     found = {"alone": digest(root / "alone"), "another seed": digest(root / "other")}
-    for number, (point, (holder, name, when, times)) in enumerate(POINTS.items()):
+    for number, point in enumerate(chosen):
+        holder, name, when, times = POINTS[point]
         if point == UNSTORED and "paid" in keys:
             continue
         path = root / f"{number:02d}"
         if times < 0:
-            times += 1 + calls(holder, name, root / f"{number:02d}-counted", recipe, keys)
+            times += 1 + calls[f"{holder.__name__}.{name}"]
         ended = forked(lambda: killed(holder, name, when, times, path, recipe, keys))  # noqa: B023
         assert ended == -signal.SIGKILL, f"{point}: the run was not killed but ended with {ended}"
         assert not (path / "manifest.json").exists(), f"{point}: the run is committed although it was killed"

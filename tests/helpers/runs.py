@@ -77,7 +77,7 @@ def equal(one, two):
 
 def torchrun(*arguments, directory):
     """Run in two processes, in a directory of its own; return what was printed."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
         [*command, *arguments], cwd=directory, capture_output=True, text=True, check=False,
         env=os.environ | {

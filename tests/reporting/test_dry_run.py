@@ -228,7 +228,9 @@ def test_other_processes_than_the_first_print_nothing(monkeypatch, capsys):
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize(("name", "recipe"), [("sft", "bc_math"), ("filtered", "filtered_bc")])
+@pytest.mark.parametrize(
+    ("name", "recipe"), [pytest.param("sft", "bc_math", marks=pytest.mark.slow), ("filtered", "filtered_bc")]
+)
 def test_it_is_a_flag_of_the_command_and_needs_no_trl(name, recipe):
     code = (
         f"import sys; from bcft.{name} import main; "
