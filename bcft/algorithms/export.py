@@ -31,7 +31,7 @@ from bcft.policy.loading import (
     save_policy,
 )
 from bcft.policy.merging import load_dequantized, merge
-from bcft.policy.shape import build_without_storage
+from bcft.policy.shape import build_without_storage, context_length
 from bcft.policy.sources import check_base
 from bcft.runs.storage import storage
 from bcft.types import Problem
@@ -130,7 +130,7 @@ def _merged(source: str, aside: Path, settings: ModelSettings, *, dtype: str, pr
     planned = build_without_storage(source, stored, settings)
     check_room(aside.parent, planned.num_parameters() * numbers.itemsize)
     policy = load_policy(source, settings, trainable=False)
-    ids = _prompt_ids(policy.renderer, problems)
+    ids = _prompt_ids(policy.renderer, problems, stored)
     before = _logits(policy.model, ids)
     if settings.load_in_4bit:
         generation = _base(policy.model).generation_config
@@ -146,7 +146,7 @@ def _imported(file: Path, aside: Path, settings: ModelSettings, *, dtype: str, l
     policy, stored = load_archer(file, settings, lora_alpha=lora_alpha)
     numbers = _numbers(dtype, stored)
     check_room(aside.parent, policy.model.num_parameters() * numbers.itemsize)
-    ids = _prompt_ids(policy.renderer, ())
+    ids = _prompt_ids(policy.renderer, (), policy.model.config)
     return _write(policy, aside, numbers, ids, _logits(policy.model, ids), bound=BOUND)
 
 
@@ -161,12 +161,13 @@ def _numbers(dtype: str, stored: torch.dtype | None) -> torch.dtype:
     return stored if stored in (torch.bfloat16, torch.float16) else torch.float32
 
 
-def _prompt_ids(renderer: Renderer, problems: Sequence[Problem]) -> list[list[int]]:
+def _prompt_ids(renderer: Renderer, problems: Sequence[Problem], config: Any) -> list[list[int]]:
     """Return the ids of the problems' prompts, of `PROMPTS` where there are none."""
     asked = [problem for problem in problems if problem.prompt]
     prompts = [problem.prompt for problem in asked] or list(PROMPTS)
     given = [problem.template_kwargs for problem in asked] or None
-    return [ids[-POSITIONS:] for ids in renderer.prompts(prompts, given)]
+    most = min(POSITIONS, context_length(config))
+    return [ids[-most:] for ids in renderer.prompts(prompts, given)]
 
 
 @torch.no_grad()
@@ -229,7 +230,7 @@ def _moved(written: _Written, output: Path, settings: ModelSettings, problems: S
     _refuse(difference, so_far.bound, so_far.largest, "written and loaded")
     here = ModelSettings(str(aside), trust_remote_code=trust, chat_template_kwargs=settings.chat_template_kwargs)
     renderer = load_renderer(str(aside), here)
-    if renderer.stop_ids != written.stop_ids or _prompt_ids(renderer, problems) != written.ids:
+    if renderer.stop_ids != written.stop_ids or _prompt_ids(renderer, problems, model.config) != written.ids:
         raise CheckpointError(
             "export: the written tokenizer makes other ids than the model's own, or stops elsewhere: it was removed"
         )
