@@ -123,7 +123,7 @@ def test_every_command_is_shown_in_the_readme_with_a_recipe():
 @pytest.mark.parametrize(("command", "arguments", "shown"), SHOWN)
 def test_every_command_in_any_page_parses_or_fails_as_shown(command, arguments, shown):
     if command in ON_DIRECTORIES:
-        if command == "export" and arguments:
+        if command == "export" and "--output_dir" in arguments:
             export.options_of(shlex.split(arguments))
         return
     assert command in COMMANDS

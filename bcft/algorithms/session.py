@@ -11,7 +11,7 @@ from bcft.config.declare import TRAINING
 from bcft.config.loader import Config
 from bcft.data.loading import Splits
 from bcft.reporting.report import write_report
-from bcft.reporting.sharing import check_push, push, write_card
+from bcft.reporting.sharing import check_push, missing, push, write_card
 from bcft.reporting.tables import say
 from bcft.reporting.trackers import Trackers
 from bcft.runs.directory import RunDirectory, open_run
@@ -114,6 +114,8 @@ def _share(config: Config, session: Session, *, worked: bool) -> None:
     named = config.evaluation.against if config.command == "filtered" else None
     against = Path(named) if named else None
     write_card(session.path, against=against, anew=worked)
+    if missing(config.sharing, session.path):
+        session.directory.write_status("running")  # also of a run that was finished before: how it ends is written
     # On a terminal the Hub's own library shows how much is uploaded.
     with Progress("" if sys.stderr.isatty() else session.label("uploading")):
         for line in push(config.sharing, session.path, command_line=config.command_line, against=against):

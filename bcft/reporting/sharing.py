@@ -39,7 +39,7 @@ def check_push(sharing: SharingSettings, model: ModelSettings, run: Path, *, fin
 
     finished: the run is done already, and counts only if an upload is missing. Raises UsageError.
     """
-    if not sharing.push_to_hub or (finished and not _missing(sharing, run)):
+    if not sharing.push_to_hub or (finished and not missing(sharing, run)):
         return
     from huggingface_hub import HfApi, get_token, is_offline_mode  # noqa: PLC0415 - only those who upload wait for it
 
@@ -82,13 +82,13 @@ def push(sharing: SharingSettings, run: Path, *, command_line: str, against: Pat
 
     Raises ServerError, which says how to repeat it, when the Hub does not take it.
     """
-    missing = _missing(sharing, run)
-    if not missing:
+    wanted = missing(sharing, run)
+    if not wanted:
         return
     from huggingface_hub import HfApi  # noqa: PLC0415 - as in check_push
 
     repeat = f". The run is finished and nothing is lost; the same command uploads it, and no more: {command_line}"
-    for kind, name in missing.items():
+    for kind, name in wanted.items():
         api, folder = HfApi(), run / _STAGE
         try:
             if not _stage(run, folder, kind, name, against=against):
@@ -108,7 +108,7 @@ def push(sharing: SharingSettings, run: Path, *, command_line: str, against: Pat
         yield f"The {kind} is at {place}"
 
 
-def _missing(sharing: SharingSettings, run: Path) -> dict[str, str]:
+def missing(sharing: SharingSettings, run: Path) -> dict[str, str]:
     """Return the repositories that do not have the run's result as it is now, by kind."""
     manifest, pushed = run / MANIFEST, _pushed(run)
     state = file_hash(manifest) if manifest.is_file() else ""

@@ -52,6 +52,8 @@ class TakingHub:
                 return 409, {}, {"url": page}
             self.private[name] = asked["visibility"] == "private"
             return 200, {}, {"url": page}
+        if not path.startswith(("/api/models/", "/api/datasets/")):  # what the client asks beside uploads
+            return 404, {}, {}
         kind, owner, name, *rest = path.removeprefix("/api/").split("/")
         repository = f"{kind}/{owner}/{name}"
         if repository not in self.private:
