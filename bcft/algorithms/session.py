@@ -84,11 +84,10 @@ def run_or_report(
                 metrics = work(session)
         session.trackers.conclude(metrics)
         try:
-            if rank() == 0:
+            if config.command in TRAINING and rank() == 0:
                 with Progress(session.label("writing the report")):
                     page = write_report(directory.path, against=against)
                 session.say(f"Report: {page}")
-            if config.command in TRAINING and rank() == 0:
                 _share(config, session, worked=not over)
         finally:  # the run is finished, whatever becomes of its report
             say(metrics["conclusion"], quiet=False)

@@ -240,7 +240,7 @@ FAULTS = {
         nothing, ["use_peft=true", "lora_modules_to_save=[no_such]"], 2, "lora_modules_to_save", TRAINING,
     ),
     "adapter: base": (adapter_with_a_lost_base, ["model_name_or_path=adapter"], 2, "/moved/away/base", EVERY),
-    "tracker": (nothing, ["report_to=wandb"], 2, "report_to", TRAINING),
+    "tracker": (nothing, ["report_to=mlflow"], 2, "report_to", TRAINING),
     "scheduler": (nothing, ["lr_scheduler_type=cosine_with_min_lr"], 2, "lr_scheduler_type", TRAINING),
     "scheduler: arguments": (
         nothing, ["lr_scheduler_type=constant", "lr_scheduler_kwargs={a: 1}"], 2, "lr_scheduler_kwargs", TRAINING,
@@ -326,7 +326,7 @@ ORDER = [
     ("seed", nothing, ["seed=-1"]),
     ("rows.jsonl:5", malformed_row, []),
     ("environment", nothing, ["environment=nowhere.E"]),
-    ("report_to", nothing, ["report_to=wandb"]),
+    ("report_to", nothing, ["report_to=mlflow"]),
     ("cannot load 'model'", damaged_tokenizer, []),
     ("generation_config.json", damaged_generation_config, []),
     ("mamba", without_a_cache, []),

@@ -194,7 +194,7 @@ BAD_LINES = [
     ("lr_scheduler_type: cosin", "lr_scheduler_type: wants one of linear, cosine, "),
     ("lr_scheduler_type: cosine_with_min_lrs", "did you mean cosine_with_min_lr?"),
     ("optim: adamw_torch_fusd", "did you mean adamw_torch_fused?"),
-    ("report_to: wanb", "report_to: wants a list [a, b] or one of none, all, azure_ml, "),
+    ("report_to: wanb", "report_to: wants a list [a, b] or one of none, all, mlflow, "),
     ("report_to: wanb", "not 'wanb'; did you mean wandb?"),
     ("report_to: [wandb, tensorbord]", "not 'tensorbord'; did you mean tensorboard?"),
     ("report_to: WANDB", "not 'WANDB'; did you mean wandb?"),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers.integrations import integration_utils
 
-from bcft.config.keys import KEYS, PASSED_THROUGH
+from bcft.config.keys import KEYS, PASSED_THROUGH, TRACKERS
 from bcft.config.schema import TrainingSettings
 from bcft.errors import UsageError
 from bcft.training import checks
@@ -122,9 +122,9 @@ def test_what_works_is_accepted(fields):
     check_training(settings_of(**fields))
 
 
-@pytest.mark.parametrize("name", sorted(integration_utils.INTEGRATION_TO_CALLBACK))
+@pytest.mark.parametrize("name", TRACKERS)
 def test_a_tracker_is_accepted_where_transformers_says_that_it_is_installed(monkeypatch, name):
-    function = f"is_{checks._TRACKERS.get(name, name)}_available"
+    function = f"is_{name}_available"
     for installed in (True, False):
         monkeypatch.setattr(integration_utils, function, lambda installed=installed: installed)
         if installed:

@@ -273,7 +273,7 @@ EVERY_RECIPE = [
 ]
 DECIDED = {
     "output_dir", "bf16", "fp16", "use_cpu", "logging_nan_inf_filter", "logging_first_step", "max_length",
-    "chat_template_path", "eos_token", "dataset_kwargs",
+    "chat_template_path", "eos_token", "dataset_kwargs", "report_to", "hub_private_repo",
 }  # fmt: skip
 """The fields that the package decides itself; tests below say what for."""
 
