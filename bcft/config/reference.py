@@ -1,7 +1,9 @@
 """The text of `--help` and the page of all keys, `recipes/KEYS.md`; both are made from the keys."""
 
 import json
+import re
 import sys
+import textwrap
 from collections.abc import Iterable
 from typing import Any
 
@@ -9,9 +11,19 @@ from bcft.config.keys import COMMANDS, FLAGS, KEYS, PASSED_THROUGH, REFUSED, REF
 from bcft.config.schema import REQUIRED, SECTIONS
 from bcft.config.values import wanted
 
+COMMON = (
+    "model_name_or_path", "dataset_name", "rollouts", "reward_funcs", "environment", "against", "num_rounds",
+    "prompts_per_round", "num_generations", "keep_quantile", "max_per_problem", "temperature", "max_completion_length",
+    "learning_rate", "num_train_epochs", "per_device_train_batch_size", "use_peft", "load_in_4bit", "train_on",
+    "engine", "eval_test_problems", "report_to", "output_dir", "seed",
+)  # fmt: skip
+"""The keys that most recipes set, in the order of their use: those of a command are on the first screen of its help."""
+_WIDTH = 100
+_PASSED = "passed to TRL's SFTConfig as they are"
+
 
 def help_text(command: str) -> str:
-    """Return the text of a command's `--help`."""
+    """Return the text of a command's `--help`: the common keys on the first screen, then every key by its section."""
     about = COMMANDS[command]
     lines = [
         f"usage: bcft {command} RECIPE [--key value | --key=value | key=value | --flag ...]",
@@ -20,27 +32,33 @@ def help_text(command: str) -> str:
         about.summary,
         "",
         f"example: {about.example}",
+        "",
+        "common keys, in the recipe or on the command line, which overrides it:",
     ]
-    sections = {"required": [KEYS[name] for name in REQUIRED]}
-    for key in KEYS.values():
-        if command in key.commands and key.group in ("bcft", "GRPOConfig"):
-            sections.setdefault(key.section, []).append(key)
-    for heading, keys in sections.items():
-        lines += ["", f"{heading}:"]
-        for key in keys:
-            default = "" if key.name in REQUIRED else f", default {_yaml(key.default)}"
-            lines += [f"  {key.name}: {wanted(key)}{default}", f"      {key.meaning}"]
+    lines += [_line(KEYS[name]) for name in COMMON if command in KEYS[name].commands]
     lines += ["", "flags:"]
     lines += [f"  --{name:<20}{flag.meaning}" for name, flag in FLAGS.items() if command in flag.commands]
-    return "\n".join(
-        [
-            *lines,
-            "",
-            "Most fields of TRL's SFTConfig and ModelConfig are keys as well, and so are dataset_config,",
-            "dataset_train_split and dataset_test_split of ScriptArguments: recipes/KEYS.md lists them all.",
-            "The command line overrides the file.",
-        ]
-    )
+    sections: dict[str, list[Key]] = {"required": [KEYS[name] for name in REQUIRED]}
+    for key in KEYS.values():
+        if command in key.commands and key.name not in REQUIRED:
+            sections.setdefault(_PASSED if key.name in PASSED_THROUGH else key.section, []).append(key)
+    lines += ["", "All keys follow, by section; recipes/KEYS.md has them as a page."]
+    for heading in sorted(sections, key=lambda name: name == _PASSED):  # the others keep their order
+        lines += ["", f"{heading}:"]
+        for key in sections[heading]:
+            default = "" if key.name in REQUIRED else f", default {_yaml(key.default)}"
+            takes = f"{key.name}: {wanted(key)}{default}"
+            lines += textwrap.wrap(takes, _WIDTH, initial_indent=" " * 2, subsequent_indent=" " * 4)
+            lines += textwrap.wrap(key.meaning, _WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return "\n".join(lines)
+
+
+def _line(key: Key) -> str:
+    """Return a key, its default and the beginning of its meaning, in one line."""
+    default = "required" if key.name in REQUIRED else _yaml(key.default)
+    default = "runs/RECIPE" if key.name == "output_dir" else default
+    meaning = re.split(r"[;:.] | \(", key.meaning.rstrip("."))[0]
+    return f"  {key.name:<29}{default:<13}{textwrap.shorten(meaning, _WIDTH - 35, placeholder=' ...')}"
 
 
 def reference() -> str:

@@ -6,21 +6,32 @@ from pathlib import Path
 import pytest
 
 from bcft.config.keys import COMMANDS, FLAGS, KEYS, PASSED_THROUGH, REFUSED, REFUSED_VALUES, RENAMED
-from bcft.config.reference import help_text, reference
+from bcft.config.reference import COMMON, help_text, reference
+from bcft.config.values import wanted
 
 PAGE = Path(__file__).parents[2] / "recipes" / "KEYS.md"
 
 
-def test_every_own_key_is_in_the_help_of_its_commands() -> None:
-    own = [key for key in KEYS.values() if key.group == "bcft"]
-    assert len(own) > 30
-    for command in COMMANDS:
-        text = help_text(command)
-        assert all(f"  {key.name}: " in text for key in own if command in key.commands)
-        assert not any(f"  {key.name}: " in text for key in own if command not in key.commands)
-        assert all(f"--{name} " in text for name, flag in FLAGS.items() if command in flag.commands)
-        assert "SFTConfig" in text
-        assert f"bcft {command} recipes/" in text
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_key_is_in_the_help_of_its_commands_with_default_and_meaning(command: str) -> None:
+    text = help_text(command)
+    for key in KEYS.values():
+        asked = [f"  {key.name}: " in text, f" {key.name}: {wanted(key)}" in " ".join(text.split())]
+        assert asked == [command in key.commands] * 2, key.name
+        if command in key.commands:
+            assert " ".join(key.meaning.split()) in " ".join(text.split())
+    assert all(f"--{name} " in text for name, flag in FLAGS.items() if command in flag.commands)
+    assert f"bcft {command} recipes/" in text
+    assert max(map(len, text.splitlines())) <= 120
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_first_screen_of_help_has_the_common_keys_the_flags_and_an_example(command: str) -> None:
+    screen = "\n".join(help_text(command).splitlines()[:44])
+    first, _, _ = help_text(command).partition("All keys follow")
+    assert first in screen + "\n"
+    assert all(f"  {name} " in first for name in COMMON if command in KEYS[name].commands)
+    assert max(map(len, first.splitlines())) <= 120
 
 
 def test_every_name_stands_once_in_the_table_that_fits_it() -> None:
