@@ -257,16 +257,23 @@ def open_run(
             run.close(state, exit_code=code, message=message)
 
 
+_LIBRARIES = (
+    r"(bcft|torch|transformers|trl|peft|accelerate|datasets|bitsandbytes|huggingface_hub|safetensors|tokenizers|"
+    r"math_verify|latex2sympy2_extended|sympy|numpy|pandas|pyarrow|matplotlib)(\.|$)"
+)
+"""Modules whose warnings a user can do nothing about."""
+
+
 @contextmanager
 def quiet_libraries(*, debug: bool) -> Iterator[None]:
-    """Hide the libraries' notes to their own developers from users, unless `debug`."""
+    """Hide the libraries' notes to their own developers from users, unless `debug`; users' own code may warn."""
     logger = logging.getLogger("bitsandbytes")
     before = logger.level
     with warnings.catch_warnings():
         if not debug:
             logger.setLevel(logging.ERROR)
             warnings.simplefilter("ignore", FutureWarning)
-            warnings.simplefilter("ignore", UserWarning)
+            warnings.filterwarnings("ignore", category=UserWarning, module=_LIBRARIES)
         try:
             yield
         finally:

@@ -1,12 +1,15 @@
 """Which runs a directory resumes, and which it refuses whatever is allowed."""
 
+import types
+import warnings
+
 import pytest
 import yaml
 
 from bcft.config.keys import KEYS
 from bcft.errors import UsageError
 from bcft.runs import directory as run_directory
-from bcft.runs.directory import PACKAGES, RunDirectory
+from bcft.runs.directory import PACKAGES, RunDirectory, quiet_libraries
 from bcft.runs.drift import GRADING, MODEL, remeasures, replays, retrains
 from bcft.runs.storage import read_json, write_json, write_manifest, write_text
 
@@ -200,3 +203,18 @@ def test_a_function_whose_source_changed_is_named_when_its_run_resumes(tmp_path,
     run.record([], "digest", functions=before)
     note = run.changed_functions(now)
     assert (f"rewards: {named} changed since" in note) if named else not note
+
+
+def test_warnings_of_libraries_are_hidden_and_those_of_users_code_are_shown():
+    library, own = types.ModuleType("peft.tuners.lora"), types.ModuleType("my_rewards")
+    for module in (library, own):
+        exec("import warnings\ndef warn():\n    warnings.warn(f'from {__name__}', stacklevel=1)\n", module.__dict__)
+
+    def seen(*, debug):
+        with warnings.catch_warnings(record=True) as caught, quiet_libraries(debug=debug):
+            library.warn()
+            own.warn()
+        return [str(warning.message) for warning in caught]
+
+    assert seen(debug=False) == ["from my_rewards"]
+    assert seen(debug=True) == ["from peft.tuners.lora", "from my_rewards"]
