@@ -85,7 +85,7 @@ CUTS = {
     "after playing the last evaluation": (held_out, "play_journaled", "after", 3, 1),
     "after the last evaluation": (plain_bc, "measure", "after", 2, 1),
     "before the metrics": (plain_bc, "write_json", "before", 1, 1),
-    "before the card": (plain_bc, "write_text", "before", 1, 1),
+    "before the card": (session, "write_card", "before", 1, 1),
     "before the run is committed": (plain_bc, "write_manifest", "before", 2, 1),
 }
 """Where a run of `sft` ends, and how often it then trains in all."""
